@@ -1,0 +1,36 @@
+# Every target makes .venv itself, from constraints.txt. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fuzz clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+demo: $(READY) ## shard a small model, check it, and draw its graph
+	$(BIN)/shardc demo
+
+test: $(READY) ## all tests, as continuous integration runs them (under 15 minutes on 2 cores)
+	$(BIN)/pytest
+
+check: $(READY) ## lint, format, types and the fast tests (under 2 minutes)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/pytest -m "not slow and not ranks"
+
+fuzz: $(READY) ## 2000 random programs, meshes and layouts; other ones each time
+	SHARDC_FUZZ=2000 $(BIN)/pytest -o timeout=0 -o faulthandler_timeout=0 tests/test_property.py
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

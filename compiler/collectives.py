@@ -1,0 +1,94 @@
+"""Symbolic collectives: identities on the global value, of which only the layout changes.
+
+They name mesh dims, never groups, so a graph that holds them still runs on one device and equals the
+original module. What moves on the wire is in the layouts of a node and its operand; `Cut` says which
+pieces those are, for whoever performs the collective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.spec import Spec, chunk
+
+
+def reshard(x: Tensor, spec: Spec) -> Tensor:
+    """Any change of layout, not yet lowered."""
+    return x
+
+
+def all_gather(x: Tensor, dim: int, axis: str) -> Tensor:
+    """[n@axis] -> [n]"""
+    return x
+
+
+def reduce_scatter(x: Tensor, dim: int, axis: str, op: str = "sum") -> Tensor:
+    """[n]+axis -> [n@axis]"""
+    return x
+
+
+def all_reduce(x: Tensor, axis: str, op: str = "sum") -> Tensor:
+    """[n]+axis -> [n]"""
+    return x
+
+
+def all_to_all(x: Tensor, source: int, dim: int, axis: str) -> Tensor:
+    """[n@axis, m] -> [n, m@axis]"""
+    return x
+
+
+def local_slice(x: Tensor, dim: int, axis: str) -> Tensor:
+    """[n] -> [n@axis]; nothing moves"""
+    return x
+
+
+def make_partial(x: Tensor, axis: str) -> Tensor:
+    """[n] -> [n]+axis: the first rank keeps the value, the others hold zeros; nothing moves"""
+    return x
+
+
+COLLECTIVES = (all_gather, reduce_scatter, all_reduce, all_to_all)
+LOCAL_MOVES = (local_slice, make_partial)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one mesh dim deals a local tensor into pieces, on the rank at some coordinates.
+
+    view: the local tensor's shape with the split part as a dim of its own, before the mesh dim splits it;
+    dim: which of those dims; sizes: the length of each rank's piece, in order of its coordinate;
+    flat: the shape after the pieces are joined; cut: the shape of this rank's own piece.
+    """
+
+    view: tuple[int, ...]
+    dim: int
+    sizes: tuple[int, ...]
+
+    def piece_view(self, i: int) -> tuple[int, ...]:
+        return (*self.view[: self.dim], self.sizes[i], *self.view[self.dim + 1 :])
+
+
+def cut_of(split: Spec, dim: int, axis: str, mesh: Mesh, coords: Mapping[str, int], others: Spec) -> Cut:
+    """The pieces of dim `dim` over `axis`: `split` is the layout where the axis splits that dim (as the last of
+    its part's mesh dims), `others` the layout that says the local sizes of the remaining dims."""
+    view: list[int] = []
+    at, sizes = 0, ()
+    for d, parts in enumerate(split.dims):
+        if d != dim:
+            view.append(math.prod(chunk(p.size, mesh, p.axes, coords)[1] for p in others.dims[d]))
+            continue
+        for part in parts:
+            if axis not in part.axes:
+                view.append(chunk(part.size, mesh, part.axes, coords)[1])
+                continue
+            at = len(view)
+            view.append(chunk(part.size, mesh, part.axes[:-1], coords)[1])
+            sizes = tuple(
+                chunk(part.size, mesh, part.axes, {**coords, axis: i})[1] for i in range(mesh[axis])
+            )
+    return Cut(tuple(view), at, sizes)

@@ -1,0 +1,129 @@
+"""The graph as every pass sees it: the one place that knows what `node.meta` holds.
+
+    val      fake tensor(s) at global shape           spec    Spec, or a tuple of Specs for several results
+    wants    layouts a node needs of its operands     where   "file.py:23 in forward", the user's line
+    path     FQN of the module a node comes from      phase   "forward" | "backward"
+    made_by  the pass that created the node           wish    what the plan says of a mark (seed_plan)
+    why      the plan entry behind a fixed layout     recompute   run again in backward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from shardc.compiler.rules.table import tensors_in
+from shardc.compiler.spec import Spec
+
+INHERITED = ("where", "file", "line", "path", "phase", "recompute")
+
+
+def val(node: Node) -> Any:
+    """The node's fake tensor, or tuple of them, at global shape."""
+    return node.meta.get("val")
+
+
+def tensors(node: Node) -> list[torch.Tensor]:
+    return tensors_in(val(node))
+
+
+def specs(node: Node) -> tuple[Spec, ...]:
+    """The layouts of a node's results; empty before propagation has reached it."""
+    spec = node.meta.get("spec")
+    return spec if isinstance(spec, tuple) else (spec,) if spec is not None else ()
+
+
+def spec(node: Node) -> Spec:
+    """The layout of a node with one result."""
+    return node.meta["spec"]
+
+
+def set_specs(node: Node, results: tuple[Spec, ...]) -> None:
+    """Give a node its results' layouts, in the form its value has (one tensor, or several)."""
+    node.meta["spec"] = results[0] if isinstance(val(node), torch.Tensor) else results
+
+
+def operands(node: Node) -> list[Node]:
+    """A node's tensor operands in argument order, repeats kept: the order rules count in."""
+    out: list[Node] = []
+
+    def visit(tree: Any) -> None:
+        if isinstance(tree, Node):
+            if isinstance(val(tree), torch.Tensor):
+                out.append(tree)
+        elif isinstance(tree, (list, tuple)):
+            for item in tree:
+                visit(item)
+        elif isinstance(tree, dict):
+            for item in tree.values():
+                visit(item)
+
+    visit(node.args)
+    visit(node.kwargs)
+    return out
+
+
+def map_operands(node: Node, fn: Callable[[int, Node], Node]) -> None:
+    """Replace each tensor operand, counted as `operands` counts, by fn(i, operand)."""
+    count = -1
+
+    def visit(tree: Any) -> Any:
+        nonlocal count
+        if isinstance(tree, Node):
+            if not isinstance(val(tree), torch.Tensor):
+                return tree
+            count += 1
+            return fn(count, tree)
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(visit(item) for item in tree)
+        if isinstance(tree, dict):
+            return {k: visit(v) for k, v in tree.items()}
+        return tree
+
+    node.args = visit(tuple(node.args))
+    node.kwargs = visit(dict(node.kwargs))
+
+
+def shape(node: Node) -> tuple[int, ...]:
+    """Global shape of a node with one result."""
+    return tuple(val(node).shape)
+
+
+def nbytes(node: Node) -> int:
+    """Bytes of the global value(s)."""
+    return sum(t.numel() * t.element_size() for t in tensors(node))
+
+
+def insert(graph: Graph, target: Any, args: tuple, like: Node, result: Spec | None = None, **meta: Any) -> Node:
+    """A new node at the graph's insert point, with `like`'s value and source; the caller names its layout."""
+    node = graph.call_function(target, args)
+    node.meta = {k: like.meta[k] for k in ("val", *INHERITED) if k in like.meta} | meta
+    if result is not None:
+        node.meta["spec"] = result
+    return node
+
+
+def call_nodes(gm: GraphModule, *targets: Any) -> Iterable[Node]:
+    """The graph's operator calls in order, or those of the given targets."""
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
+    return [n for n in nodes if n.target in targets] if targets else nodes
+
+
+def output_node(gm: GraphModule) -> Node:
+    return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+
+
+def placeholders(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def target_name(target: Any) -> str:
+    """`aten.mm`, `aten.add.Scalar`, `shardc.all_gather`, `getitem`."""
+    if hasattr(target, "overloadpacket"):
+        return str(target).removesuffix(".default")
+    if (getattr(target, "__module__", "") or "").endswith("compiler.collectives"):
+        return f"shardc.{target.__name__}"
+    return getattr(target, "__name__", str(target))

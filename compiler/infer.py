@@ -1,0 +1,210 @@
+"""Marries factors to mesh dims: from the layouts of an operator's operands to those it needs and gives.
+
+The algorithm is written once; what differs between operators is their rule. For every mesh dim the
+operands propose what it could split; the proposal that moves the fewest bytes wins. Propagation
+extends and never invents: a factor is split only if some operand already is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from shardc.compiler.graph import nbytes, operands, tensors, val
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.rules.table import OpRule, rule_of
+from shardc.compiler.spec import Dim, Part, Spec, axes_of, canonical, chunk, regroup, restrict
+
+PENDING = "+"  # the choice "let the pending sum pass", beside factor names and None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One operator call laid out: each factor's split, the layouts it needs and gives, and why."""
+
+    factors: tuple[tuple[str, Dim], ...]
+    operands: tuple[Spec, ...]
+    results: tuple[Spec, ...]
+    choices: tuple[tuple[str, str | None], ...]  # (mesh dim, factor | PENDING | None)
+
+    def factor(self, name: str) -> Dim:
+        return dict(self.factors)[name]
+
+
+def decide(rule: OpRule, specs: Sequence[Spec], nbytes: Sequence[int], mesh: Mesh) -> Decision:
+    """Lay out one call. specs and nbytes: per tensor operand, its layout and its global size in bytes."""
+    found = [_factors_of(names, spec, rule, mesh) for names, spec in zip(rule.operands, specs, strict=True)]
+    choices: dict[str, str | None] = {}
+    groups: dict[str, frozenset[int]] = {}
+    for axis in _axes(specs, mesh):
+        choices[axis], groups[axis] = _choose(axis, rule, specs, found, nbytes, mesh)
+    factors = {f: _merge(f, rule, choices, found, nbytes, mesh) for f in rule.factors()}
+    operands = tuple(
+        _lay_out(names, factors, mesh).with_pending(
+            {a: "sum" for a, c in choices.items() if c == PENDING and i in groups[a]}, mesh
+        )
+        for i, names in enumerate(rule.operands)
+    )
+    passed = {a: "sum" for a, c in choices.items() if c == PENDING}
+    results = tuple(_result(names, factors, passed, rule, mesh) for names in rule.results)
+    return Decision(tuple(factors.items()), operands, results, tuple(choices.items()))
+
+
+def call_rule(node: Node) -> OpRule | None:
+    """The rule of one call in a graph, fitted to its shapes; None for an operator without one."""
+    if "rule" not in node.meta:
+        args, kwargs = map_arg((node.args, node.kwargs), val)
+        node.meta["rule"] = rule_of(node.target, args, kwargs, val(node))
+    return node.meta["rule"]
+
+
+def decide_node(node: Node, specs: Sequence[Spec], mesh: Mesh) -> Decision:
+    """Lay out one call of a graph; an operator without a rule gets whole operands."""
+    rule = call_rule(node)
+    if rule is None:
+        whole = tuple(Spec.whole(t.shape) for t in tensors(node))
+        return Decision((), tuple(Spec.whole(s.shape) for s in specs), whole, ())
+    return decide(rule, specs, [nbytes(n) for n in operands(node)], mesh)
+
+
+def _axes(specs: Sequence[Spec], mesh: Mesh) -> list[str]:
+    used = {a for s in specs for a in (*s.axes(), *(p[0] for p in s.pending))}
+    return [a for a in mesh.names if a in used]
+
+
+def _factors_of(names: tuple, spec: Spec, rule: OpRule, mesh: Mesh) -> dict[str, Dim]:
+    """How this operand splits each factor; factors of a dim whose split crosses factor borders are left out."""
+    sizes, out = dict(rule.sizes), {}
+    for dim_names, dim in zip(names, spec.dims, strict=True):
+        groups = regroup(dim, tuple(sizes[n] for n in dim_names), mesh) if dim_names else None
+        for name, group in zip(dim_names, groups or (), strict=False):
+            if _may_split(name, group, rule, mesh):
+                out[name] = group
+    return out
+
+
+def _may_split(name: str, dim: Dim, rule: OpRule, mesh: Mesh) -> bool:
+    if name in rule.whole or (name in rule.plain and len(dim) > 1):
+        return False
+    return name not in rule.nonempty or not may_be_empty(dim, mesh)
+
+
+def may_be_empty(dim: Dim, mesh: Mesh) -> bool:
+    """Whether some rank holds no index of the dim: then one at the last coordinates does."""
+    last = {axis: mesh[axis] - 1 for axis in axes_of(dim)}
+    return any(chunk(part.size, mesh, part.axes, last)[1] == 0 for part in dim)
+
+
+def _choose(
+    axis: str,
+    rule: OpRule,
+    specs: Sequence[Spec],
+    found: Sequence[dict[str, Dim]],
+    nbytes: Sequence[int],
+    mesh: Mesh,
+) -> tuple[str | None, frozenset[int]]:
+    """What this mesh dim does in the call: split a factor, carry a pending sum, or nothing."""
+    state = [_state(axis, spec, f) for spec, f in zip(specs, found, strict=True)]
+    held = {i for i, s in enumerate(specs) if s.reduction(axis) == "sum"}
+    group = next((g for g in rule.linear if g <= held and g), frozenset())
+    proposals: dict[str | None, float] = {}
+    if group and not any(_is_pending_elsewhere(i, group, specs, axis) for i in held):
+        proposals[PENDING] = _cost(PENDING, axis, rule, state, group, nbytes, mesh)
+    for s in state:
+        if s not in (None, "lost", "pending") and s not in proposals:
+            proposals[s] = _cost(s, axis, rule, state, frozenset(), nbytes, mesh)
+    proposals[None] = _cost(None, axis, rule, state, frozenset(), nbytes, mesh)
+    free = [c for c, cost in proposals.items() if cost == 0]
+    if free:
+        return free[0], group
+    contracted = dict(rule.reductions)
+    largest = max(nbytes, default=0)
+
+    def total(choice: str | None) -> float:
+        return proposals[choice] + (2 * largest if choice in contracted else 0)
+
+    return min(proposals, key=total), group
+
+
+def _is_pending_elsewhere(i: int, group: frozenset[int], specs: Sequence[Spec], axis: str) -> bool:
+    return i not in group and specs[i].reduction(axis) is not None
+
+
+def _state(axis: str, spec: Spec, factors: dict[str, Dim]) -> str | None:
+    """What an operand does with a mesh dim: the factor it splits, "pending", "lost" (unusable split) or None."""
+    if spec.reduction(axis):
+        return "pending"
+    if axis not in spec.axes():
+        return None
+    return next((name for name, dim in factors.items() if axis in axes_of(dim)), "lost")
+
+
+def _cost(
+    choice: str | None,
+    axis: str,
+    rule: OpRule,
+    state: Sequence[str | None],
+    group: frozenset[int],
+    nbytes: Sequence[int],
+    mesh: Mesh,
+) -> float:
+    """Bytes on the wire, per rank, to bring every operand to what the choice needs of it."""
+    n = mesh[axis]
+    share, total = (n - 1) / n, 0.0
+    for i, (now, names, size) in enumerate(zip(state, rule.operands, nbytes, strict=True)):
+        has = any(choice in dim for dim in names)
+        if choice == PENDING and i in group or now is None or now == choice:
+            continue
+        if now == "pending":
+            total += (1 if has else 2) * share * size
+        else:
+            total += share * size / (n if has else 1)
+    return total
+
+
+def _merge(
+    factor: str,
+    rule: OpRule,
+    choices: dict[str, str | None],
+    found: Sequence[dict[str, Dim]],
+    nbytes: Sequence[int],
+    mesh: Mesh,
+) -> Dim:
+    """One split of a factor that honours every mesh dim that chose it, as far as the operands' splits agree."""
+    axes = [a for a, c in choices.items() if c == factor]
+    whole = (Part(rule.size(factor)),)
+    offers = [
+        (restrict(f[factor], axes, mesh), size)
+        for f, size in zip(found, nbytes, strict=True)
+        if factor in f and any(a in axes for a in axes_of(f[factor]))
+    ]
+    if not offers:
+        return whole
+    offers.sort(key=lambda o: (-len(axes_of(o[0])), -o[1]))
+    dim = offers[0][0]
+    for other, _ in offers[1:]:
+        missing = [a for a in axes_of(other) if a not in axes_of(dim)]
+        if missing and len(dim) == len(other) == 1:
+            more = canonical((Part(dim[0].size, (*dim[0].axes, *missing)),), mesh)
+            dim = more if _may_split(factor, more, rule, mesh) else dim
+    return dim
+
+
+def _lay_out(names: tuple, factors: dict[str, Dim], mesh: Mesh) -> Spec:
+    dims = tuple(
+        canonical(tuple(part for name in dim for part in factors[name]), mesh) if dim else (Part(1),)
+        for dim in names
+    )
+    return Spec(dims)
+
+
+def _result(names: tuple, factors: dict[str, Dim], passed: dict[str, str], rule: OpRule, mesh: Mesh) -> Spec:
+    written = {name for dim in names for name in dim}
+    pending = dict(passed)
+    for factor, op in rule.reductions:
+        if factor not in written:
+            pending |= {axis: op for axis in axes_of(factors[factor])}
+    return _lay_out(names, factors, mesh).with_pending(pending, mesh)

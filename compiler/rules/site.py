@@ -1,0 +1,52 @@
+"""What a localize function sees: one operator call on one rank, in words of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class Site(Protocol):
+    """One call being made local. Sizes are ints, or symbolic where they differ between ranks; both take + - *.
+
+    `args`, `kwargs` are the call's own, with each tensor replaced by its local piece.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def split(self, factor: str) -> bool:
+        """Whether some mesh dim splits the factor here."""
+        ...
+
+    def size(self, factor: str) -> Any:
+        """How many indices of the factor this rank holds."""
+        ...
+
+    def start(self, factor: str) -> Any:
+        """The first index of a `plain=` factor that this rank holds."""
+        ...
+
+    def full(self, factor: str) -> int:
+        """The factor's global size."""
+        ...
+
+    def may_be_empty(self, factor: str) -> bool:
+        """Whether some rank of the mesh holds no index of the factor."""
+        ...
+
+    def result_shape(self, i: int = 0) -> list[Any]:
+        """Local sizes of the i-th result."""
+        ...
+
+    def operand_shape(self, i: int = 0) -> list[Any]:
+        """Local sizes of the i-th tensor operand."""
+        ...
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        """Emit an operator on local tensors."""
+        ...
+
+    def all_reduce(self, x: Any, factor: str, op: str = "sum") -> Any:
+        """Combine a local tensor over the mesh dims that split the factor ("sum", "max", "min", "prod")."""
+        ...

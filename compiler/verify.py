@@ -1,0 +1,109 @@
+"""What must hold of a graph at each stage; a pass that breaks it is named at once.
+
+    TRACED      every call has a value, a phase and a place in the source; no layouts yet
+    SHARDED     every value has a layout of its own shape; every operator call has the layouts it needs
+    RESHARDED   every operand arrives in exactly the layout needed, and the operator gives exactly the layout
+                recorded; a collective changes the layout as its name says
+    LOCAL       as RESHARDED for what still has a layout; sizes in arguments are the rank's own
+    SCHEDULED   as LOCAL; the order is final
+"""
+
+from __future__ import annotations
+
+import operator
+from enum import IntEnum
+
+from torch.fx import GraphModule, Node
+
+from shardc.compiler import collectives as c
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.graph import operands, spec, specs, tensors, val
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.spec import Spec, axes_of
+from shardc.compiler.text import excerpt
+
+
+class Stage(IntEnum):
+    """How far a graph has come."""
+
+    TRACED = 0
+    SHARDED = 1
+    RESHARDED = 2
+    LOCAL = 3
+    SCHEDULED = 4
+
+
+def verify(gm: GraphModule, stage: Stage, mesh: Mesh) -> None:
+    """Check a graph's invariants. Raises ShardingError naming the first node that breaks one."""
+    gm.graph.lint()
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            continue
+        if stage < Stage.LOCAL and val(node) is None:
+            raise _broken(node, "has no value")
+        if stage >= Stage.SHARDED:
+            _check_layouts(node, stage)
+        if stage >= Stage.RESHARDED and node.op == "call_function":
+            _check_call(node, stage, mesh)
+
+
+def _check_layouts(node: Node, stage: Stage) -> None:
+    layouts = specs(node)
+    if stage >= Stage.LOCAL and not layouts:
+        return  # a step inside one operator's local form
+    values = tensors(node)
+    if len(layouts) != len(values):
+        raise _broken(node, f"has {len(values)} values and {len(layouts)} layouts")
+    for layout, value in zip(layouts, values, strict=True):
+        if layout.shape != tuple(value.shape):
+            raise _broken(node, f"has shape {tuple(value.shape)} and layout {layout}")
+        used = [*layout.axes(), *(a for a, _ in layout.pending)]
+        if len(used) != len(set(used)):
+            raise _broken(node, f"uses a mesh dim twice: {layout}")
+
+
+def _check_call(node: Node, stage: Stage, mesh: Mesh) -> None:
+    if node.target in (*c.COLLECTIVES, *c.LOCAL_MOVES):
+        source = operands(node)[0]
+        if specs(source) and specs(node):
+            _check_collective(node, spec(source), spec(node), mesh)
+    elif node.target is not operator.getitem and stage == Stage.RESHARDED and "wants" in node.meta:
+        for i, (needed, operand) in enumerate(zip(node.meta["wants"], operands(node), strict=True)):
+            if spec(operand) != needed:
+                raise _broken(node, f"needs operand {i} as {needed}, but %{operand.name} is {spec(operand)}")
+
+
+def _check_collective(node: Node, before: Spec, after: Spec, mesh: Mesh) -> None:
+    axis = node.args[2] if node.target in (c.all_gather, c.reduce_scatter, c.local_slice) else node.args[-1]
+    if node.target is c.all_reduce:
+        axis = node.args[1]
+    if node.target is c.all_to_all:
+        axis = node.args[3]
+    was, now = _state(before, axis), _state(after, axis)
+    legal = {
+        c.all_gather: was == "split" and now == "whole",
+        c.all_reduce: was == "pending" and now == "whole",
+        c.reduce_scatter: was == "pending" and now == "split",
+        c.all_to_all: was == "split" and now == "split" and before.dim_of(axis) != after.dim_of(axis),
+        c.local_slice: was == "whole" and now == "split",
+        c.make_partial: was == "whole" and now == "pending",
+    }
+    if not legal[node.target] or before.without(axis, mesh) != after.without(axis, mesh):
+        raise _broken(node, f"cannot turn {before} into {after}")
+
+
+def _state(layout: Spec, axis: str) -> str:
+    if layout.reduction(axis):
+        return "pending"
+    return "split" if any(axis in axes_of(dim) for dim in layout.dims) else "whole"
+
+
+def _broken(node: Node, what: str) -> ShardingError:
+    return ShardingError(
+        f"%{node.name} {what}",
+        where=node.meta.get("where", ""),
+        excerpt=excerpt(node),
+        help="this is a fault of the compiler, or of an edited program: a value would be wrong",
+    )
+
+

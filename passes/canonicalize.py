@@ -1,0 +1,49 @@
+"""Fewer spellings, so fewer rules: a product with a bias becomes a product and a sum.
+
+    %addmm: f32[8, 16] = aten.addmm(%bias, %x, %w)
+  ==>
+    %mm: f32[8, 16] = aten.mm(%x, %w)
+    %add: f32[8, 16] = aten.add.Tensor(%mm, %bias)
+
+A product whose contracted dim is split is a pending sum, and a bias inside it would count once per rank.
+Left alone: scaled forms (alpha, beta other than 1). What nothing uses is dropped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.graph import call_nodes, insert
+from shardc.compiler.pipeline import Context, PassResult
+from shardc.compiler.verify import Stage
+
+aten = torch.ops.aten
+PRODUCTS = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default, aten.addmv.default: aten.mv.default}
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    name = "canonicalize"
+    takes = gives = Stage.TRACED
+    exact = False  # a fused bias may round differently
+
+    def run(self, gm: GraphModule, ctx: Context) -> PassResult:
+        changes: Counter = Counter()
+        for node in call_nodes(gm, *PRODUCTS):
+            if not any(scale != 1 for scale in node.kwargs.values()):
+                _split_bias(node)
+                changes[str(node.target)] += 1
+        return PassResult(changes)
+
+
+def _split_bias(node: Node) -> None:
+    bias, left, right = node.args[:3]
+    with node.graph.inserting_before(node):
+        product = insert(node.graph, PRODUCTS[node.target], (left, right), node)
+        total = insert(node.graph, aten.add.Tensor, (product, bias), node)
+    node.replace_all_uses_with(total)
+    node.graph.erase_node(node)

@@ -1,0 +1,66 @@
+"""Disagreement becomes explicit: a reshard node wherever an operand's layout is not the one needed.
+
+    %mm: f32[8, 16]+tp = aten.mm(%x, %w)
+    %relu: f32[8, 16] = aten.relu(%mm)                     relu is not linear
+  ==>
+    %reshard: f32[8, 16] = shardc.reshard(%mm, [8, 16])
+    %relu: f32[8, 16] = aten.relu(%reshard)
+
+A mark whose wish changes nothing disappears. One reshard serves all uses of a value in the same layout.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.collectives import reshard
+from shardc.compiler.graph import call_nodes, insert, map_operands, spec
+from shardc.compiler.marks import MARK
+from shardc.compiler.pipeline import Context, PassResult
+from shardc.compiler.spec import Spec
+from shardc.compiler.verify import Stage
+
+
+@dataclass(frozen=True)
+class InsertReshards:
+    name = "insert-reshards"
+    takes = Stage.SHARDED
+    gives = Stage.RESHARDED
+    exact = True
+
+    def run(self, gm: GraphModule, ctx: Context) -> PassResult:
+        changes: Counter = Counter()
+        made: dict[tuple[Node, Spec], Node] = {}
+        for node in call_nodes(gm):
+            if node.target is MARK:
+                _replace_mark(node, changes)
+            elif "wants" in node.meta:
+                wants = node.meta["wants"]
+                map_operands(node, lambda i, n, at=node, w=wants: _reshard(n, w[i], at, made, changes))
+        return PassResult(changes)
+
+
+def _reshard(value: Node, needed: Spec, user: Node, made: dict, changes: Counter) -> Node:
+    if spec(value) == needed:
+        return value
+    if (value, needed) not in made:
+        with user.graph.inserting_before(user):
+            made[value, needed] = insert(user.graph, reshard, (value, needed), user, needed, val=value.meta["val"])
+        changes["reshard"] += 1
+    return made[value, needed]
+
+
+def _replace_mark(node: Node, changes: Counter) -> None:
+    value = node.args[0]
+    if spec(value) == spec(node):
+        node.replace_all_uses_with(value)
+    else:
+        with node.graph.inserting_before(node):
+            why = "; ".join(wish[3] for wish in node.meta.get("wish", ()))
+            new = insert(node.graph, reshard, (value, spec(node)), node, spec(node), why=why)
+        node.replace_all_uses_with(new)
+        changes["reshard"] += 1
+    node.graph.erase_node(node)

@@ -1,0 +1,120 @@
+"""Give every value a layout: seeds flow through the operators' rules in one sweep.
+
+    %x: f32[8@dp, 32] = input                     the plan said dp
+    %w: f32[32, 16@tp] = param w                  the plan said tp
+    %mm: f32[8, 16] = aten.mm(%x, %w)
+  ==>
+    %mm: f32[8@dp, 16@tp] = aten.mm(%x, %w)
+
+An operator without a rule gets whole operands: right, and reported. Propagation extends what is there
+and never invents a split. Where operands disagree the node only says what it needs (`wants`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.collectives import reshard
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.graph import call_nodes, operands, set_specs, spec, specs, target_name, val
+from shardc.compiler.infer import call_rule, decide_node
+from shardc.compiler.marks import MARK
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.pipeline import Context, PassResult
+from shardc.compiler.rules.table import tensors_in
+from shardc.compiler.spec import Spec
+from shardc.compiler.text import excerpt
+from shardc.compiler.verify import Stage
+
+
+@dataclass(frozen=True)
+class Propagate:
+    name = "propagate"
+    takes = Stage.TRACED
+    gives = Stage.SHARDED
+    exact = True
+
+    def run(self, gm: GraphModule, ctx: Context) -> PassResult:
+        changes, unknown = Counter(), Counter()
+        forward: dict[str, list[Node]] = {}
+        for node in call_nodes(gm):
+            if node.target is operator.getitem:
+                _pick(node)
+            elif node.target is reshard:
+                node.meta["spec"] = node.args[1]
+            elif node.target is MARK:
+                _mark(node, forward, ctx.mesh)
+            else:
+                _call(node, ctx, unknown)
+            changes["layouts"] += any(not s.is_whole for s in specs(node))
+        notes = tuple(f"{name} has no rule: {n} calls run on whole operands" for name, n in unknown.items())
+        return PassResult(changes, notes)
+
+
+def _pick(node: Node) -> None:
+    source, index = node.args
+    before = tensors_in(list(val(source))[:index])  # results that are None have no layout
+    node.meta["spec"] = specs(source)[len(before)]
+
+
+def _call(node: Node, ctx: Context, unknown: Counter) -> None:
+    arriving = [_single(n) for n in operands(node)]
+    decision = decide_node(node, arriving, ctx.mesh)
+    if call_rule(node) is None and any(not s.is_whole for s in arriving):
+        unknown[target_name(node.target)] += 1
+        if ctx.strict:
+            raise _no_rule(node)
+    node.meta["wants"] = decision.operands
+    set_specs(node, decision.results)
+
+
+def _single(node: Node) -> Spec:
+    return spec(node)
+
+
+def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:
+    """A module boundary or constraint: forward takes the layout wished for, backward that of what it came from."""
+    x, key = node.args
+    if key.endswith("|grad"):
+        calls = forward.get(key.removesuffix("|grad"), [])
+        partner = calls.pop() if len(calls) > 1 else calls[0] if calls else None
+        node.meta["spec"] = _transposed(spec(x), partner, mesh) if partner is not None else spec(x)
+        return
+    layout = spec(x)
+    for axis, placement, open_split, _ in node.meta.get("wish", ()):
+        layout = layout.place(axis, placement, mesh, open_split)
+    node.meta["spec"] = layout
+    forward.setdefault(key, []).append(node)
+
+
+def _transposed(gradient: Spec, mark: Node, mesh: Mesh) -> Spec:
+    """The gradient of a layout change: split as the value was before it, whole where that was whole or pending.
+
+    A gradient still pending where a value entered a module stays so: it can be summed with its siblings first.
+    """
+    before, after = spec(mark.args[0]), spec(mark)
+    entering = "|in|" in mark.args[1]
+    for axis, *_ in mark.meta.get("wish", ()):
+        if before.dim_of(axis) == after.dim_of(axis) and before.reduction(axis) == after.reduction(axis):
+            continue
+        if gradient.reduction(axis) and entering:
+            continue
+        gradient = gradient.without(axis, mesh)
+        at = before.dim_of(axis)
+        if at is not None:
+            gradient = gradient.like(before, at, axis, mesh)
+    return gradient
+
+
+def _no_rule(node: Node) -> ShardingError:
+    name = target_name(node.target)
+    return ShardingError(
+        f"{name} has no sharding rule, and strict=True allows none without",
+        where=node.meta.get("where", ""),
+        excerpt=excerpt(node),
+        help=f'say what its dims mean: shardc.rule("{str(node.target).replace(".", "::", 1)}", "... -> ...")',
+    )

@@ -1,0 +1,232 @@
+"""The user's wishes become layouts: of inputs and parameters, of marks, and of what the program returns.
+
+    %w: f32[32, 16] = param net1.weight
+    return (%out, %grad_w)
+  ==>
+    %w: f32[32@tp, 16] = param net1.weight                      tp: {"net1": ColwiseParallel()}
+    %reshard: f32[8, 16] = shardc.reshard(%out, [8, 16])        an output leaves as the caller expects it
+    %reshard_1: f32[32@tp, 16] = shardc.reshard(%grad_w, ...)   a gradient lies as its parameter does
+    return (%reshard, %reshard_1)
+
+A parameter stored in one layout and computed with in another gets a reshard right behind it: that is
+FSDP's gather, and the gradient's reshard back is its reduce-scatter. Left alone: marks no plan entry speaks of.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.collectives import reshard
+from shardc.compiler.errors import PlanError
+from shardc.compiler.graph import call_nodes, insert, output_node, placeholders, shape, spec
+from shardc.compiler.marks import MARK, constraint
+from shardc.compiler.pipeline import Context, PassResult
+from shardc.compiler.signature import Input, InputKind, Output, OutputKind
+from shardc.compiler.spec import REPLICATE, Spec, from_placements
+from shardc.compiler.verify import Stage
+
+
+@dataclass(frozen=True)
+class SeedPlan:
+    name = "seed-plan"
+    takes = gives = Stage.TRACED
+    exact = True
+
+    def run(self, gm: GraphModule, ctx: Context) -> PassResult:
+        changes: Counter = Counter()
+        nodes = {n.name: n for n in placeholders(gm)}
+        for mark in call_nodes(gm, MARK):
+            changes["marks"] += _wish(mark, ctx)
+        for entry in ctx.signature.inputs:
+            nodes[entry.node].meta["spec"] = _input_spec(nodes[entry.node], entry, ctx)
+        outputs = _output_specs(gm, ctx)
+        for entry in ctx.signature.inputs:
+            if entry.kind is InputKind.TANGENT:
+                nodes[entry.node].meta["spec"] = outputs[entry.of]
+        _fix_outputs(gm, outputs, ctx)
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        for entry in ctx.signature.inputs:
+            if entry.kind is InputKind.PARAMETER:
+                changes["gathers"] += _compute_layout(nodes[entry.node], entry.name, order, ctx)
+        return PassResult(changes)
+
+
+def _wish(mark: Node, ctx: Context) -> bool:
+    """What the plan or the user's `constrain` says of a mark: (mesh dim, placement, open, reason) entries."""
+    key: str = mark.args[1]
+    if key.endswith("|grad"):
+        return False
+    layout = constraint(key, ctx.mesh)
+    if layout is not None:
+        wishes = tuple((axis, p, False, "constrain") for axis, p in layout.items())
+    else:
+        wishes = tuple((b.axis, b.desired, b.open, b.key) for b in ctx.plan.at(key) if b.desired is not None)
+    for axis, placement, *_ in wishes:
+        _fits(mark, axis, placement, ctx)
+    mark.meta["wish"] = wishes
+    return bool(wishes)
+
+
+def _fits(mark: Node, axis: str, placement: Any, ctx: Context) -> None:
+    try:
+        Spec.whole(shape(mark)).place(axis, placement, ctx.mesh)
+    except ValueError as error:
+        raise PlanError(
+            f"{error}: {mark.args[1].split('|')[0] or 'the root module'} has a value of shape {shape(mark)} there",
+            where=mark.meta.get("where", ""),
+            help="name a dim that the tensor has",
+        ) from None
+
+
+def _input_spec(node: Node, entry: Input, ctx: Context) -> Spec | None:
+    dims = shape(node)
+    if entry.kind is InputKind.PARAMETER:
+        return from_placements(dims, ctx.plan.params[entry.name].stored, ctx.mesh)
+    if entry.kind is InputKind.BUFFER:
+        return from_placements(dims, ctx.plan.buffers.get(entry.name, {}), ctx.mesh)
+    if entry.kind is not InputKind.BATCH:
+        return Spec.whole(dims)
+    layout, given = ctx.plan.input_layout(entry.name, len(dims))
+    if not given:
+        layout = {**layout, **_declared([u for u in node.users if u.target is MARK], "|in|", ctx)}
+    return _placed(dims, layout, ctx, f"input {entry.name}")
+
+
+def _declared(marks: list[Node], side: str, ctx: Context) -> dict[str, Any]:
+    """What a module fed by a root input (or returning a root output) says of it: a root style, or an explicit layout."""
+    out: dict[str, Any] = {}
+    for mark in marks:
+        if side not in mark.args[1] or mark.args[1].endswith("|grad"):
+            continue
+        for b in ctx.plan.at(mark.args[1]):
+            layout = b.declared if side == "|in|" else b.desired
+            if layout is not None and (b.module == "" or b.explicit):
+                out.setdefault(b.axis, layout)
+    return out
+
+
+def _placed(dims: tuple[int, ...], layout: Mapping[str, Any], ctx: Context, what: str) -> Spec:
+    ordered = {axis: layout[axis] for axis in ctx.mesh.names if axis in layout}
+    try:
+        return from_placements(dims, ordered, ctx.mesh)
+    except ValueError as error:
+        raise PlanError(f"{what}: {error}", help=f"it has shape {dims}") from None
+
+
+def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
+    """The layout each user output leaves with, by position among the outputs."""
+    returned = output_node(gm).args[0]
+    out: dict[int, Spec] = {}
+    for i, (node, entry) in enumerate(zip(returned, ctx.signature.outputs, strict=True)):
+        if entry.kind is not OutputKind.OUTPUT or not isinstance(node, Node):
+            continue
+        layout, given = ctx.plan.output_layout(entry.name, i, len(shape(node)))
+        if not given:
+            layout = {**layout, **_declared([node] if node.target is MARK else [], "|out|", ctx)}
+        out[i] = _placed(shape(node), layout, ctx, f"output {entry.name or i}")
+    return out
+
+
+def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> None:
+    """Every returned value leaves in its own layout: a reshard, or for gradients a mark that fixes mesh dims."""
+    nodes = {n.name: n for n in placeholders(gm)}
+    end = output_node(gm)
+    ways, scale = _averaging(outputs, ctx), _scaled_outputs(outputs, ctx)
+    returned: list[Any] = list(end.args[0])
+    for i, entry in enumerate(ctx.signature.outputs):
+        node = returned[i]
+        if not isinstance(node, Node):
+            continue
+        source = ctx.signature.inputs[entry.of] if entry.of is not None else None
+        with gm.graph.inserting_before(end):
+            if entry.kind is OutputKind.OUTPUT:
+                returned[i] = insert(gm.graph, reshard, (node, outputs[i]), node, why="the layout of an output")
+            elif entry.kind is OutputKind.MUTATION or source.kind is not InputKind.PARAMETER:
+                target = spec(nodes[source.node])
+                returned[i] = insert(gm.graph, reshard, (node, target), node, why=f"the layout of {source.name}")
+            else:
+                returned[i] = _gradient(gm, node, entry, source, ways, ctx)
+    end.args = (tuple(returned),)
+    for i in scale:
+        _divide_tangent(gm, nodes, i, outputs[i], ctx)
+
+
+def _gradient(gm: GraphModule, node: Node, entry: Output, source: Input, ways: int, ctx: Context) -> Node:
+    """A parameter's gradient in the parameter's stored layout; left pending where no reduction is wanted."""
+    layout = ctx.plan.params[source.name]
+    local = {a for a in ctx.plan.data_axes if source.name in ctx.plan.ignored.get(a, ())} if ctx.average else set()
+    kept = local | (set() if ctx.reduce else set(ctx.plan.data_axes))
+    order = [*layout.stored, *(a for a in ctx.mesh.names if a not in layout.stored)]
+    wish = tuple((a, layout.stored.get(a, REPLICATE), False, f"gradient of {source.name}") for a in order if a not in kept)
+    new = insert(gm.graph, MARK, (node, f"gradient|out|{source.name}"), node, wish=wish)
+    for axis in ctx.plan.data_axes:
+        if axis in local:
+            ways //= ctx.mesh[axis]
+    return insert(gm.graph, torch.ops.aten.div.Tensor, (new, ways), node) if ways > 1 else new
+
+
+def _split_axes(layout: Spec, ctx: Context) -> tuple[str, ...]:
+    return tuple(a for a in ctx.plan.data_axes if layout.dim_of(a) is not None)
+
+
+def _averaging(outputs: dict[int, Spec], ctx: Context) -> int:
+    """Over how many ranks parameter gradients are averaged, where every output says the same; else 1."""
+    sets = _gradient_sets(outputs, ctx)
+    ways = 1
+    for axis in sets.pop() if len(sets) == 1 else ():
+        ways *= ctx.mesh[axis]
+    return ways
+
+
+def _gradient_sets(outputs: dict[int, Spec], ctx: Context) -> set[tuple[str, ...]]:
+    needing = [i for i, e in enumerate(ctx.signature.outputs) if i in outputs and e.requires_grad]
+    return {_split_axes(outputs[i], ctx) for i in needing} if ctx.average else set()
+
+
+def _scaled_outputs(outputs: dict[int, Spec], ctx: Context) -> list[int]:
+    """Outputs whose incoming gradient is divided instead, where outputs disagree (a loss beside its logits)."""
+    if len(_gradient_sets(outputs, ctx)) < 2:
+        return []
+    return [i for i in outputs if ctx.signature.outputs[i].requires_grad and _split_axes(outputs[i], ctx)]
+
+
+def _divide_tangent(gm: GraphModule, nodes: dict[str, Node], i: int, layout: Spec, ctx: Context) -> None:
+    ways = 1
+    for axis in _split_axes(layout, ctx):
+        ways *= ctx.mesh[axis]
+    entry = next(e for e in ctx.signature.inputs if e.kind is InputKind.TANGENT and e.of == i)
+    tangent = nodes[entry.node]
+    users = list(tangent.users)
+    with gm.graph.inserting_after(tangent):
+        divided = insert(gm.graph, torch.ops.aten.div.Tensor, (tangent, ways), tangent, phase="backward")
+    for user in users:
+        user.replace_input_with(tangent, divided)
+
+
+def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) -> int:
+    """The gather of a parameter stored in one layout and computed with in another; again for backward if freed."""
+    layout = ctx.plan.params[fqn]
+    if layout.stored == layout.compute:
+        return 0
+    target = from_placements(shape(node), layout.compute, ctx.mesh)
+    users = sorted((u for u in node.users if u.op != "output"), key=order.__getitem__)
+    freed = any(ctx.plan.reshard_after.get(a, False) for a in layout.stored if a not in layout.compute)
+    phases = [["forward"], ["backward"]] if freed else [["forward", "backward"]]
+    made = 0
+    for phase in phases:
+        mine = [u for u in users if u.meta.get("phase", "forward") in phase]
+        if not mine:
+            continue
+        with node.graph.inserting_before(mine[0]):
+            why = "; ".join(layout.keys.values())
+            gather = insert(node.graph, reshard, (node, target), node, why=why, regather=freed, phase=phase[0])
+        for user in mine:
+            user.replace_input_with(node, gather)
+        made += 1
+    return made

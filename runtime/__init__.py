@@ -1,0 +1,1 @@
+"""Runs a finished program: on real ranks, or all ranks simulated in this process."""

@@ -1,0 +1,74 @@
+"""The public names of shardc, each imported when it is first used, so that `import shardc` is instant."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardc.compiler.api import CompiledModule, Program, compile
+    from shardc.compiler.errors import PlanError, RankFailure, RankMismatchError, ShardingError
+    from shardc.compiler.marks import constrain
+    from shardc.compiler.mesh import Mesh
+    from shardc.compiler.plan import FullyShard, Layout, Plan, Precision, Replicated, fully_shard, replicate
+    from shardc.compiler.rules.table import rule
+    from shardc.runtime.launch import launch
+    from shardc.runtime.replicas import data_parallel, replicas
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompiledModule",
+    "FullyShard",
+    "Layout",
+    "Mesh",
+    "Plan",
+    "PlanError",
+    "Precision",
+    "Program",
+    "RankFailure",
+    "RankMismatchError",
+    "Replicated",
+    "ShardingError",
+    "compile",
+    "constrain",
+    "data_parallel",
+    "fully_shard",
+    "launch",
+    "replicas",
+    "replicate",
+    "rule",
+]
+
+_HOME = {
+    "CompiledModule": "shardc.compiler.api",
+    "FullyShard": "shardc.compiler.plan",
+    "Layout": "shardc.compiler.plan",
+    "Mesh": "shardc.compiler.mesh",
+    "Plan": "shardc.compiler.plan",
+    "PlanError": "shardc.compiler.errors",
+    "Precision": "shardc.compiler.plan",
+    "Program": "shardc.compiler.api",
+    "RankFailure": "shardc.compiler.errors",
+    "RankMismatchError": "shardc.compiler.errors",
+    "Replicated": "shardc.compiler.plan",
+    "ShardingError": "shardc.compiler.errors",
+    "compile": "shardc.compiler.api",
+    "constrain": "shardc.compiler.marks",
+    "data_parallel": "shardc.runtime.replicas",
+    "fully_shard": "shardc.compiler.plan",
+    "launch": "shardc.runtime.launch",
+    "replicas": "shardc.runtime.replicas",
+    "replicate": "shardc.compiler.plan",
+    "rule": "shardc.compiler.rules.table",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shardc' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The tools: command line, graph viewer, pass printer and documentation maker."""

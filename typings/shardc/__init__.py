@@ -1,0 +1,1 @@
+../../shardc/__init__.py
