@@ -61,9 +61,16 @@ class Record:
     seconds: float
 
 
-def run_passes(gm: GraphModule, passes: Sequence[Any], ctx: Context, names: dict[str, str]) -> list[Record]:
-    """Run passes in order on `gm`; verify, clean, stamp, time and record after each."""
-    records, stage, shown = [], Stage.TRACED, text(gm, ctx.mesh, names)
+def run_passes(
+    gm: GraphModule,
+    passes: Sequence[Any],
+    ctx: Context,
+    names: dict[str, str],
+    last: Record | None = None,
+) -> list[Record]:
+    """Run passes in order on `gm`; verify, clean, stamp, time and record after each. last: what ran before."""
+    records: list[Record] = []
+    stage, shown = (last.stage, last.after) if last else (Stage.TRACED, text(gm, ctx.mesh, names))
     for step in passes:
         if step.takes > stage or step.gives < stage:
             raise AssertionError(f"{step.name} takes {step.takes.name}, the graph is {stage.name}")

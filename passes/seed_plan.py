@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.collectives import reshard
 from shardc.compiler.errors import PlanError
 from shardc.compiler.graph import call_nodes, insert, output_node, placeholders, shape, spec
-from shardc.compiler.marks import MARK, constraint
+from shardc.compiler.marks import CONSTRAIN, MARK, parse_key
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.signature import Input, InputKind, Output, OutputKind
 from shardc.compiler.spec import REPLICATE, Spec, from_placements
@@ -59,14 +59,15 @@ class SeedPlan:
 
 def _wish(mark: Node, ctx: Context) -> bool:
     """What the plan or the user's `constrain` says of a mark: (mesh dim, placement, open, reason) entries."""
-    key: str = mark.args[1]
-    if key.endswith("|grad"):
+    key = parse_key(mark.args[1])
+    if key.grad:
         return False
-    layout = constraint(key, ctx.mesh)
-    if layout is not None:
+    if key.kind == CONSTRAIN:
+        layout = ctx.plan.constraint(key.text)
         wishes = tuple((axis, p, False, "constrain") for axis, p in layout.items())
     else:
-        wishes = tuple((b.axis, b.desired, b.open, b.key) for b in ctx.plan.at(key) if b.desired is not None)
+        said = ctx.plan.at(mark.args[1])
+        wishes = tuple((b.axis, b.desired, b.open, b.key) for b in said if b.desired is not None)
     for axis, placement, *_ in wishes:
         _fits(mark, axis, placement, ctx)
     mark.meta["wish"] = wishes

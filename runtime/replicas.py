@@ -7,7 +7,6 @@ A replica's parameters are ordinary attributes computed from the source's parame
 `parameters()`), so backward through any replica adds to the source's gradients.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -15,9 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from shardc.runtime.devices import Device, copied, local_devices
+from shardc.runtime.replicable import refuse_elsewhere, refuse_unfit
 from shardc.runtime.repoint import Repoint, Twins
 from shardc.runtime.scatter import gather, scatter
 from shardc.runtime.workers import run_on_devices
@@ -26,7 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 # The dicts and sets in which any module keeps its parts and hooks. A replica gets its own, so that
 # registering on a replica does not reach the source.
-_OWN_CONTAINERS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)]
+_OWN_CONTAINERS = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)}
 
 
 def replicas(module: M, devices: Iterable[Device], *, detach: bool = False) -> list[M]:
@@ -38,7 +37,7 @@ def replicas(module: M, devices: Iterable[Device], *, detach: bool = False) -> l
     replicated: uninitialised (lazy or meta) tensors, a Python module inside a ScriptModule, a replica.
     """
     places = local_devices(devices)
-    _refuse_unfit(module)
+    refuse_unfit(module)
     return _replicas(module, places, detach)
 
 
@@ -51,7 +50,7 @@ def data_parallel(
 ) -> Any:
     """The module's output for the inputs, whose rows are split over replicas on the devices, one thread each.
 
-    `inputs` is the argument list if it is a tuple, and otherwise the one argument (a tensor, list, dict, ...);
+    `inputs` is the argument list if it is a tuple, otherwise the one argument (a tensor, a list, a dict);
     `module_kwargs` are keyword arguments. Tensors in them are split along dim 0 as `torch.chunk` does, so
     fewer rows than devices use fewer devices; 0-d tensors and other values go to every replica.
     Outputs are joined along dim 0 on the first device, 0-d outputs to a vector. One device: the module itself
@@ -61,8 +60,8 @@ def data_parallel(
     An exception in a replica is raised here with its type, the replica's number and its traceback as text.
     """
     places = local_devices(devices)
-    _refuse_unfit(module)
-    _refuse_elsewhere(module, places[0])
+    refuse_unfit(module)
+    refuse_elsewhere(module, places[0])
     positional = inputs if isinstance(inputs, tuple) else () if inputs is None else (inputs,)
     keywords = dict(module_kwargs or {})
     if not positional and not keywords:
@@ -122,7 +121,7 @@ def _replica(module: M, modules: list[nn.Module], place: torch.device, share: bo
 
 
 def _twin_tensor(tensor: Tensor, place: torch.device, share: bool, detach: bool) -> Tensor:
-    tracked = tensor.requires_grad and not detach
+    tracked = tensor.requires_grad and not detach and torch.is_grad_enabled()
     source = tensor if tracked else tensor.detach()
     if not (share and tensor.device == place):
         return copied(source, place)
@@ -140,18 +139,20 @@ def _blank(module: nn.Module) -> nn.Module:
 
 
 def _state(module: nn.Module, repoint: Repoint) -> dict[str, Any]:
-    held = vars(module)
-    state = {name: repoint(value) for name, value in held.items()}
-    for name in _OWN_CONTAINERS:
-        if state[name] is held[name]:
-            state[name] = copy.copy(held[name])
-    # A forward compiled in place is bound to the source; without it the replica runs the plain one.
-    state.pop("_compiled_call_impl", None)
+    state = {
+        name: _own(value, repoint) if name in _OWN_CONTAINERS else repoint(value)
+        for name, value in vars(module).items()
+    }
     state["_is_replica"] = True  # torch's own mark: zero_grad() on a replica warns that it has no effect
     parameters = state["_parameters"]
     state["_parameters"] = {name: None for name, value in parameters.items() if value is None}
     state.update((name, value) for name, value in parameters.items() if value is not None)
     return state
+
+
+def _own(container: Any, repoint: Repoint) -> Any:
+    repointed = repoint(container) if container else container
+    return repointed.copy() if repointed is container else repointed
 
 
 def _fill_script(blank: nn.Module, module: nn.Module, twins: Twins) -> None:
@@ -161,56 +162,3 @@ def _fill_script(blank: nn.Module, module: nn.Module, twins: Twins) -> None:
             setattr(blank, name, twins[id(part)])
     # That slot is still read as an attribute; only the listing must not show it.
     vars(blank).update(_parameters={}, _is_replica=True)
-
-
-def _refuse_unfit(module: nn.Module) -> None:
-    _refuse_python_inside_script(module)
-    _refuse_uninitialised(module)
-    _refuse_replica(module)
-
-
-def _refuse_python_inside_script(module: nn.Module) -> None:
-    for name, script in module.named_modules():
-        if not isinstance(script, torch.jit.ScriptModule):
-            continue
-        for child_name, child in script.named_modules():
-            if not isinstance(child, torch.jit.ScriptModule):
-                raise RuntimeError(
-                    f"Cannot replicate the ScriptModule {name or type(module).__name__!r}: its child "
-                    f"{child_name!r} is the Python module {type(child).__name__}, and compiled code cannot "
-                    "be pointed at a copy of a Python module. Script the child too, or leave its parent in "
-                    "Python."
-                )
-
-
-def _refuse_uninitialised(module: nn.Module) -> None:
-    held = chain(
-        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    )
-    bare = [
-        f"{name} ({'lazy' if is_lazy(tensor) else 'meta'})"
-        for name, tensor in held
-        if is_lazy(tensor) or tensor.is_meta
-    ]
-    if bare:
-        raise RuntimeError(
-            f"Cannot replicate a module with uninitialised tensors: {', '.join(bare)}. Give them values "
-            "first: a lazy module gets them from one forward pass, a meta module from to_empty() and an init."
-        )
-
-
-def _refuse_replica(module: nn.Module) -> None:
-    if any("_is_replica" in vars(one) for one in module.modules()):
-        raise RuntimeError(
-            "Cannot replicate a replica: its parameters are not registered, so copies would share them. "
-            "Replicate the module that it came from."
-        )
-
-
-def _refuse_elsewhere(module: nn.Module, place: torch.device) -> None:
-    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-        if tensor.device != place:
-            raise RuntimeError(
-                f"the module must be on {place}, the first of the devices, but {name} is on {tensor.device}; "
-                f"move it with module.to({str(place)!r})"
-            )

@@ -21,7 +21,7 @@ import torch
 # equality; whoever holds a Twins keeps the source alive.
 Twins = dict[int, Any]
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
 _CALLABLE = (FunctionType, MethodType, functools.partial, weakref.ref)
 
 
@@ -33,7 +33,7 @@ class Repoint:
         self._seen: dict[int, Any] = {}  # one value met twice stays one value
 
     def __call__(self, value: Any) -> Any:
-        if isinstance(value, _PLAIN):
+        if type(value) in _PLAIN:
             return value
         key = id(value)
         if key in self._twins:

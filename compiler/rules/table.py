@@ -126,7 +126,8 @@ def _check(rule: OpRule, text: str) -> None:
         lost = sorted(read - written - free - {"..."})
         if lost:
             raise RuleError(f"{text!r}: factors {lost} vanish; name them in sum=, max=, ... or whole=")
-    unknown = sorted((free | rule.plain | rule.nonempty) - read - {n for t in rule.results for d in t for n in d} - {"..."})
+    known = read | {name for t in rule.results for dim in t for name in dim} | {"..."}
+    unknown = sorted((free | rule.plain | rule.nonempty) - known)
     if unknown:
         raise RuleError(f"{text!r}: {unknown} named in an option but in no operand or result")
 

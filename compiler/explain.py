@@ -1,0 +1,60 @@
+"""Why a value has its layout: the chain from the value back to the plan entries, rule by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.graph import operands, specs, target_name
+from shardc.compiler.infer import call_rule
+from shardc.compiler.match import nearest
+from shardc.compiler.text import node_text
+
+DEPTH = 12
+
+
+def explain(gm: GraphModule, before: GraphModule, name: str, names: dict[str, str]) -> str:
+    """The chain for one value, by mesh dim. `before` is the graph at global shapes, asked for what
+    localizing has taken apart. Raises ShardingError for a name that is not in the program."""
+    by_name = {n.name: n for graph in (before.graph, gm.graph) for n in graph.nodes}
+    if name not in by_name:
+        close = nearest(name, list(by_name))
+        raise ShardingError(f"no value %{name} in the program", help=f"nearest name: %{close}" if close else "")
+    node = by_name[name]
+    lines = [node_text(node, names)]
+    if node.meta.get("where"):
+        lines.append(f"  at {node.meta['where']} ({node.meta.get('path') or 'root module'})")
+    layouts = specs(node)
+    axes = [a for s in layouts for a in (*s.axes(), *(p[0] for p in s.pending))]
+    if not axes:
+        lines.append("  whole on every rank: no mesh dim splits it")
+    for axis in dict.fromkeys(axes):
+        lines.append(f"  {axis}:")
+        lines += [f"    {line}" for line in _chain(node, axis, names)]
+    return "\n".join(lines)
+
+
+def _chain(node: Node, axis: str, names: dict[str, str]) -> Iterator[str]:
+    for _ in range(DEPTH):
+        reason = node.meta.get("why")
+        if node.op == "placeholder":
+            yield f"%{node.name} is {names.get(node.name, 'an input')}, laid out so by {reason or 'its default'}"
+            return
+        if reason:
+            yield f"%{node.name} was laid out so by {reason}"
+            return
+        rule = call_rule(node) if hasattr(node.target, "overloadpacket") else None
+        source = next((n for n in operands(node) if any(_has(s, axis) for s in specs(n))), None)
+        how = f" (rule {rule.text})" if rule is not None and rule.text else ""
+        if source is None:
+            yield f"%{node.name} = {target_name(node.target)}{how}: the split begins here"
+            return
+        yield f"%{node.name} = {target_name(node.target)}{how}, from %{source.name}: {specs(source)[0]}"
+        node = source
+    yield "..."
+
+
+def _has(layout, axis: str) -> bool:
+    return axis in layout.axes() or layout.reduction(axis) is not None

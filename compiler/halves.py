@@ -1,0 +1,121 @@
+"""One joint graph as two: forward, which saves what backward needs, and backward.
+
+    forward(parameters, buffers, constants, batch) -> (outputs, mutations, saved)
+    backward(saved, tangents)                      -> (gradients)
+
+A value that forward marked for recomputation is not saved: backward computes it again, just before its
+first use. Random draws are always saved, so that both halves see the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from shardc.compiler.graph import output_node
+from shardc.compiler.signature import InputKind, OutputKind, Signature
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The two graphs; node names are those of the joint graph. `saved` names what one hands the other."""
+
+    forward: GraphModule
+    backward: GraphModule | None
+    saved: tuple[str, ...]
+
+
+def halves(gm: GraphModule, signature: Signature) -> Halves:
+    """Split a joint graph of any stage; without gradients there is no backward half."""
+    returned = output_node(gm).args[0]
+    first = signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)
+    last = signature.indices(OutputKind.GRADIENT)
+    forward = _ancestors([returned[i] for i in first])
+    gradients = [returned[i] for i in last]
+    tangents = {signature.inputs[i].node for i in signature.indices(InputKind.TANGENT)}
+    if not tangents:
+        return Halves(_forward(gm, forward, [returned[i] for i in first], tangents), None, ())
+    body, saved = _backward_nodes(gradients, forward, tangents)
+    front = _forward(gm, forward, [*(returned[i] for i in first), *saved], tangents)
+    back = _graph(gm, [*saved, *(n for n in gm.graph.nodes if n.name in tangents)], body, gradients)
+    return Halves(front, back, tuple(n.name for n in saved))
+
+
+def _ancestors(roots: list) -> set[Node]:
+    seen: set[Node] = set()
+    stack = [n for n in roots if isinstance(n, Node)]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
+
+
+def _backward_nodes(gradients: list, forward: set[Node], tangents: set[str]) -> tuple[list[Node], list[Node]]:
+    """What backward computes, in order, and what it must be handed."""
+    needed = _reached(gradients, forward)
+    order = {n: i for i, n in enumerate(next(iter(needed)).graph.nodes)} if needed else {}
+    saved = sorted((n for n in needed if _is_saved(n, forward) and n.name not in tangents), key=order.__getitem__)
+    body: list[Node] = []
+    placed: set[Node] = set()
+
+    def place(node: Node) -> None:
+        if node in placed or node in stop or node.name in tangents:
+            return
+        placed.add(node)
+        for used in node.all_input_nodes:  # a recomputed value goes right before its first use
+            place(used)
+        body.append(node)
+
+    stop = set(saved)
+    for node in sorted(needed, key=order.__getitem__):
+        if node not in forward:
+            place(node)
+    for node in gradients:  # a gradient may be a recomputed forward value itself
+        if isinstance(node, Node):
+            place(node)
+    return body, saved
+
+
+def _reached(gradients: list, forward: set[Node]) -> set[Node]:
+    seen: set[Node] = set()
+    stack = [n for n in gradients if isinstance(n, Node)]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not _is_saved(node, forward):
+            stack += node.all_input_nodes
+    return seen
+
+
+def _is_saved(node: Node, forward: set[Node]) -> bool:
+    if node.op == "placeholder":
+        return True
+    return node in forward and not (node.meta.get("recompute") and not _is_random(node))
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _forward(gm: GraphModule, keep: set[Node], returned: list, tangents: set[str]) -> GraphModule:
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name not in tangents]
+    return _graph(gm, inputs, [n for n in gm.graph.nodes if n in keep and n.op != "placeholder"], returned)
+
+
+def _graph(gm: GraphModule, inputs: list[Node], body: list[Node], returned: list) -> GraphModule:
+    graph = Graph()
+    env: dict[Node, Node] = {}
+    for node in inputs:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    for node in body:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].meta = dict(node.meta)
+    graph.output(tuple(env[n] if isinstance(n, Node) else n for n in returned))
+    return GraphModule(gm, graph)

@@ -1,0 +1,76 @@
+"""The unsharded module, run on one device with given values: what every program is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from shardc.compiler.signature import InputKind, OutputKind, Signature
+
+
+@dataclass(frozen=True)
+class Original:
+    """`values()` gives parameters and buffers whole, by FQN."""
+
+    module: nn.Module
+    signature: Signature
+    values: Callable[[], Mapping[str, Tensor]]
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The program's inputs at global shapes, tangents left out."""
+        batch = iter(self.signature.flatten_inputs(args, kwargs))
+        held = self.values()
+        out: list[Tensor] = []
+        for entry in self.signature.inputs:
+            if entry.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                out.append(held[entry.name])
+            elif entry.kind is InputKind.CONSTANT:
+                assert entry.value is not None
+                out.append(entry.value)
+            elif entry.kind is InputKind.BATCH:
+                out.append(next(batch))
+        return out
+
+    def run(self, flat: Sequence[Tensor]) -> tuple[list[Any], list[Tensor], dict[int, Any]]:
+        """(outputs, the tangents used, gradients by output position) of the module under autograd."""
+        entries = [e for e in self.signature.inputs if e.kind is not InputKind.TANGENT]
+        leaves = [x.detach().clone().requires_grad_(e.requires_grad) for x, e in zip(flat, entries, strict=True)]
+        needs = any(e.requires_grad for e in entries) and self.signature.indices(InputKind.TANGENT)
+        with torch.set_grad_enabled(bool(needs)):
+            args, kwargs = self._arguments(leaves)
+            result = functional_call(self.module, self._held(leaves), args, kwargs)
+        outputs = pytree.tree_leaves(result)
+        tangents = self._tangents(outputs)
+        return outputs, tangents, self._gradients(leaves, outputs, tangents)
+
+    def _arguments(self, leaves: list[Tensor]) -> tuple[tuple, dict]:
+        flat = [leaf.constant if leaf.input is None else leaves[leaf.input] for leaf in self.signature.leaves]
+        args, kwargs = pytree.tree_unflatten(flat, self.signature.in_spec)
+        return tuple(args), dict(kwargs)
+
+    def _held(self, leaves: list[Tensor]) -> dict[str, Tensor]:
+        pairs = zip(self.signature.inputs, leaves, strict=False)
+        held = {e.name: x for e, x in pairs if e.kind in (InputKind.PARAMETER, InputKind.BUFFER)}
+        return held | {alias: held[name] for alias, name in self.signature.tied.items() if name in held}
+
+    def _tangents(self, outputs: list[Any]) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        entries = [self.signature.inputs[i] for i in self.signature.indices(InputKind.TANGENT)]
+        tensors = [outputs[e.of] for e in entries if e.of is not None]
+        return [torch.randn(t.shape, generator=draw, dtype=t.dtype).to(t.device) for t in tensors]
+
+    def _gradients(self, leaves: list[Tensor], outputs: list[Any], tangents: list[Tensor]) -> dict[int, Any]:
+        places = self.signature.indices(OutputKind.GRADIENT)
+        if not tangents or not places:
+            return {}
+        of = [self.signature.inputs[i].of for i in self.signature.indices(InputKind.TANGENT)]
+        ends = [outputs[i] for i in of if i is not None]
+        sources = [leaves[i] for i in (self.signature.outputs[p].of for p in places) if i is not None]
+        found = torch.autograd.grad(ends, sources, tangents, allow_unused=True)
+        return dict(zip(places, found, strict=True))

@@ -1,0 +1,120 @@
+"""A compiled program: the graph at every stage, what it moves and why, and the proof against one device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from shardc.compiler.accounts import Collective, collectives_of, peak_bytes
+from shardc.compiler.explain import explain
+from shardc.compiler.halves import Halves, halves
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.pipeline import Context, Record, Stage, run_passes
+from shardc.compiler.prove import prove
+from shardc.compiler.resolve import Resolved
+from shardc.compiler.rules import all_rules as _rules  # noqa: F401  fills the rule table
+from shardc.compiler.signature import InputKind, Signature
+from shardc.compiler.text import text
+from shardc.compiler.trace import Traced
+from shardc.passes.pipeline import pipeline
+
+
+@dataclass(eq=False)
+class Program:
+    """One traced signature of a module, laid out over a mesh. `gm` is the last stage's joint graph."""
+
+    gm: GraphModule
+    global_gm: GraphModule  # the RESHARDED stage: runs on one device, collectives being identities
+    signature: Signature
+    mesh: Mesh
+    plan: Resolved
+    records: Sequence[Record]
+    original: Any = None  # an `Original`: runs the unsharded module
+    average: int = 1  # parameter gradients here are those of one device divided by this
+
+    @classmethod
+    def build(cls, traced: Traced, ctx: Context, original: Any = None) -> Program:
+        """Run the whole pipeline on a traced module (its graph is consumed)."""
+        gm, names = traced.gm, input_names(ctx.signature)
+        global_gm = gm
+        records: list[Record] = []
+        for step in pipeline(ctx):
+            if step.gives >= Stage.LOCAL and global_gm is gm:
+                global_gm = copy_graph(gm)
+            records += run_passes(gm, [step], ctx, names, records[-1] if records else None)
+        return cls(gm, global_gm, ctx.signature, ctx.mesh, ctx.plan, records, original)
+
+    def __str__(self) -> str:
+        return text(self.gm, self.mesh, input_names(self.signature))
+
+    def stage(self, name: str) -> str:
+        """The program's text as it stood at the end of a stage: TRACED, SHARDED, RESHARDED, LOCAL, SCHEDULED."""
+        try:
+            wanted = Stage[name.upper()]
+        except KeyError:
+            raise ValueError(f"no stage {name!r}; stages are {', '.join(s.name for s in Stage)}") from None
+        if wanted is Stage.TRACED:
+            return self.records[0].before
+        return [r.after for r in self.records if r.stage <= wanted][-1]
+
+    @cached_property
+    def hash(self) -> str:
+        """Of the program's text: the same on every rank."""
+        return hashlib.sha256(str(self).encode()).hexdigest()[:16]
+
+    @cached_property
+    def halves(self) -> Halves:
+        """Forward and backward graphs."""
+        return halves(self.gm, self.signature)
+
+    def collectives(self) -> list[Collective]:
+        """What moves, in program order."""
+        return collectives_of(self.gm, self.mesh)
+
+    def peak_bytes(self) -> int:
+        """Bytes alive at the worst moment of forward and backward on the rank that holds most."""
+        return peak_bytes(self.halves, self.signature, self.mesh)
+
+    def notes(self) -> list[str]:
+        """What passes report: operators without a rule, for example."""
+        return [note for record in self.records for note in record.notes]
+
+    def explain(self, value: str) -> str:
+        """Why a value has its layout: the chain of plan entries and rules. value: its name in the text."""
+        return explain(self.gm, self.global_gm, value.removeprefix("%"), input_names(self.signature))
+
+    def verify(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Simulate all ranks on these global inputs and compare with the original module: outputs, every
+        gradient, and every value in between. Raises ShardingError naming the first value that differs and
+        its line; returns the largest relative difference."""
+        return prove(self, inputs, kwargs)
+
+
+def input_names(signature: Signature) -> dict[str, str]:
+    """What each placeholder is, for the program's text."""
+    words = {InputKind.PARAMETER: "param", InputKind.BATCH: "input"}
+    out = {}
+    for entry in signature.inputs:
+        word = words.get(entry.kind, entry.kind.value)
+        of = f" of output {entry.of}" if entry.kind is InputKind.TANGENT else f" {entry.name}"
+        out[entry.node] = (word + of).strip()
+    return out
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """An independent graph with the same nodes, names and meta."""
+    graph = torch.fx.Graph()
+    env: dict[Any, Any] = {}
+    returned = graph.graph_copy(gm.graph, env)
+    graph.output(returned)
+    for old, new in env.items():
+        new.meta = dict(old.meta)
+    return GraphModule(gm, graph)
+
+

@@ -1,0 +1,159 @@
+"""A program proved against one device: outputs, every gradient, and every value in between.
+
+Three runs on the same inputs: the original module under autograd; the program's graph at global shapes,
+where every collective is an identity; and all ranks simulated. The first must equal the second at the
+ends, the second the third at every value, on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.graph import output_node, placeholders, specs
+from shardc.compiler.rules.table import tensors_in
+from shardc.compiler.signature import OutputKind
+from shardc.compiler.spec import Spec
+from shardc.compiler.text import excerpt
+from shardc.compiler.verify import Stage, verify
+from shardc.runtime.shards import cut, join
+from shardc.runtime.simulate import simulate
+
+if TYPE_CHECKING:
+    from shardc.compiler.program import Program
+
+# Of the largest value: what another order of summing may change.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def prove(program: Program, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
+    """The largest relative difference found. Raises ShardingError at the first value that differs."""
+    verify(program.gm, Stage.LOCAL, program.mesh)
+    flat = program.original.inputs(args, kwargs)
+    state = torch.get_rng_state()
+    outputs, tangents, gradients = program.original.run(flat)
+    after = torch.get_rng_state()
+    flat = [*flat, *tangents]
+    reference: dict[str, Any] = {}
+    torch.set_rng_state(state)
+    ends = _global_run(program, flat, reference)
+    _compare_ends(program, ends, outputs, gradients)
+    torch.set_rng_state(state)
+    worst = _compare_ranks(program, flat, reference)
+    torch.set_rng_state(after)
+    return worst
+
+
+def _global_run(program: Program, flat: list[Tensor], reference: dict[str, Any]) -> Sequence[Any]:
+    class Recorder(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            reference[n.name] = value = super().run_node(n)
+            return value
+
+    with torch.no_grad():
+        return Recorder(program.global_gm, garbage_collect_values=False).run(*[x.detach() for x in flat])
+
+
+def _compare_ends(program: Program, ends: Sequence[Any], outputs: list, gradients: dict[int, Any]) -> None:
+    """The traced graph against the original module."""
+    returned = output_node(program.global_gm).args[0]
+    entries = program.signature.outputs
+    expected = [outputs[i] if i < len(outputs) else gradients.get(i) for i in range(len(entries))]
+    for entry, node, have, want in zip(entries, returned, ends, expected, strict=True):
+        if entry.kind is OutputKind.MUTATION or not isinstance(want, Tensor) or not isinstance(node, Node):
+            continue
+        scale = 1.0 if entry.kind is OutputKind.OUTPUT else program.average
+        difference = _difference(have * scale if scale != 1.0 else have, want)
+        if difference > TOLERANCE.get(want.dtype, 0.0):
+            what = f"{entry.kind.value} {entry.name or ''}".strip()
+            raise ShardingError(
+                f"%{node.name}, {what}, differs from the original module by {difference:.1e} of its largest value",
+                where=node.meta.get("where", ""),
+                help="the traced program does not compute what the module does",
+            )
+
+
+def _compare_ranks(program: Program, flat: list[Tensor], reference: dict[str, Any]) -> float:
+    """All ranks, simulated, against the graph at global shapes; value by value, in program order."""
+    mesh, worst = program.mesh, 0.0
+    coords = [mesh.coords(r) for r in range(mesh.size)]
+    inputs = [
+        [cut(x.detach(), specs(n)[0], mesh, at) for at in coords]
+        for x, n in zip(flat, placeholders(program.gm), strict=True)
+    ]
+    origin: dict[str, str] = {}
+
+    def watch(node: Node, pieces: list[Any]) -> None:
+        nonlocal worst
+        name = origin[node.name] = _origin(node, origin, reference)
+        if name not in reference or node.op != "call_function":
+            return
+        values = tensors_in(reference[name])
+        for i, (want, layout) in enumerate(zip(values, specs(node), strict=False)):
+            have = [tensors_in(p)[i] for p in pieces]
+            worst = max(worst, _check(node, have, want, layout, program))
+
+    try:
+        with torch.no_grad():
+            simulate(program.gm, mesh, inputs, watch)
+    except (RuntimeError, IndexError, TypeError) as error:
+        last = next((n for n in program.gm.graph.nodes if n.op == "call_function" and n.name not in origin), None)
+        raise ShardingError(
+            f"%{last.name if last else '?'} does not run on every rank: {error}",
+            where=last.meta.get("where", "") if last else "",
+            excerpt=excerpt(last) if last else "",
+        ) from error
+    return worst
+
+
+def _origin(node: Node, origin: dict[str, str], reference: dict[str, Any]) -> str:
+    """Which value of the global graph a node holds: its own name's, or for a collective its operand's."""
+    if node.meta.get("origin"):
+        return node.meta["origin"]
+    if node.name in reference or not node.all_input_nodes:
+        return node.name
+    if (getattr(node.target, "__module__", "") or "").endswith("compiler.collectives"):
+        return origin.get(node.all_input_nodes[0].name, "")
+    return ""
+
+
+def _check(node: Node, pieces: list[Tensor], want: Tensor, layout: Spec, program: Program) -> float:
+    mesh, tolerance = program.mesh, TOLERANCE.get(want.dtype, 0.0)
+    scale = want.abs().max().item() if want.numel() and want.is_floating_point() else 1.0
+    shapes = [layout.local_shape(mesh, mesh.coords(r)) for r in range(mesh.size)]
+    wrong = next((r for r, (p, s) in enumerate(zip(pieces, shapes, strict=True)) if tuple(p.shape) != s), None)
+    if wrong is not None:
+        raise _differs(node, f"has shape {tuple(pieces[wrong].shape)} on rank {wrong}, not {shapes[wrong]}")
+    if layout.pending:
+        worst = _difference(join(pieces, layout, mesh), want)
+    else:
+        worst = max(_difference(p, cut(want, layout, mesh, mesh.coords(r)), scale) for r, p in enumerate(pieces))
+    if worst > tolerance:
+        raise _differs(node, f"differs from one device by {worst:.1e} of its largest value")
+    return worst
+
+
+def _differs(node: Node, what: str) -> ShardingError:
+    return ShardingError(f"%{node.name} {what}", where=node.meta.get("where", ""), excerpt=excerpt(node))
+
+
+def _difference(have: Tensor, want: Tensor, scale: float | None = None) -> float:
+    """The largest difference, as a part of the largest value; equal infinities and NaNs do not differ."""
+    if have.shape != want.shape:
+        return float("inf")
+    if not want.numel():
+        return 0.0
+    if not (want.is_floating_point() or want.is_complex()):
+        return 0.0 if torch.equal(have, want) else float("inf")
+    if torch.allclose(have, want, rtol=0, atol=0, equal_nan=True):
+        return 0.0
+    size = scale if scale is not None else want.abs().max().item()
+    worst = (have - want).abs().max().item()
+    return worst / max(size, 1e-30) if worst == worst else float("inf")
+
+

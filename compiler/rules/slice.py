@@ -1,0 +1,241 @@
+"""Operators that cut stretches out of a dim or lay them side by side.
+
+A cut leaves a dim free where it falls on borders of equal blocks: `(c n) -> (k n)`, every block split alike.
+The blocks are as large as the cut allows; where only single indices are, the dim stays whole.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardc.compiler.rules.names import dims, inserted, line, without
+from shardc.compiler.rules.site import Site
+from shardc.compiler.rules.table import OpRule, parse, rule
+
+aten = torch.ops.aten
+
+
+def _times(count: int, size: Any) -> Any:
+    """count * size, as a number where it is one."""
+    return count * size if count > 1 else size if count else 0
+
+
+def _blocks(count: int, name: str) -> str:
+    """`n` or, for several blocks of it, `(c n)`."""
+    return "n" if count == 1 else f"({name} n)"
+
+
+# -- slices ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A slice in factors: how the whole dim and the slice read, and the slice's local bounds."""
+
+    long: str
+    short: str
+    whole: str
+    sizes: dict[str, int]
+    start: int
+    end: int
+    step: int = 1
+    blocks: bool = False  # start and end count blocks of factor n, not indices
+
+    def bounds(self, site: Site) -> tuple[Any, Any, int]:
+        """(start, end, step) on one rank."""
+        if not self.blocks:
+            return self.start, self.end, self.step
+        return _times(self.start, site.size("n")), _times(self.end, site.size("n")), 1
+
+
+def cut(n: int, start: int | None, end: int | None, step: int) -> Cut:
+    """The widest blocks that a slice of a dim of n leaves in one piece."""
+    low, high, _ = slice(start, end).indices(n)
+    length = max(0, -(-(high - low) // step))
+    if step > 1 and low < step and length * step == n:
+        return Cut("(n c)", "n", "c", {"n": length, "c": step}, low, sys.maxsize, step)  # every step-th
+    block = math.gcd(n, low, length)
+    if step > 1 or block <= 1 or not length:
+        return Cut("c", "k", "c k", {}, low, max(low, high), step)
+    sizes = {"c": n // block, "k": length // block}
+    sizes = {f: count for f, count in sizes.items() if count > 1}
+    long, short = _blocks(n // block, "c"), _blocks(length // block, "k")
+    first = low // block
+    return Cut(long, short, " ".join(sizes), sizes | {"n": block}, first, first + length // block, blocks=True)
+
+
+def _sliced(
+    rank: int, at: int, part: Cut, call: Any, order: Sequence[str], linear: str
+) -> OpRule:
+    """A rule of tensors that are "long" or "short" along dim `at`, the result last."""
+    tensors = [dims(rank, {at: getattr(part, which)}) for which in order]
+    return parse(
+        line(tensors[:-1], tensors[-1:]), whole=part.whole, sizes=part.sizes, linear=linear,
+        localize=lambda site: call(site, *part.bounds(site)),
+    )  # fmt: skip
+
+
+@rule(aten.slice.Tensor)
+def _(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1, *, results: Any) -> OpRule:
+    def local(site: Site, *bounds: Any) -> Any:
+        return site.call(aten.slice.Tensor, site.args[0], dim, *bounds)
+
+    part = cut(x.shape[dim], start, end, step)
+    return _sliced(x.dim(), dim, part, local, ("long", "short"), "0")
+
+
+@rule(aten.slice_backward.default)
+def _(grad: Any, shape: Any, dim: int, start: Any, end: Any, step: int, *, results: Any) -> OpRule:
+    def local(site: Site, *bounds: Any) -> Any:
+        return site.call(aten.slice_backward.default, site.args[0], site.result_shape(), dim, *bounds)
+
+    part = cut(shape[dim], start, end, step)
+    return _sliced(len(shape), dim, part, local, ("short", "long"), "0")
+
+
+@rule(aten.slice_scatter.default)
+def _(
+    x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1, *, results: Any
+) -> OpRule:
+    def local(site: Site, *bounds: Any) -> Any:
+        return site.call(aten.slice_scatter.default, *site.args[:2], dim, *bounds)
+
+    part = cut(x.shape[dim], start, end, step)
+    return _sliced(x.dim(), dim, part, local, ("long", "short", "long"), "0 1")
+
+
+# -- one index -------------------------------------------------------------------------------------
+
+
+@rule(aten.select.int)
+def _(x: Any, dim: int, index: int, *, results: Any) -> OpRule:
+    names = dims(x.dim(), {dim: "c"})
+    return parse(line([names], [without(names, dim)]), whole="c", linear="0")
+
+
+@rule(aten.select_backward.default)
+def _(grad: Any, shape: Any, dim: int, index: int, *, results: Any) -> OpRule:
+    names = dims(len(shape), {dim: "c"})
+    return parse(line([without(names, dim)], [names]), whole="c", linear="0", shape_arg=1)
+
+
+@rule(aten.select_scatter.default)
+def _(x: Any, source: Any, dim: int, index: int, *, results: Any) -> OpRule:
+    names = dims(x.dim(), {dim: "c"})
+    return parse(line([names, without(names, dim)], [names]), whole="c", linear="0 1")
+
+
+@rule(aten.unbind.int)
+def _(x: Any, dim: int = 0, *, results: Any) -> OpRule:
+    names = dims(x.dim(), {dim: "c"})
+    return parse(line([names], [without(names, dim)] * len(results)), whole="c", linear="0")
+
+
+@rule(aten.stack.default)
+def _(tensors: Sequence[Any], dim: int = 0, *, results: Any) -> OpRule:
+    names = dims(tensors[0].dim())
+    return parse(
+        line([names] * len(tensors), [inserted(names, dim, "c")]), whole="c", linear=_all(len(tensors))
+    )
+
+
+def _all(count: int) -> str:
+    """A pending sum passes if every one of the operands holds it."""
+    return " ".join(map(str, range(count)))
+
+
+# -- pieces of a dim -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A dim made of stretches: its name, theirs, what stays whole, and the blocks in each stretch."""
+
+    all: str
+    each: list[str]
+    whole: str
+    sizes: dict[str, int]
+    counts: list[int] | None  # in blocks of factor n; None where the dim stays whole
+
+
+def pieces(sizes: Sequence[int]) -> Pieces:
+    """Stretches of a dim as blocks of their largest common size."""
+    block = math.gcd(*sizes)
+    if block <= 1:
+        each = [f"k{i}" for i in range(len(sizes))]
+        return Pieces("c", each, " ".join(["c", *each]), {}, None)
+    counts = [n // block for n in sizes]
+    each = [_blocks(k, f"k{i}") for i, k in enumerate(counts)]
+    known = {f"k{i}": k for i, k in enumerate(counts) if k != 1}
+    known |= {"c": sum(counts)} if sum(counts) > 1 else {}
+    return Pieces(_blocks(sum(counts), "c"), each, " ".join(known), known | {"n": block}, counts)
+
+
+@rule(aten.split.Tensor)
+@rule(aten.split_with_sizes.default)
+@rule(aten.unsafe_split.Tensor)
+@rule(aten.unsafe_split_with_sizes.default)
+def _(x: Any, sizes: Any, dim: int = 0, *, results: Any) -> OpRule:
+    lengths = [t.shape[dim] for t in results]
+    cuts = pieces(lengths)
+
+    def local(site: Site) -> Any:
+        mine = [_times(k, site.size("n")) for k in cuts.counts] if cuts.counts else lengths
+        return site.call(aten.split_with_sizes.default, site.args[0], mine, dim)
+
+    rank = x.dim()
+    text = line([dims(rank, {dim: cuts.all})], [dims(rank, {dim: k}) for k in cuts.each])
+    return parse(text, whole=cuts.whole, sizes=cuts.sizes, linear="0", localize=local)
+
+
+@rule(aten.cat.default)
+def _(tensors: Sequence[Any], dim: int = 0, *, results: Any) -> OpRule:
+    """Pieces of equal blocks come out as `(c n)`; an empty 1-d tensor beside larger ones is skipped."""
+    rank = results[0].dim()
+    nothing = {i for i, t in enumerate(tensors) if t.dim() != rank}
+    joined = pieces([0 if i in nothing else t.shape[dim] for i, t in enumerate(tensors)])
+    operands = [[f"z{i}"] if i in nothing else dims(rank, {dim: k}) for i, k in enumerate(joined.each)]
+    sizes = {f: n for f, n in joined.sizes.items() if f not in {f"k{i}" for i in nothing}}
+    whole = " ".join([f for f in joined.whole.split() if f not in {f"k{i}" for i in nothing}])
+    whole = " ".join([whole, *(f"z{i}" for i in nothing)])
+    text = line(operands, [dims(rank, {dim: joined.all})])
+    return parse(text, whole=whole, sizes=sizes, linear=_all(len(tensors)))
+
+
+# -- dims turned around, padded --------------------------------------------------------------------
+
+
+@rule(aten.flip.default)
+def _(x: Any, turned: Sequence[int], *, results: Any) -> OpRule:
+    names = dims(x.dim())
+    return parse(line([names], [names]), whole=" ".join({names[d] for d in turned}), linear="0")
+
+
+@rule(aten.roll.default)
+def _(x: Any, shifts: Any, turned: Any = (), *, results: Any) -> OpRule:
+    """Without dims, the whole tensor is one row."""
+    names = dims(x.dim())
+    rolled = [names[d] for d in ([turned] if isinstance(turned, int) else turned)] or names
+    return parse(line([names], [names]), whole=" ".join(rolled), linear="0")
+
+
+@rule(aten.rot90.default)
+def _(x: Any, k: int = 1, turned: Sequence[int] = (0, 1), *, results: Any) -> OpRule:
+    a, b = turned
+    left, right = dims(x.dim(), {a: "p", b: "q"}), dims(x.dim(), {a: "q", b: "p"})
+    return parse(line([left], [right if k % 2 else left]), whole="p q", linear="0")
+
+
+@rule(aten.constant_pad_nd.default)
+def _(x: Any, pad: Sequence[int], value: Any = 0, *, results: Any) -> OpRule:
+    """pad: (before, after) of the last dim, then of the one before it, ..."""
+    padded = {-1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]}
+    left, right = (dims(x.dim(), {d: f"{side}{-d}" for d in sorted(padded)}) for side in "xy")
+    whole = " ".join(f"{side}{-d}" for d in sorted(padded) for side in "xy")
+    return parse(line([left], [right]), whole=whole, linear="" if value else "0")

@@ -1,0 +1,257 @@
+"""Turns any nn.Module into one joint forward and backward ATen graph of global shapes, without computing.
+
+    traced = trace(module, (x,), {}, marks=["layers.0"])
+    traced.gm            one FX graph: placeholders, aten calls, one flat output tuple
+    traced.signature     what each of them is
+
+No real tensor is read or written, none as large as the model is made, no process group is needed, and
+the module is afterwards as it was. Every call node's meta says where it comes from (`trace_sources.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx import GraphModule
+
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.signature import InputKind, Leaf, OutputKind, Signature, TensorInfo
+from shardc.compiler.trace_capture import Program, by_dispatch, by_dynamo, export, quiet
+from shardc.compiler.trace_graph import Argument, build
+from shardc.compiler.trace_modules import Attributes, Held, bordered, held_tensors, stand_in, standing_in, trace_device
+from shardc.compiler.trace_sources import annotate, depends_on_values, refusal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A module's program before anything is decided about it."""
+
+    gm: GraphModule
+    signature: Signature
+
+
+def trace(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    marks: Iterable[str] = (),
+    params: Mapping[str, TensorInfo] | None = None,
+    grad: bool = True,
+) -> Traced:
+    """The joint graph of `module(*args, **kwargs)`, in the train or eval mode it is in.
+
+    Of the arguments' tensors only shape, strides, dtype, device and requires_grad count: fake and meta
+    ones will do. `params` says the same of parameters and buffers whose tensors in the module do not
+    (shards, meta tensors), by FQN. `marks` are the FQNs of modules whose border is kept (`marks.py`).
+    Without `grad`, or where nothing needs a gradient, there is a forward only.
+    """
+    held = held_tensors(module, params)
+    _refuse_mixed_scripts(module)
+    call = _Arguments.of(module, tuple(args), dict(kwargs or {}))
+    infos = [h.info for h in held] + [info for info in call.infos if info is not None]
+    device = trace_device(infos)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with ExitStack() as stack:
+        for context in (unset_fake_temporarily(), torch.inference_mode(False), torch.set_grad_enabled(grad)):
+            stack.enter_context(context)
+        stack.enter_context(_one_attention_path())
+        stack.callback(Attributes(module).restore)
+        fakes = [stand_in(h.info, mode, device, h.tensor) for h in held]
+        tensors = [stand_in(info, mode, device, torch.empty(0)) for info in call.infos if info is not None]
+        stack.enter_context(standing_in(held, fakes))
+        stack.enter_context(bordered(module, tuple(marks)))
+        program = Program(held, call.rebuild, Attributes(module), grad)
+        joint = _joint(module, program, fakes, tensors)
+        arguments = [*_held_arguments(held), *call.arguments()]
+        constants = _tensor_attributes(module)
+        gm, signature = build(joint, program, arguments, call.leaves(len(held)), constants, call.about(held))
+    _refuse_or_report(program, held, signature, call)
+    annotate(gm.graph, signature, module)
+    gm.graph.lint()
+    gm.recompile()
+    return Traced(gm, signature)
+
+
+def _joint(
+    module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> GraphModule:
+    """torch's joint graph: by Dynamo where it can, else by running forward on fake tensors."""
+    flat = [*fakes, *tensors]
+    scripted = any(isinstance(owner, torch.jit.ScriptModule) for owner in module.modules())
+    with quiet():
+        if not scripted:
+            try:
+                program.call, context = by_dynamo(module, *program.rebuild(tensors))
+                return export(program, flat, context)
+            except Exception as error:
+                if depends_on_values(error):
+                    raise refusal(error) from error
+                log.info("tracing by dispatch, as Dynamo says: %s", error)
+        drawn = random.getstate()
+        try:
+            program.call = by_dispatch(module)
+            joint = export(program, flat, None)
+        except Exception as error:
+            raise refusal(error) from error
+        if random.getstate() != drawn:
+            random.setstate(drawn)
+            raise ShardingError(
+                "forward draws from Python's random module, which a program cannot repeat",
+                help="draw with torch.rand, or outside forward",
+            )
+        return joint
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """The example arguments, flattened: a name per leaf, and the tensors' metadata."""
+
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    infos: tuple[TensorInfo | None, ...]
+    spec: Any
+    positional: int
+    keywords: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+        paths, spec = pytree.tree_flatten_with_path((args, kwargs))
+        name = _argument_namer(module)
+        names = tuple(name(path) for path, _ in paths)
+        values = tuple(value for _, value in paths)
+        for leaf, value in zip(names, values, strict=True):
+            if isinstance(value, Tensor) and value.layout is not torch.strided:
+                raise ShardingError(f"{leaf} is a {value.layout} tensor", help="pass a dense one")
+            if type(value).__module__ == "numpy":
+                raise ShardingError(f"{leaf} is a numpy {type(value).__name__}", help="pass torch.as_tensor of it")
+        infos = tuple(TensorInfo.of(value) if isinstance(value, Tensor) else None for value in values)
+        return cls(names, values, infos, spec, len(args), tuple(kwargs))
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with these tensors for those of the example."""
+        rest = iter(tensors)
+        pairs = zip(self.infos, self.values, strict=True)
+        return self.spec.unflatten([value if info is None else next(rest) for info, value in pairs])
+
+    def arguments(self) -> list[Argument]:
+        pairs = zip(self.names, self.infos, strict=True)
+        return [Argument(InputKind.BATCH, name, info.requires_grad) for name, info in pairs if info is not None]
+
+    def leaves(self, start: int) -> list[Leaf]:
+        """Each leaf; tensors count their argument from `start`."""
+        count = itertools.count(start)
+        return [
+            Leaf(name, constant=value) if info is None else Leaf(name, input=next(count))
+            for name, value, info in zip(self.names, self.values, self.infos, strict=True)
+        ]
+
+    def about(self, held: Sequence[Held]) -> dict[str, Any]:
+        tied = {alias: h.fqn for h in held for alias in h.aliases}
+        return {
+            "in_spec": self.spec,
+            "positional": self.positional,
+            "keywords": self.keywords,
+            "tied": MappingProxyType(tied),
+        }
+
+
+def _argument_namer(module: nn.Module) -> Callable[[Any], str]:
+    """Names a leaf of (args, kwargs) in terms of forward's parameters: `x`, `batch['ids']`, `args[1][0]`."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):  # scripted modules have none
+        parameters = []
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+
+    def name(path: Any) -> str:
+        key = path[1]
+        if path[0].idx == 1:
+            head = key.key
+        else:
+            head = named[key.idx] if key.idx < len(named) else f"{rest}[{key.idx - len(named)}]"
+        return head + pytree.keystr(path[2:])
+
+    return name
+
+
+def _held_arguments(held: Sequence[Held]) -> list[Argument]:
+    kinds = {True: InputKind.PARAMETER, False: InputKind.BUFFER}
+    return [Argument(kinds[h.parameter], h.fqn, h.info.requires_grad) for h in held]
+
+
+def _tensor_attributes(module: nn.Module) -> dict[int, str]:
+    """Names of the tensors that modules hold as plain attributes, by id."""
+    return {
+        id(value): f"{fqn}.{name}" if fqn else name
+        for fqn, owner in module.named_modules()
+        for name, value in vars(owner).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _refuse_mixed_scripts(module: nn.Module) -> None:
+    for fqn, owner in module.named_modules():
+        if isinstance(owner, torch.jit.ScriptModule):
+            for child in owner.children():
+                if not isinstance(child, torch.jit.ScriptModule):
+                    raise RuntimeError(f"the scripted module {fqn!r} has a Python module ({type(child).__name__}) in it")
+
+
+def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signature, call: _Arguments) -> None:
+    """What forward does beside computing: refused where the program would be wrong, else reported."""
+    if program.replaced:
+        raise ShardingError(
+            f"forward puts another tensor in place of {held[program.replaced[0]].fqn}",
+            help="write its new value into the parameter or buffer, which keeps its shape",
+        )
+    repeated = Counter(id(value) for value in call.values if isinstance(value, Tensor))
+    for output in signature.outputs:
+        if output.kind is OutputKind.MUTATION and output.of is not None:
+            leaf = next((i for i, name in enumerate(call.names) if name == output.name), None)
+            if signature.inputs[output.of].kind is InputKind.BATCH and repeated[id(call.values[leaf or 0])] > 1:
+                raise ShardingError(
+                    f"forward changes {output.name} in place, and was given the same tensor twice",
+                    help="pass a clone as one of them",
+                )
+    constants = {i.name for i in signature.inputs if i.kind is InputKind.CONSTANT}
+    for name, _ in program.changed:
+        if name in constants:
+            raise ShardingError(
+                f"forward reads the tensor {name} and sets it anew for the next call",
+                help=f"register {name} as a buffer",
+            )
+    if program.changed:
+        names = ", ".join(name for name, _ in program.changed)
+        warnings.warn(
+            f"forward sets {names}: the compiled module does not, and keeps what was read when tracing",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _one_attention_path() -> Iterator[None]:
+    """Keeps nn.MultiheadAttention from its fused inference operators: one set of operators in every mode."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,0 +1,274 @@
+"""From a module and example arguments to torch's own joint forward and backward graph.
+
+Two ways in. Dynamo reads forward's bytecode: it sees Python side effects and gives each node its source
+line. What it cannot read (TorchScript, calls it was told to leave alone) is run once on fake tensors and
+recorded operator by operator. Both end in AOTAutograd, which adds the backward.
+
+AOTAutograd sees a function without mutation and without aliasing: each input is copied before forward
+touches it, each output after, and a changed input is one more output. trace_graph.py takes the copies out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.fx.traceback as fx_traceback
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._dynamo.convert_frame import fullgraph_capture
+from torch._dynamo.functional_export import create_fx_graph_from_captured_output
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._guards import TracingContext, tracing
+from torch.fx import GraphModule, Interpreter, Node
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardc.compiler.trace_modules import Attributes, Held
+from shardc.compiler.trace_sources import outside_torch
+
+MARK = torch.ops.shardc.mark.default
+Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass
+class Program:
+    """Forward as a function of tensors: parameters and buffers first, then the tensors of the arguments."""
+
+    held: Sequence[Held]
+    rebuild: Callable[[Sequence[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
+    attributes: Attributes
+    grad: bool
+    call: Call | None = None
+    out_spec: Any = None
+    leaves: list[Any] = field(default_factory=list)  # of the result: constants, None where a tensor stands
+    paths: list[str] = field(default_factory=list)
+    tensors: list[int] = field(default_factory=list)  # which leaves are tensors
+    mutated: list[int] = field(default_factory=list)  # which inputs forward changes
+    changed: list[tuple[str, Any]] = field(default_factory=list)  # attributes that forward sets
+    replaced: list[int] = field(default_factory=list)  # parameters, or buffers of another shape, it replaces
+
+    def run(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        inputs = [tensor.clone() for tensor in flat]
+        versions = [tensor._version for tensor in inputs]
+        try:
+            for h, tensor in zip(self.held, inputs[: len(self.held)], strict=True):
+                h.put(tensor)
+            args, kwargs = self.rebuild(inputs[len(self.held) :])
+            assert self.call is not None
+            with fx_traceback.preserve_node_meta():
+                result = self.call(args, kwargs)
+            after = self._after(inputs)
+            self.mutated = [
+                i for i, t in enumerate(inputs) if after[i] is not t or t._version != versions[i]
+            ]
+            self.changed = self.attributes.changed()
+        finally:
+            self.attributes.restore()
+        self._describe(result)
+        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = outputs if self.grad else [leaf.detach() for leaf in outputs]
+        return tuple(leaf.clone() for leaf in outputs + [after[i].detach() for i in self.mutated])
+
+    def _after(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """What stands in each input's place now: forward may have assigned a new tensor to a buffer."""
+        after = list(inputs)
+        self.replaced = []
+        for i, h in enumerate(self.held):
+            now = next((t for t in (p.get() for p in h.places) if t is not inputs[i]), inputs[i])
+            if now is inputs[i]:
+                continue
+            same = isinstance(now, Tensor) and (now.shape, now.dtype) == (inputs[i].shape, inputs[i].dtype)
+            if h.parameter or not same:
+                self.replaced.append(i)
+            else:
+                after[i] = now
+        return after
+
+    def _describe(self, result: Any) -> None:
+        paths, self.out_spec = pytree.tree_flatten_with_path(result)
+        self.paths = [pytree.keystr(path) for path, _ in paths]
+        self.leaves = [None if isinstance(leaf, Tensor) else leaf for _, leaf in paths]
+        self.tensors = [i for i, (_, leaf) in enumerate(paths) if isinstance(leaf, Tensor)]
+
+
+class _Flat(nn.Module):
+    """The program in the form AOTAutograd takes."""
+
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        return self.run(*flat)
+
+
+class _Root(nn.Module):
+    """A parent for the module, so that none of its names can clash with those of a captured graph."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.root = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.root(*args, **kwargs)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch's own warnings about its tracing, which say nothing about the user's code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")
+        warnings.filterwarnings("ignore", "Error detected in")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
+        yield
+
+
+def by_dynamo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, TracingContext]:
+    """The captured forward, and the context AOTAutograd must run it in."""
+    root = _Root(module)
+    config: Any = torch._dynamo.config
+    options = {
+        "allow_rnn": True,
+        "assume_static_by_default": True,
+        "automatic_dynamic_shapes": False,
+        "specialize_int": True,
+        "specialize_float": True,
+        "ignore_logger_methods": {*config.ignore_logger_methods, print, warnings.warn},
+        "side_effect_replay_policy": "silent",
+    }
+    with config.patch(**options), get_metrics_context(), dynamo_timed("fullgraph_capture"):
+        captured = fullgraph_capture(root, args, kwargs)
+    gm = create_fx_graph_from_captured_output(captured, root, args, kwargs)
+
+    def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _Replay(gm).run(*args, *kwargs.values())
+
+    return call, gm.meta["tracing_context"]
+
+
+def by_dispatch(module: nn.Module) -> Call:
+    """Forward itself, to be recorded operator by operator."""
+    fqns = {id(owner): (fqn, type(owner)) for fqn, owner in module.named_modules()}
+
+    def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with (
+            patch.object(torch.compiler, "_is_compiling_flag", True),
+            torch.jit.optimized_execution(False),
+            _Stamp(fqns),
+            _Alias(),
+        ):
+            return module(*args, **kwargs)
+
+    return call
+
+
+def export(program: Program, flat: Sequence[Tensor], context: TracingContext | None) -> GraphModule:
+    """The joint graph, descriptors in `meta["desc"]` of its placeholders and output; nothing is decomposed."""
+    with ExitStack() as stack:
+        if context is not None:
+            stack.enter_context(tracing(context))
+        joint = aot_export_joint_with_descriptors(stack, _Flat(program.run), tuple(flat), {}, decompositions={})
+        return joint.graph_module
+
+
+@dataclass
+class _Marked:
+    """Which marked values are one tensor to the user, so that changing one in place changes the others.
+
+    A mark is a copy. Where eager would write to the marked tensor itself, the write is carried over.
+    """
+
+    groups: list[list[list[Any]]] = field(default_factory=list)  # of [tensor, version]
+
+    def join(self, x: Tensor, marked: Tensor) -> None:
+        for group in self.groups:
+            if any(tensor is x for tensor, _ in group):
+                group.append([marked, marked._version])
+                return
+        self.groups.append([[x, x._version], [marked, marked._version]])
+
+    def sync(self) -> None:
+        stale = True
+        while stale:
+            stale = False
+            for group in self.groups:
+                source = next((entry for entry in reversed(group) if entry[0]._version != entry[1]), None)
+                if source is None:
+                    continue
+                stale = True
+                for entry in group:
+                    if entry is not source:
+                        entry[0].copy_(source[0])
+                    entry[1] = entry[0]._version
+
+
+class _Replay(Interpreter):
+    """Runs the captured graph, each operator recorded with the source of its node."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self._marked = _Marked()
+
+    def run_node(self, n: Node) -> Any:
+        operands = [self.env[m] for m in n.all_input_nodes if isinstance(self.env.get(m), Tensor)]
+        versions = [t._version for t in operands]
+        result = super().run_node(n)
+        if n.target is MARK:
+            self._marked.join(operands[0], result)
+        elif self._marked.groups and any(t._version != v for t, v in zip(operands, versions, strict=True)):
+            self._marked.sync()
+        return result
+
+
+class _Alias(TorchFunctionMode):
+    """The same for a forward that runs itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._marked = _Marked()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._marked.sync()  # TorchScript may have written to a marked tensor unseen
+        result = func(*args, **(kwargs or {}))
+        if func is MARK:
+            self._marked.join(args[0], result)
+        else:
+            self._marked.sync()
+        return result
+
+
+class _Stamp(TorchDispatchMode):
+    """Gives each recorded operator the source line and the module it is called from."""
+
+    def __init__(self, fqns: dict[int, tuple[str, type]]) -> None:
+        super().__init__()
+        self._fqns = fqns
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        line, owner = self._caller()
+        meta = fx_traceback.current_meta
+        meta["stack_trace"] = line
+        meta["nn_module_stack"] = {str(owner): self._fqns[owner]} if owner else {}
+        return func(*args, **(kwargs or {}))
+
+    def _caller(self) -> tuple[str, int | None]:
+        frame, line, owner = inspect.currentframe(), "", None
+        while frame is not None and not (line and owner):
+            code = frame.f_code
+            if not line and outside_torch(code.co_filename):
+                line = f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n'
+            receiver = frame.f_locals.get("self")
+            if not owner and id(receiver) in self._fqns and isinstance(receiver, nn.Module):
+                owner = id(receiver)
+            frame = frame.f_back
+        return line, owner
+

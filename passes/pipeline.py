@@ -1,0 +1,32 @@
+"""The list of passes, in order, one reason each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shardc.compiler.pipeline import Context
+from shardc.passes.canonicalize import Canonicalize
+from shardc.passes.choose_factors import ChooseFactors
+from shardc.passes.insert_reshards import InsertReshards
+from shardc.passes.localize import Localize
+from shardc.passes.lower_reshards import LowerReshards
+from shardc.passes.merge_equal import MergeEqual
+from shardc.passes.propagate import Propagate
+from shardc.passes.seed_plan import SeedPlan
+
+
+def pipeline(ctx: Context) -> list[Any]:
+    """Every pass of one compilation."""
+    return [
+        Canonicalize(),  # fewer spellings, so fewer rules
+        SeedPlan(),  # the user's wishes become layouts
+        ChooseFactors(),  # ... of whole heads where heads will be needed whole
+        Propagate(),  # ... and reach every value                                    TRACED -> SHARDED
+        InsertReshards(),  # disagreements become explicit                           SHARDED -> RESHARDED
+        MergeEqual(),  # before lowering: one reshard per value and layout
+        LowerReshards(),  # ... and cost something
+        MergeEqual(),  # the first legs of two ways may be the same
+        Localize(),  # global shapes end here                                        RESHARDED -> LOCAL
+    ]
+
+

@@ -1,0 +1,84 @@
+"""The two ways to run a program's halves: all ranks simulated in this process, or this rank for real."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.spec import Spec
+from shardc.runtime.shards import cut, join
+from shardc.runtime.simulate import simulate
+
+
+class SimulatedRanks:
+    """Global tensors in, global tensors out; every rank's piece is computed here."""
+
+    def __init__(self, forward: GraphModule, backward: GraphModule | None, mesh: Mesh, results: int) -> None:
+        self._forward, self._backward, self._mesh, self._results = forward, backward, mesh, results
+        self._coords = [mesh.coords(r) for r in range(mesh.size)]
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+        with torch.no_grad():
+            pieces = [self._cut(x, n.meta["spec"]) for x, n in zip(inputs, _inputs(self._forward), strict=True)]
+            found = simulate(self._forward, self._mesh, pieces)
+        returned = _returned(self._forward)
+        whole = [self._join(p, n) for p, n in zip(found, returned, strict=True)]
+        return whole[: self._results], [v for p in found[self._results :] for v in p]
+
+    def backward(self, saved: Sequence[Any], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        assert self._backward is not None
+        nodes = _inputs(self._backward)
+        n = self._mesh.size
+        kept = [list(saved[i : i + n]) for i in range(0, len(saved), n)]
+        with torch.no_grad():
+            dealt = [self._cut(t, x.meta["spec"]) for t, x in zip(tangents, nodes[len(kept) :], strict=True)]
+            found = simulate(self._backward, self._mesh, [*kept, *dealt])
+        return [self._join(p, x) for p, x in zip(found, _returned(self._backward), strict=True)]
+
+    def _cut(self, x: Tensor, spec: Spec) -> list[Tensor]:
+        return [cut(x.detach(), spec, self._mesh, at) for at in self._coords]
+
+    def _join(self, pieces: Sequence[Any], node: Any) -> Any:
+        return join(pieces, node.meta["spec"], self._mesh) if hasattr(node, "meta") else pieces[0]
+
+
+class ThisRank:
+    """Local tensors in, local tensors out: the bound halves of one rank."""
+
+    def __init__(
+        self,
+        forward: GraphModule,
+        backward: GraphModule | None,
+        results: int,
+        wrap: Mapping[int, Any],
+    ) -> None:
+        self._forward, self._backward, self._results, self._wrap = forward, backward, results, wrap
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+        with torch.no_grad():
+            found = list(self._forward(*[_local(x) for x in inputs]))
+        return found[: self._results], found[self._results :]
+
+    def backward(self, saved: Sequence[Any], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        assert self._backward is not None
+        with torch.no_grad():
+            found = self._backward(*saved, *tangents)
+            return [self._wrap[i](g) if i in self._wrap and g is not None else g for i, g in enumerate(found)]
+
+
+def _local(x: Tensor) -> Tensor:
+    """The local tensor of a DTensor, without a dispatch."""
+    return getattr(x, "_local_tensor", x)
+
+
+def _inputs(gm: GraphModule) -> list[Any]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def _returned(gm: GraphModule) -> list[Any]:
+    return list(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])

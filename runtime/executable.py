@@ -1,0 +1,95 @@
+"""A program ready to run, as one differentiable function: forward half, then backward half.
+
+At run time there are only plain local tensors. A distributed parameter gives its local tensor at the
+door and gets its gradient back as a DTensor of the same layout; no operator is ever dispatched on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from shardc.compiler.signature import InputKind, OutputKind, Signature
+
+Flat = Sequence[Tensor]
+
+
+class Engine(Protocol):
+    """Runs one half of a program on the caller's tensors: real ranks, or all of them simulated."""
+
+    def forward(self, inputs: Flat) -> tuple[list[Any], list[Any]]:
+        """(outputs and mutations as the caller sees them, values saved for backward)."""
+        ...
+
+    def backward(self, saved: Sequence[Any], tangents: Flat) -> list[Tensor | None]:
+        """Gradients in the order of the signature's GRADIENT outputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Executable:
+    """One program bound to an engine. `inputs` of a call are in signature order, tangents left out."""
+
+    signature: Signature
+    engine: Engine
+
+    def __call__(self, inputs: Flat) -> tuple[list[Any], list[Any]]:
+        """(outputs, mutations): outputs carry autograd's graph where the program has a backward half."""
+        count = len(self.signature.indices(OutputKind.OUTPUT))
+        if not self.signature.indices(InputKind.TANGENT):
+            results, _ = self.engine.forward(inputs)
+        else:
+            results = list(_Run.apply(self, *inputs))
+        return results[:count], results[count:]
+
+
+class _Run(torch.autograd.Function):
+    """The program as autograd sees it: one node, whatever the model."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Executable, *inputs: Tensor) -> tuple[Any, ...]:
+        results, saved = program.engine.forward(inputs)
+        ctx.program = program
+        ctx.tensors = [i for i, v in enumerate(saved) if isinstance(v, Tensor)]
+        ctx.others = list(saved)
+        for i in ctx.tensors:
+            ctx.others[i] = None
+        ctx.save_for_backward(*(saved[i] for i in ctx.tensors))
+        ctx.set_materialize_grads(False)
+        outputs = program.signature.outputs
+        flat = [r for r, e in zip(results, outputs, strict=False) if isinstance(r, Tensor) and not e.requires_grad]
+        ctx.mark_non_differentiable(*flat)
+        ctx.results = [(r.shape, r.dtype, r.device) if isinstance(r, Tensor) else None for r in results]
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        program: Executable = ctx.program
+        saved = list(ctx.others)
+        for i, value in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            saved[i] = value
+        signature = program.signature
+        tangents = [_tangent(grads, signature.inputs[i].of, ctx.results) for i in signature.indices(InputKind.TANGENT)]
+        found = program.engine.backward(saved, tangents)
+        out: list[Any] = [None] * (len(signature.inputs) - len(tangents))
+        for i, grad in zip(signature.indices(OutputKind.GRADIENT), found, strict=True):
+            source = signature.outputs[i].of
+            assert source is not None
+            out[source] = grad
+        return None, *out
+
+
+def _tangent(grads: Sequence[Tensor | None], index: int | None, results: list) -> Tensor:
+    assert index is not None
+    grad = grads[index]
+    if grad is not None:
+        return grad.contiguous()
+    shape, dtype, device = results[index]
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+

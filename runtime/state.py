@@ -1,0 +1,61 @@
+"""Parameters as a rank holds them: whole tensors dealt out as shards, shards joined again, values loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.spec import Spec, to_placements
+from shardc.runtime.shards import cut
+
+
+def broadcast(x: Tensor, device_mesh: DeviceMesh, source: int) -> None:
+    """Give every rank of the mesh the tensor of the rank at position `source`: one mesh dim after the other."""
+    at = Mesh.of(device_mesh).coords(source)
+    for i, coordinate in enumerate(at.values()):
+        group = device_mesh.get_group(i)
+        if dist.get_world_size(group) > 1:
+            dist.broadcast(x, group_src=coordinate, group=group)
+
+
+def shard_parameter(param: nn.Parameter, spec: Spec, device_mesh: DeviceMesh, coords: Mapping[str, int]) -> nn.Parameter:
+    """This rank's piece of a whole parameter, as a DTensor parameter of the same global shape and stride."""
+    mesh = Mesh.of(device_mesh)
+    local = cut(param.detach(), spec, mesh, coords).clone(memory_format=torch.contiguous_format)
+    made = nn.Parameter(as_dtensor(local, spec, device_mesh), requires_grad=param.requires_grad)
+    return made
+
+
+def as_dtensor(local: Tensor, spec: Spec, device_mesh: DeviceMesh) -> DTensor:
+    """A local piece under its global label. Raises ValueError for a layout that torch has no placements for."""
+    placements = to_placements(spec, Mesh.of(device_mesh))
+    if placements is None:
+        raise ValueError(f"torch has no placements for {spec}")
+    stride = torch.empty(spec.shape, device="meta").stride()
+    shape = torch.Size(spec.shape)
+    return DTensor.from_local(local, device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def local_of(x: Tensor) -> Tensor:
+    """The local tensor of a DTensor, or the tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def as_held(value: Tensor, held: Tensor, spec: Spec, device_mesh: DeviceMesh, coords: Mapping[str, int]) -> Tensor:
+    """A loaded value in the layout a parameter is held in: a whole tensor is cut, a DTensor re-laid."""
+    if not isinstance(held, DTensor):
+        return value.full_tensor() if isinstance(value, DTensor) else value
+    if isinstance(value, DTensor):
+        return value.redistribute(held.device_mesh, held.placements)
+    if value.shape != held.shape:
+        return value  # nn.Module's own message about shapes is the right one
+    return as_dtensor(cut(value, spec, Mesh.of(device_mesh), coords).contiguous(), spec, device_mesh)
+
+
