@@ -1,6 +1,6 @@
 """What a replica costs per parameter, beside copy.deepcopy and beside the broadcast that DDP starts with.
 
-    python benchmarks/replicas.py [--layers 50 200 800] [--width 64] [--rounds 15] [--json PATH]
+    python benchmarks/replicas.py [--layers 50 200 800] [--width 64] [--rounds 25] [--json PATH]
 
 Each contender makes one more copy of the same model: `replicas(net, ["cpu", "cpu"])` (its first replica is
 the source's memory), `copy.deepcopy(net)`, and DDP's own coalesced broadcast from one process to another over
@@ -10,6 +10,7 @@ is the median over rounds, so a busy machine slows both sides of it.
 
 import argparse
 import copy
+import gc
 import json
 import os
 import statistics
@@ -62,10 +63,16 @@ def bytes_beyond_the_replicas(net: nn.Module) -> int:
     return new - sum(p.numel() * p.element_size() for p in net.parameters())
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    result = run()
-    taken = time.perf_counter() - start
+def seconds(run: Callable[[], object], ready: Callable[[], object] = lambda: None) -> float:
+    gc.collect()
+    gc.disable()  # as timeit does: a collection walks all objects of the process, whoever made them
+    try:
+        ready()
+        start = time.perf_counter()
+        result = run()
+        taken = time.perf_counter() - start
+    finally:
+        gc.enable()
     del result  # freeing the copy is not part of making it
     return taken
 
@@ -85,9 +92,8 @@ def one_round(net: nn.Module, rank: int) -> dict[str, float]:
     }
     taken = {name: seconds(run) for name, run in alone.items()} if rank == 0 else {}
     tensors = [p.detach() for p in net.parameters()]
-    dist.barrier()
     group = dist.distributed_c10d._get_default_group()
-    broadcast = seconds(lambda: dist._broadcast_coalesced(group, tensors, DDP_BUCKET, 0))
+    broadcast = seconds(lambda: dist._broadcast_coalesced(group, tensors, DDP_BUCKET, 0), dist.barrier)
     taken["broadcast"] = slowest_rank(broadcast)
     return taken
 
@@ -131,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of replicas, per parameter.")
     parser.add_argument("--layers", type=int, nargs="+", default=[50, 200, 800], help="two parameters each")
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--json", type=Path, help="also write the rows there")
     options = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

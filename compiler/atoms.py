@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import reshard
-from shardc.compiler.graph import operands, tensors, val
+from shardc.compiler.graph import operands, result_number, tensors
 from shardc.compiler.infer import call_rule
 from shardc.compiler.marks import MARK
-from shardc.compiler.rules.table import tensors_in
 
 
 class Atom:
@@ -92,8 +91,7 @@ class Atoms:
             return self._dims[node.args[0]]  # pyright: ignore[reportArgumentType]
         if node.target is operator.getitem:
             source, index = node.args
-            before = tensors_in(list(val(source))[:index])  # pyright: ignore
-            return [self._dims[source][len(before)]]  # pyright: ignore[reportArgumentType]
+            return [self._dims[source][result_number(source, index)]]  # pyright: ignore[reportArgumentType]
         rule = call_rule(node) if node.op == "call_function" else None
         if rule is None:
             for operand in operands(node) if node.op == "call_function" else ():

@@ -92,6 +92,11 @@ def shape(node: Node) -> tuple[int, ...]:
     return tuple(val(node).shape)
 
 
+def result_number(node: Node, index: int) -> int:
+    """Which of a node's tensors its result number `index` is; results that are None are not counted."""
+    return len(tensors_in(list(val(node))[:index]))
+
+
 def nbytes(node: Node) -> int:
     """Bytes of the global value(s)."""
     return sum(t.numel() * t.element_size() for t in tensors(node))

@@ -1,7 +1,7 @@
 """One joint graph as two: forward, which saves what backward needs, and backward.
 
     forward(parameters, buffers, constants, batch) -> (outputs, mutations, saved)
-    backward(saved, tangents)                      -> (gradients)
+    backward(saved, tangents, carries)             -> (gradients)
 
 A value that forward marked for recomputation is not saved: backward computes it again, just before its
 first use. Random draws are always saved, so that both halves see the same.
@@ -9,6 +9,7 @@ first use. Random draws are always saved, so that both halves see the same.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,11 @@ def halves(gm: GraphModule, signature: Signature) -> Halves:
     first = signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)
     last = signature.indices(OutputKind.GRADIENT)
     forward = _ancestors([returned[i] for i in first])
+    # Results of a forward call that only backward needs are taken apart in forward: tensors are saved, not tuples.
+    forward |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in forward}
     gradients = [returned[i] for i in last]
-    tangents = {signature.inputs[i].node for i in signature.indices(InputKind.TANGENT)}
+    late = signature.indices(InputKind.TANGENT, InputKind.CARRY)
+    tangents = {signature.inputs[i].node for i in late}
     if not tangents:
         return Halves(_forward(gm, forward, [returned[i] for i in first], tangents), None, ())
     body, saved = _backward_nodes(gradients, forward, tangents)

@@ -11,7 +11,8 @@ from torch.distributed.tensor import Placement
 from shardc.compiler.errors import PlanError
 from shardc.compiler.marks import parse_placement, placement_text
 from shardc.compiler.match import did_you_mean
-from shardc.compiler.styles import PLACEMENTS, placement_code
+from shardc.compiler.styles import PLACEMENTS
+from shardc.compiler.wording import placement_code, shown
 
 
 @dataclass(frozen=True, init=False)
@@ -113,9 +114,3 @@ def check_float(value: object, option: str) -> None:
 def bad_option(option: str, value: object, wanted: str) -> PlanError:
     """The error for an option with a value that makes no sense."""
     return PlanError(f"{option} is {shown(value)}", help=f"{option} is {wanted}")
-
-
-def shown(value: object) -> str:
-    """A value in an error message, kept short."""
-    text = repr(value)
-    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"

@@ -43,6 +43,9 @@ class Local:
         return self * -1
 
     def __repr__(self) -> str:
+        return f"Local({str(self)!r})"  # torch.fx writes it into a graph's code, which must parse
+
+    def __str__(self) -> str:
         text = dim_text(self.dim) if self.kind == "size" else f"{self.kind}({dim_text(self.dim)})"
         times = {1: "", -1: "-"}.get(self.times, f"{self.times}*")
         return f"{times}{text}{self.plus:+d}" if self.plus else f"{times}{text}"

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 WILD = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A pattern that matches none of the names it could have meant; `text` is how the user wrote it."""
+
+    text: str
+    pattern: str
+    names: Iterable[str]
 
 
 def is_exact(pattern: str) -> bool:
@@ -67,15 +77,12 @@ class Index:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.buffers = dict(model.named_buffers(remove_duplicate=False))
+        self.tensors: dict[str, Tensor] = {**self.parameters, **self.buffers}
         self._module_names = _firsts(self.modules)
-        self._tensor_names = _firsts({**self.parameters, **self.buffers})
+        self._tensor_names = _firsts(self.tensors)
         self._names_of: dict[str, list[str]] = {}
         for name, first in self._tensor_names.items():
             self._names_of.setdefault(first, []).append(name)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {**self.parameters, **self.buffers}
 
     def module(self, name: str) -> str:
         """The canonical name of a module."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.fx import GraphModule
 
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.resolve import Resolved
 from shardc.compiler.signature import Signature
+from shardc.compiler.spec import Spec
 from shardc.compiler.text import text
 from shardc.compiler.verify import Stage, verify
+
+if TYPE_CHECKING:
+    from shardc.compiler.resolved import Resolved
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Context:
     signature: Signature
     average: bool = False  # real mesh: each rank's loss is its own mean, so gradients are averaged
     reduce: bool = True  # False: data-parallel gradient reductions are left out (no_sync)
+    carries: Mapping[str, Spec] = field(default_factory=dict)  # layouts of gradients kept back, by FQN
     strict: bool = False
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import nn
@@ -14,8 +15,9 @@ from torch.distributed.tensor import Partial, Placement, Shard
 from shardc.compiler.errors import PlanError
 from shardc.compiler.layout import Layout as Layout
 from shardc.compiler.layout import Precision as Precision
-from shardc.compiler.layout import bad_option, check_float, shown, unknown_mesh_dim
-from shardc.compiler.styles import PLACEMENTS, is_style, placement_code, read_style, style_text
+from shardc.compiler.layout import bad_option, check_float, unknown_mesh_dim
+from shardc.compiler.styles import PLACEMENTS, is_style, read_style
+from shardc.compiler.wording import placement_code, shown, style_text
 
 Wish = object  # what a key of a plan may have: a style object, a string of tp_plan, or a torch placement
 
@@ -50,7 +52,7 @@ class Replicated:
         """`modules` as a tuple."""
         return (self.modules,) if isinstance(self.modules, str) else tuple(self.modules)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         options = _changed(self, bucket_mb=25, reduce_dtype=None)
         if self.ignored_modules:
             options["ignored_modules"] = _tuple_text(self.ignored_modules)
@@ -102,7 +104,7 @@ class FullyShard:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         options = _changed(self, reshard_after_forward=True, reduce_dtype=None)
         if self.placement is not None:
             options["placement"] = getattr(self.placement, "__name__", "...")
@@ -180,11 +182,17 @@ def wish_text(wish: Wish) -> str:
     return placement_code(wish) if isinstance(wish, Placement) else style_text(wish)
 
 
-def call_site() -> str:
-    """`file.py:12` of the nearest caller outside of this package."""
+def user_frame() -> FrameType:
+    """The nearest caller outside of this package."""
     frame, here = sys._getframe(1), str(Path(__file__).parent)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((here, "<")):
         frame = frame.f_back
+    return frame
+
+
+def call_site() -> str:
+    """`file.py:12` of the nearest caller outside of this package."""
+    frame = user_frame()
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 

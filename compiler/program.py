@@ -17,7 +17,7 @@ from shardc.compiler.halves import Halves, halves
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, Record, Stage, run_passes
 from shardc.compiler.prove import prove
-from shardc.compiler.resolve import Resolved
+from shardc.compiler.resolved import Resolved
 from shardc.compiler.rules import all_rules as _rules  # noqa: F401  fills the rule table
 from shardc.compiler.signature import InputKind, Signature
 from shardc.compiler.text import text

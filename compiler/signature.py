@@ -2,7 +2,7 @@
 
 Invariants: `inputs` are the graph's placeholders in order, `outputs` the entries of its output tuple in
 order (an entry without a node is None there). Inputs come as parameters, buffers, constants, batch,
-tangents; outputs as the leaves of what forward returns, then mutations, then gradients.
+tangents, carries; outputs as the leaves of what forward returns, then mutations, then gradients.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class InputKind(Enum):
     CONSTANT = "constant"
     BATCH = "batch"
     TANGENT = "tangent"
+    CARRY = "carry"  # a gradient kept back at earlier steps, added in backward
 
 
 class OutputKind(Enum):

@@ -16,7 +16,7 @@ from shardc.compiler.styles import Style
 Cut = Literal["columns", "rows"]
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-SHOWN = 4  # how many names a help line lists
+SHOWN = 3  # how many names a help line lists
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def cut(index: Index, fqn: str, style: Style, place: str) -> Split:
         inner = [n for n in index.parameters if n.startswith(join(fqn, "parametrizations"))]
         raise PlanError(
             f"{place} names {_called(fqn)}, a {type(module).__name__} that computes its weight",
-            help=f"give a placement to what it computes it from: {_listed(inner) or 'its own parameters'}",
+            help=f"give placements to {_listed(inner) or 'its parameters'}",
         )
     return split
 
@@ -94,7 +94,7 @@ def _convolution(module: nn.Module, columns: bool, what: str) -> Split:
     transposed, groups = isinstance(module, TRANSPOSED), getattr(module, "groups", 1)
     if groups > 1 and columns is transposed:
         raise PlanError(
-            f"{what} of {groups} groups, whose weight does not hold its channels in one dim",
+            f"{what} of {groups} groups, whose weight mixes groups and channels",
             help=f"use {'RowwiseParallel' if transposed else 'ColwiseParallel'}() here",
         )
     channels = -(len(getattr(module, "kernel_size", ())) + 1)
@@ -104,7 +104,7 @@ def _convolution(module: nn.Module, columns: bool, what: str) -> Split:
 def _attention(module: nn.Module, columns: bool, what: str) -> Split:
     if not columns:
         raise PlanError(
-            f"{what}, which has no rows: it is projections in and a projection out",
+            f"{what}, which has no rows: it is several matrices",
             help="ColwiseParallel() splits its heads, and its out_proj by rows",
         )
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
@@ -159,28 +159,23 @@ KINDS: tuple[tuple[Callable[[nn.Module], bool], Callable[[nn.Module, bool, str],
 def _not_cut(index: Index, fqn: str, place: str) -> PlanError:
     module, owned = index.modules[fqn], index.owned(fqn)
     what = f"{place} names {_called(fqn)}, a {type(module).__name__}"
-    below = [
-        n for n, _ in module.named_modules() if n and any(k(m) for k, _ in KINDS for m in [_at(module, n)])
-    ]
+    below = [join(fqn, n) for n, m in module.named_modules() if n and any(knows(m) for knows, _ in KINDS)]
+    below = [n for n in below if not any(n.startswith(outer + ".") for outer in below)]
     if not owned and below:
         return PlanError(
             f"{what} with no parameters of its own",
-            help=f"name modules inside it: {_listed([join(fqn, n) for n in below])}",
+            help=f"name modules inside it: {_listed(below)}",
         )
     if not any(True for _ in module.parameters()):
         return PlanError(
             f"{what}, which has no parameters to split",
-            help="leave it out, or lay out what passes through it with PrepareModuleInput or PrepareModuleOutput",
+            help="leave it out, or lay out what passes through it with PrepareModuleInputOutput",
         )
     names = [join(fqn, n) for n, p in module.named_parameters() if p.ndim > 0]
     return PlanError(
         f"{what}, whose columns and rows are not known",
         help=f"give its parameters placements, such as Shard(0): {_listed(names)}",
     )
-
-
-def _at(module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name)
 
 
 def _called(fqn: str) -> str:

@@ -6,7 +6,7 @@ in a global view.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardc.compiler.errors import PlanError
 from shardc.compiler.match import nearest
+from shardc.compiler.wording import shown
 
 STYLES = (
     ColwiseParallel,
@@ -114,7 +115,7 @@ def read_style(value: object, place: str) -> Style:
     """
     if isinstance(value, str):
         return _read_string(value, place)
-    if type(value) not in STYLES:
+    if type(value) not in STYLES:  # a subclass may override what is read here
         raise _no_style(value, place)
     if isinstance(value, (ColwiseParallel, RowwiseParallel)):
         rows = isinstance(value, RowwiseParallel)
@@ -130,34 +131,8 @@ def read_style(value: object, place: str) -> Style:
         along = _one(value.sequence_sharding, "sequence_dim", value, place)
         assert isinstance(along, Shard)
         return Style("whole", ports=_along(along.dim))
+    assert isinstance(value, (PrepareModuleInput, PrepareModuleOutput, PrepareModuleInputOutput))
     return _read_prepare(value, place)
-
-
-def style_text(value: object) -> str:
-    """A style as it would be written, options at their default left out."""
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, PrepareModuleInputOutput):
-        parts = {**_options(value.prepare_module_input), **_options(value.prepare_module_output)}
-    else:
-        parts = _options(value)
-    return f"{type(value).__name__}({', '.join(f'{k}={_option_text(v)}' for k, v in parts.items())})"
-
-
-def placement_code(placement: Placement) -> str:
-    """A placement as it would be written: `Shard(0)`, `Replicate()`, `Partial("max")`."""
-    if isinstance(placement, _StridedShard):
-        return f"_StridedShard({placement.dim}, split_factor={placement.split_factor})"
-    if isinstance(placement, Shard):
-        return f"Shard({placement.dim})"
-    if isinstance(placement, Partial):
-        return "Partial()" if placement.reduce_op == "sum" else f'Partial("{placement.reduce_op}")'
-    return "Replicate()"
-
-
-def same_wish(a: object, b: object) -> bool:
-    """Whether two values of a plan wish the same (torch's styles have no equality of their own)."""
-    return a is b or (type(a) is type(b) and (a == b or (is_style(a) and style_text(a) == style_text(b))))
 
 
 def _read_string(value: str, place: str) -> Style:
@@ -167,19 +142,18 @@ def _read_string(value: str, place: str) -> Style:
     if value in REFUSED_STRINGS:
         raise PlanError(
             f'{place} = "{value}": experts dealt out to ranks are not supported',
-            help="split every expert instead: give its parameters, by name, a placement on another dim than 0",
+            help="split every expert instead: give its parameters, by name, a placement on a dim but 0",
         )
     if value == "auto":
         raise PlanError(f'{place} = "auto" is no style', help="pass the dict model.tp_plan")
     raise PlanError(
         f'{place} = "{value}" is not a string of tp_plan',
-        help=f'the nearest is "{nearest(value, STRINGS)}"; all of them: {", ".join(STRINGS)}',
+        help=f'the nearest is "{nearest(value, STRINGS)}"',
     )
 
 
 def _no_style(value: object, place: str) -> PlanError:
-    known = ", ".join(style.__name__ for style in STYLES)
-    if isinstance(value, type):
+    if isinstance(value, type) and issubclass(value, ParallelStyle):
         return PlanError(f"{place} is the class {value.__name__}", help=f"write {value.__name__}()")
     base = next((s.__name__ for s in STYLES if isinstance(value, s)), None)
     if base:  # its overrides would be left out without a word
@@ -188,8 +162,8 @@ def _no_style(value: object, place: str) -> PlanError:
             help=f"use {base} itself: what a subclass does at run time is not read",
         )
     return PlanError(
-        f"{place} is {_shown(value)}, which is no style",
-        help=f"a style is one of {known}, or a string of tp_plan; a parameter's name may have a placement",
+        f"{place} is {shown(value)}, which is no style",
+        help="write a style of torch.distributed.tensor.parallel or a string of tp_plan",
     )
 
 
@@ -248,7 +222,7 @@ def _one(layouts: Sequence[object], option: str, style: ParallelStyle, place: st
     (layout,) = layouts if len(layouts) == 1 else (tuple(layouts),)
     if isinstance(layout, (tuple, list)):
         raise PlanError(
-            f"{place}: {option} of {type(style).__name__} has {len(layout)} layouts, but it is about 1 tensor",
+            f"{place}: {option} of {type(style).__name__} has {len(layout)} layouts for 1 tensor",
             help="give one placement; PrepareModuleInput takes a layout for each input",
         )
     checked = _checked(layout, option, place)
@@ -260,43 +234,6 @@ def _checked(layout: object, option: str, place: str) -> Placement | None:
     if layout is None or isinstance(layout, PLACEMENTS):
         return layout
     raise PlanError(
-        f"{place}: {option} holds {_shown(layout)}",
+        f"{place}: {option} holds {shown(layout)}",
         help="a layout is a torch placement: Shard(dim), Replicate() or Partial()",
     )
-
-
-def _options(style: object) -> dict[str, object]:
-    """The options of a style that differ from their default."""
-    out: dict[str, object] = {}
-    if isinstance(style, SequenceParallel):
-        dim = getattr(style.sequence_sharding[0], "dim", 1)
-        return {} if dim == 1 else {"sequence_dim": dim}
-    usual = {ColwiseParallel: (Replicate(), Shard(-1)), RowwiseParallel: (Shard(-1), Replicate())}
-    takes, gives = usual.get(type(style), (None, None))
-    names = [("input_layouts", takes), ("output_layouts", gives)]
-    if takes is None:
-        names[1:1] = [("desired_input_layouts", None)]
-        names += [("desired_output_layouts", None), ("input_kwarg_layouts", None)]
-        names += [("desired_input_kwarg_layouts", None)]
-    for name, default in names:
-        value = getattr(style, name, None)
-        if isinstance(value, tuple) and len(value) == 1:
-            value = value[0]
-        if value and value != default:
-            out[name] = value
-    return out
-
-
-def _option_text(value: object) -> str:
-    if isinstance(value, Placement):
-        return placement_code(value)
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f'"{k}": {_option_text(v)}' for k, v in value.items()) + "}"
-    if isinstance(value, (tuple, list)):
-        return f"({', '.join(_option_text(v) for v in value)})"
-    return str(value)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"a {type(value).__name__}"

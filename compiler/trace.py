@@ -14,6 +14,7 @@ import inspect
 import itertools
 import logging
 import random
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,15 @@ from shardc.compiler.errors import ShardingError
 from shardc.compiler.signature import InputKind, Leaf, OutputKind, Signature, TensorInfo
 from shardc.compiler.trace_capture import Program, by_dispatch, by_dynamo, export, quiet
 from shardc.compiler.trace_graph import Argument, build
-from shardc.compiler.trace_modules import Attributes, Held, bordered, held_tensors, stand_in, standing_in, trace_device
+from shardc.compiler.trace_modules import (
+    Attributes,
+    Held,
+    bordered,
+    held_tensors,
+    stand_in,
+    standing_in,
+    trace_device,
+)
 from shardc.compiler.trace_sources import annotate, depends_on_values, refusal
 
 log = logging.getLogger(__name__)
@@ -75,7 +84,7 @@ def trace(
         stack.callback(Attributes(module).restore)
         fakes = [stand_in(h.info, mode, device, h.tensor) for h in held]
         tensors = [stand_in(info, mode, device, torch.empty(0)) for info in call.infos if info is not None]
-        stack.enter_context(standing_in(held, fakes))
+        stack.enter_context(standing_in(module, held, fakes, mode, device))
         stack.enter_context(bordered(module, tuple(marks)))
         program = Program(held, call.rebuild, Attributes(module), grad)
         joint = _joint(module, program, fakes, tensors)
@@ -100,23 +109,32 @@ def _joint(
             try:
                 program.call, context = by_dynamo(module, *program.rebuild(tensors))
                 return export(program, flat, context)
+            except ShardingError:
+                raise
             except Exception as error:
                 if depends_on_values(error):
                     raise refusal(error) from error
                 log.info("tracing by dispatch, as Dynamo says: %s", error)
-        drawn = random.getstate()
+        before = _drawn()
         try:
             program.call = by_dispatch(module)
             joint = export(program, flat, None)
+        except ShardingError:
+            raise
         except Exception as error:
             raise refusal(error) from error
-        if random.getstate() != drawn:
-            random.setstate(drawn)
+        if _drawn() != before:
             raise ShardingError(
-                "forward draws from Python's random module, which a program cannot repeat",
-                help="draw with torch.rand, or outside forward",
+                "forward draws random numbers with Python or numpy, which a program cannot repeat",
+                help="draw them with torch, or outside forward",
             )
         return joint
+
+
+def _drawn() -> tuple[Any, ...]:
+    """The states of the generators that tracing does not see."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy and str(numpy.random.get_state(legacy=False))
 
 
 @dataclass(frozen=True)
@@ -232,14 +250,14 @@ def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signatu
                     help="pass a clone as one of them",
                 )
     constants = {i.name for i in signature.inputs if i.kind is InputKind.CONSTANT}
-    for name, _ in program.changed:
+    for name in program.changed:
         if name in constants:
             raise ShardingError(
                 f"forward reads the tensor {name} and sets it anew for the next call",
                 help=f"register {name} as a buffer",
             )
     if program.changed:
-        names = ", ".join(name for name, _ in program.changed)
+        names = ", ".join(program.changed)
         warnings.warn(
             f"forward sets {names}: the compiled module does not, and keeps what was read when tracing",
             stacklevel=3,

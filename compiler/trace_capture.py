@@ -6,11 +6,13 @@ recorded operator by operator. Both end in AOTAutograd, which adds the backward.
 
 AOTAutograd sees a function without mutation and without aliasing: each input is copied before forward
 touches it, each output after, and a changed input is one more output. trace_graph.py takes the copies out.
+Outputs are copied contiguous, so that tangents are contiguous whatever the strides of what they belong to.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,14 +27,17 @@ from torch import Tensor, nn
 from torch._dynamo.convert_frame import fullgraph_capture
 from torch._dynamo.functional_export import create_fx_graph_from_captured_output
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._functorch._aot_autograd.functional_utils import has_data_mutation
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.compiler.trace_modules import Attributes, Held
-from shardc.compiler.trace_sources import outside_torch
+from shardc.compiler.trace_sources import outside_torch, without_data, writes_to_constant
 
 MARK = torch.ops.shardc.mark.default
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -52,12 +57,11 @@ class Program:
     paths: list[str] = field(default_factory=list)
     tensors: list[int] = field(default_factory=list)  # which leaves are tensors
     mutated: list[int] = field(default_factory=list)  # which inputs forward changes
-    changed: list[tuple[str, Any]] = field(default_factory=list)  # attributes that forward sets
+    changed: list[str] = field(default_factory=list)  # attributes that forward sets
     replaced: list[int] = field(default_factory=list)  # parameters, or buffers of another shape, it replaces
 
     def run(self, *flat: Tensor) -> tuple[Tensor, ...]:
         inputs = [tensor.clone() for tensor in flat]
-        versions = [tensor._version for tensor in inputs]
         try:
             for h, tensor in zip(self.held, inputs[: len(self.held)], strict=True):
                 h.put(tensor)
@@ -66,16 +70,16 @@ class Program:
             with fx_traceback.preserve_node_meta():
                 result = self.call(args, kwargs)
             after = self._after(inputs)
-            self.mutated = [
-                i for i, t in enumerate(inputs) if after[i] is not t or t._version != versions[i]
-            ]
+            # Not by version counters: batch norm changes its statistics without counting.
+            self.mutated = [i for i, t in enumerate(inputs) if after[i] is not t or has_data_mutation(t)]
             self.changed = self.attributes.changed()
         finally:
             self.attributes.restore()
         self._describe(result)
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         outputs = outputs if self.grad else [leaf.detach() for leaf in outputs]
-        return tuple(leaf.clone() for leaf in outputs + [after[i].detach() for i in self.mutated])
+        outputs += [after[i].detach() for i in self.mutated]
+        return tuple(leaf.clone(memory_format=torch.contiguous_format) for leaf in outputs)
 
     def _after(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """What stands in each input's place now: forward may have assigned a new tensor to a buffer."""
@@ -123,13 +127,22 @@ class _Root(nn.Module):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch's own warnings about its tracing, which say nothing about the user's code."""
+    """Silences what torch says of its own tracing, unless the user turned its logs on."""
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._subclasses", "torch._logging")]
+    loggers = [logger for logger in loggers if not logger.isEnabledFor(logging.INFO)]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")
         warnings.filterwarnings("ignore", "Error detected in")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
-        yield
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def by_dynamo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, TracingContext]:
@@ -217,15 +230,29 @@ class _Replay(Interpreter):
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self._marked = _Marked()
+        self._constants: list[Tensor] = []
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An input; one that is a tensor of the user's own, a constant, is copied, never to be written to."""
+        value = super().placeholder(target, args, kwargs)
+        if not isinstance(value, Tensor) or isinstance(value, FunctionalTensor):
+            return value
+        if isinstance(value, FakeTensor):  # a plain attribute on meta: see trace_modules.standing_in
+            raise without_data(next((n.meta.get("stack_trace") for n in self._node.users), None))
+        self._constants.append(value.clone())
+        return self._constants[-1]
 
     def run_node(self, n: Node) -> Any:
+        self._node = n
         operands = [self.env[m] for m in n.all_input_nodes if isinstance(self.env.get(m), Tensor)]
         versions = [t._version for t in operands]
         result = super().run_node(n)
         if n.target is MARK:
             self._marked.join(operands[0], result)
-        elif self._marked.groups and any(t._version != v for t, v in zip(operands, versions, strict=True)):
+        elif any(t._version != v for t, v in zip(operands, versions, strict=True)):
             self._marked.sync()
+            if any(has_data_mutation(constant) for constant in self._constants):
+                raise writes_to_constant(n.meta.get("stack_trace"))
         return result
 
 
@@ -246,6 +273,13 @@ class _Alias(TorchFunctionMode):
         return result
 
 
+def _written(func: Any, args: Sequence[Any]) -> Iterator[Any]:
+    """The arguments that an operator writes to."""
+    for declared, value in zip(func._schema.arguments, args, strict=False):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            yield value
+
+
 class _Stamp(TorchDispatchMode):
     """Gives each recorded operator the source line and the module it is called from."""
 
@@ -255,6 +289,8 @@ class _Stamp(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         line, owner = self._caller()
+        if any(isinstance(t, Tensor) and not isinstance(t, FunctionalTensor) for t in _written(func, args)):
+            raise writes_to_constant(line)
         meta = fx_traceback.current_meta
         meta["stack_trace"] = line
         meta["nn_module_stack"] = {str(owner): self._fqns[owner]} if owner else {}

@@ -23,7 +23,6 @@ from torch._functorch._aot_autograd.descriptors import (
     TangentAOTInput,
 )
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
@@ -83,7 +82,7 @@ class Joint:
         return self.stands_for.get(node, node)
 
     def _see_through_copies(self) -> None:
-        entering = set(self.primals.values())
+        entering = {*self.primals.values(), *(n for n in self.nodes if n.op == "get_attr")}
         for node in self.nodes:
             if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
                 continue
@@ -275,22 +274,19 @@ def _check_constant(node: Node, name: str, value: Tensor) -> None:
             f"forward uses a tensor that requires grad but is no parameter or buffer of the module ({name})",
             "assign it to the module as an nn.Parameter, or detach it",
         )
-    if isinstance(value, FakeTensor) or value.is_meta:
-        raise refusal_at(
-            node, f"forward uses a tensor without data ({name})", "register it as a buffer, so that it is initialised"
-        )
 
 
 def _refuse_unsupported(joint: Joint, needed: Iterable[Node]) -> None:
     chosen = set(needed)
     for node in joint.nodes:
-        if node not in chosen:
+        if node not in chosen or node.op != "call_function":
             continue
         if isinstance(node.target, HigherOrderOperator):
             name = node.target.name()
             raise refusal_at(node, f"{name} cannot be part of a sharded program", "write it with plain operators")
         if any(isinstance(s, (SymInt, SymFloat, SymBool)) for s in _numbers(node.meta.get("val"))):
-            what = f"{node.target} makes a size or number that depends on the value of a tensor"
+            name = str(node.target).removesuffix(".default")
+            what = f"{name} makes a size or number that depends on the value of a tensor"
             raise refusal_at(node, what, VALUE_HELP)
 
 

@@ -37,7 +37,8 @@ class Place:
     name: str
 
     def get(self) -> Tensor | None:
-        return getattr(self.module, self.table).get(self.name)
+        table = getattr(self.module, self.table)
+        return table[self.name] if self.name in table else None
 
     def put(self, tensor: Tensor) -> None:
         # A table of a scripted module is made anew on each access and writes through.
@@ -92,7 +93,12 @@ def _held(tensor: Tensor, fqns: list[str], places: tuple[Place, ...], given: Map
 
 def trace_device(infos: Sequence[TensorInfo]) -> torch.device:
     """The device that stands for meta: that of the first tensor elsewhere."""
-    return next((info.device for info in infos if info.device.type != "meta"), torch.device("cpu"))
+    devices = [info.device for info in infos if info.device.type != "meta"]
+    for device in devices:
+        # Autograd ends the process, or fails obscurely, for a kind of device that is not there.
+        if device.type != "cpu" and not torch.get_device_module(device).is_available():
+            raise ShardingError(f"a tensor is on {device}, and there is no such device here")
+    return next(iter(devices), torch.device("cpu"))
 
 
 def stand_in(info: TensorInfo, mode: FakeTensorMode, device: torch.device, like: Tensor) -> Tensor:
@@ -129,11 +135,20 @@ def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 @contextmanager
-def standing_in(held: Sequence[Held], fakes: Sequence[Tensor]) -> Iterator[None]:
-    """The module computes with `fakes` in place of its own tensors."""
+def standing_in(
+    module: nn.Module, held: Sequence[Held], fakes: Sequence[Tensor], mode: FakeTensorMode, device: torch.device
+) -> Iterator[None]:
+    """The module computes with `fakes` in place of its own tensors.
+
+    Plain attributes on meta get one too, put back by `Attributes`: met as a constant it is refused by name.
+    """
     try:
         for h, fake in zip(held, fakes, strict=True):
             h.put(fake)
+        for owner in module.modules():
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, Tensor) and value.is_meta:
+                    vars(owner)[name] = stand_in(TensorInfo.of(value), mode, device, value)
         yield
     finally:
         for h in held:
@@ -185,14 +200,14 @@ class Attributes:
         self._modules = list(module.named_modules())
         self._before = [_copied(vars(owner)) for _, owner in self._modules]
 
-    def changed(self) -> list[tuple[str, Any]]:
-        """(FQN of the attribute, its new value) for what forward set, outside parameters and buffers."""
+    def changed(self) -> list[str]:
+        """FQNs of the attributes that forward set, parameters and buffers apart."""
         out = []
         for (fqn, owner), before in zip(self._modules, self._before, strict=True):
             for name, value in vars(owner).items():
                 if name not in (*TABLES, *DERIVED) and not _same(before.get(name, Attributes), value):
                     if not _recomputed(owner, name):
-                        out.append((f"{fqn}.{name}" if fqn else name, value))
+                        out.append(f"{fqn}.{name}" if fqn else name)
         return out
 
     def restore(self) -> None:

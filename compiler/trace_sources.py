@@ -137,13 +137,12 @@ def _users(node: Node) -> list[Node]:
 
 
 def _definition(module: nn.Module, path: str) -> Source:
-    """Where the class of a module is written."""
+    """Where the forward of a module's class is written: all there is for a torch.nn module by itself."""
     owner = type(module.get_submodule(path))
-    try:
-        file, line = inspect.getsourcefile(owner) or "", inspect.getsourcelines(owner)[1]
-    except (OSError, TypeError):
-        file, line = "<unknown>", 0
-    return Source(file, line, owner.__name__)
+    code = getattr(inspect.unwrap(owner.forward), "__code__", None)
+    if code is None:
+        return Source("<unknown>", 0, owner.__name__)
+    return Source(code.co_filename, code.co_firstlineno, code.co_name)
 
 
 def _backward(graph: Graph, signature: Signature) -> set[Node]:
@@ -165,7 +164,7 @@ VALUE_HELP = (
     "compute both sides and choose with torch.where, or move the branch out of forward; "
     "a size must be a Python number, not read from a tensor"
 )
-CAPTURE_HELP = "move what torch cannot trace out of forward, or out of the compiled module"
+CAPTURE_HELP = "if it runs without compiling, move what torch cannot trace out of forward, or out of the module"
 _DATA_DEPENDENT = (
     "data-dependent",
     "DataDependent",
@@ -189,14 +188,34 @@ def refusal(error: BaseException) -> ShardingError:
     if depends_on_values(error):
         what, help_ = "forward depends on the value of a tensor, which is not known when tracing", VALUE_HELP
     else:
-        what, help_ = f"forward cannot be traced: {_headline(error)}", CAPTURE_HELP
+        by_torch = type(error).__module__.startswith("torch")
+        verb = "cannot be traced" if by_torch else f"raises {type(error).__name__}"
+        what, help_ = f"forward {verb}: {_headline(error)}", CAPTURE_HELP
     return ShardingError(what, where=str(source or ""), excerpt=_excerpt(source), help=help_)
 
 
 def refusal_at(node: Node, what: str, help: str) -> ShardingError:
-    """The same for a node of the graph; before or after `annotate`."""
-    source = innermost(node.meta.get("stack_trace") or "")
-    return ShardingError(what, where=str(source or node.meta.get("where", "")), excerpt=_excerpt(source), help=help)
+    """The same for a node of torch's graph."""
+    return _refusal_in(node.meta.get("stack_trace"), what, help)
+
+
+def writes_to_constant(stack_trace: str | None) -> ShardingError:
+    return _refusal_in(
+        stack_trace, "forward changes a tensor in place that is no parameter, buffer or input", "register it as a buffer"
+    )
+
+
+def without_data(stack_trace: str | None) -> ShardingError:
+    return _refusal_in(
+        stack_trace,
+        "forward uses a tensor on meta that is no parameter or buffer",
+        "register it as a buffer, so that it is initialised",
+    )
+
+
+def _refusal_in(stack_trace: str | None, what: str, help: str) -> ShardingError:
+    source = innermost(stack_trace or "")
+    return ShardingError(what, where=str(source or ""), excerpt=_excerpt(source), help=help)
 
 
 def _headline(error: BaseException) -> str:

@@ -21,13 +21,15 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import all_reduce
 from shardc.compiler.graph import INHERITED, call_nodes, operands, specs, tensors
-from shardc.compiler.infer import Decision, call_rule, decide_node
+from shardc.compiler.infer import Decision, OpRule, call_rule, decide_node
 from shardc.compiler.local import bind, local_size, local_start
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
-from shardc.compiler.rules.table import OpRule
 from shardc.compiler.spec import Spec, axes_of, chunk, size_of
 from shardc.compiler.verify import Stage
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Localize:
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()
         for node in call_nodes(gm):
+            if node.target in VIEWS:
+                node.target = aten.reshape.default  # a piece may lie in memory otherwise than the whole
             rule = call_rule(node) if hasattr(node.target, "overloadpacket") else None
             if rule is None or not _differs(node):
                 continue

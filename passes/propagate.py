@@ -20,12 +20,11 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import reshard
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import call_nodes, operands, set_specs, spec, specs, target_name, val
+from shardc.compiler.graph import call_nodes, operands, result_number, set_specs, spec, specs, target_name
 from shardc.compiler.infer import call_rule, decide_node
 from shardc.compiler.marks import MARK
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
-from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec import Spec
 from shardc.compiler.text import excerpt
 from shardc.compiler.verify import Stage
@@ -57,12 +56,11 @@ class Propagate:
 
 def _pick(node: Node) -> None:
     source, index = node.args
-    before = tensors_in(list(val(source))[:index])  # results that are None have no layout
-    node.meta["spec"] = specs(source)[len(before)]
+    node.meta["spec"] = specs(source)[result_number(source, index)]
 
 
 def _call(node: Node, ctx: Context, unknown: Counter) -> None:
-    arriving = [_single(n) for n in operands(node)]
+    arriving = [spec(n) for n in operands(node)]
     decision = decide_node(node, arriving, ctx.mesh)
     if call_rule(node) is None and any(not s.is_whole for s in arriving):
         unknown[target_name(node.target)] += 1
@@ -70,10 +68,6 @@ def _call(node: Node, ctx: Context, unknown: Counter) -> None:
             raise _no_rule(node)
     node.meta["wants"] = decision.operands
     set_specs(node, decision.results)
-
-
-def _single(node: Node) -> Spec:
-    return spec(node)
 
 
 def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from shardc.compiler.borders import input_layout, output_layout
 from shardc.compiler.collectives import reshard
 from shardc.compiler.errors import PlanError
 from shardc.compiler.graph import call_nodes, insert, output_node, placeholders, shape, spec
@@ -49,6 +50,8 @@ class SeedPlan:
         for entry in ctx.signature.inputs:
             if entry.kind is InputKind.TANGENT:
                 nodes[entry.node].meta["spec"] = outputs[entry.of]
+            elif entry.kind is InputKind.CARRY:
+                nodes[entry.node].meta["spec"] = ctx.carries[entry.name]
         _fix_outputs(gm, outputs, ctx)
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         for entry in ctx.signature.inputs:
@@ -88,28 +91,13 @@ def _fits(mark: Node, axis: str, placement: Any, ctx: Context) -> None:
 def _input_spec(node: Node, entry: Input, ctx: Context) -> Spec | None:
     dims = shape(node)
     if entry.kind is InputKind.PARAMETER:
-        return from_placements(dims, ctx.plan.params[entry.name].stored, ctx.mesh)
+        return ctx.plan.params[entry.name].stored_spec(ctx.mesh)
     if entry.kind is InputKind.BUFFER:
-        return from_placements(dims, ctx.plan.buffers.get(entry.name, {}), ctx.mesh)
+        layout = ctx.plan.buffers.get(entry.name)
+        return layout.stored_spec(ctx.mesh) if layout is not None else Spec.whole(dims)
     if entry.kind is not InputKind.BATCH:
         return Spec.whole(dims)
-    layout, given = ctx.plan.input_layout(entry.name, len(dims))
-    if not given:
-        layout = {**layout, **_declared([u for u in node.users if u.target is MARK], "|in|", ctx)}
-    return _placed(dims, layout, ctx, f"input {entry.name}")
-
-
-def _declared(marks: list[Node], side: str, ctx: Context) -> dict[str, Any]:
-    """What a module fed by a root input (or returning a root output) says of it: a root style, or an explicit layout."""
-    out: dict[str, Any] = {}
-    for mark in marks:
-        if side not in mark.args[1] or mark.args[1].endswith("|grad"):
-            continue
-        for b in ctx.plan.at(mark.args[1]):
-            layout = b.declared if side == "|in|" else b.desired
-            if layout is not None and (b.module == "" or b.explicit):
-                out.setdefault(b.axis, layout)
-    return out
+    return _placed(dims, input_layout(node, entry.name, ctx.plan), ctx, f"input {entry.name}")
 
 
 def _placed(dims: tuple[int, ...], layout: Mapping[str, Any], ctx: Context, what: str) -> Spec:
@@ -127,9 +115,7 @@ def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
     for i, (node, entry) in enumerate(zip(returned, ctx.signature.outputs, strict=True)):
         if entry.kind is not OutputKind.OUTPUT or not isinstance(node, Node):
             continue
-        layout, given = ctx.plan.output_layout(entry.name, i, len(shape(node)))
-        if not given:
-            layout = {**layout, **_declared([node] if node.target is MARK else [], "|out|", ctx)}
+        layout = output_layout(node, entry, ctx.plan)
         out[i] = _placed(shape(node), layout, ctx, f"output {entry.name or i}")
     return out
 
@@ -169,7 +155,9 @@ def _gradient(gm: GraphModule, node: Node, entry: Output, source: Input, ways: i
     for axis in ctx.plan.data_axes:
         if axis in local:
             ways //= ctx.mesh[axis]
-    return insert(gm.graph, torch.ops.aten.div.Tensor, (new, ways), node) if ways > 1 else new
+    if ways == 1 or not ctx.reduce:  # what is kept back is divided when it is reduced
+        return new
+    return insert(gm.graph, torch.ops.aten.div.Tensor, (new, ways), node)
 
 
 def _split_axes(layout: Spec, ctx: Context) -> tuple[str, ...]:
@@ -215,9 +203,9 @@ def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) 
     layout = ctx.plan.params[fqn]
     if layout.stored == layout.compute:
         return 0
-    target = from_placements(shape(node), layout.compute, ctx.mesh)
+    target = layout.compute_spec(ctx.mesh)
     users = sorted((u for u in node.users if u.op != "output"), key=order.__getitem__)
-    freed = any(ctx.plan.reshard_after.get(a, False) for a in layout.stored if a not in layout.compute)
+    freed = any(ctx.plan.reshards(a, layout.unit[a]) for a in layout.stored if a not in layout.compute)
     phases = [["forward"], ["backward"]] if freed else [["forward", "backward"]]
     made = 0
     for phase in phases:

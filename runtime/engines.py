@@ -26,12 +26,12 @@ class SimulatedRanks:
         with torch.no_grad():
             pieces = [self._cut(x, n.meta["spec"]) for x, n in zip(inputs, _inputs(self._forward), strict=True)]
             found = simulate(self._forward, self._mesh, pieces)
-        returned = _returned(self._forward)
-        whole = [self._join(p, n) for p, n in zip(found, returned, strict=True)]
-        return whole[: self._results], [v for p in found[self._results :] for v in p]
+        returned = _returned(self._forward)[: self._results]
+        whole = [self._join(p, n) for p, n in zip(found, returned, strict=False)]
+        return whole, [v for p in found[self._results :] for v in p]
 
-    def backward(self, saved: Sequence[Any], tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        assert self._backward is not None
+    def backward(self, saved: Sequence[Any], tangents: Sequence[Tensor], carries: Sequence[Any]) -> list[Any]:
+        assert self._backward is not None and not carries
         nodes = _inputs(self._backward)
         n = self._mesh.size
         kept = [list(saved[i : i + n]) for i in range(0, len(saved), n)]
@@ -48,7 +48,11 @@ class SimulatedRanks:
 
 
 class ThisRank:
-    """Local tensors in, local tensors out: the bound halves of one rank."""
+    """Local tensors in, local tensors out: the bound halves of one rank.
+
+    results: how many of forward's returns are the caller's. wrap: what labels which gradients as DTensors.
+    blank: makes the zeros that stand for each carry already consumed.
+    """
 
     def __init__(
         self,
@@ -56,18 +60,21 @@ class ThisRank:
         backward: GraphModule | None,
         results: int,
         wrap: Mapping[int, Any],
+        blank: Sequence[Any],
     ) -> None:
         self._forward, self._backward, self._results, self._wrap = forward, backward, results, wrap
+        self._blank = blank
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
         with torch.no_grad():
             found = list(self._forward(*[_local(x) for x in inputs]))
         return found[: self._results], found[self._results :]
 
-    def backward(self, saved: Sequence[Any], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+    def backward(self, saved: Sequence[Any], tangents: Sequence[Tensor], carries: Sequence[Any]) -> list[Any]:
         assert self._backward is not None
+        filled = [make() if c is None else c for c, make in zip(carries, self._blank, strict=True)]
         with torch.no_grad():
-            found = self._backward(*saved, *tangents)
+            found = self._backward(*saved, *tangents, *filled)
             return [self._wrap[i](g) if i in self._wrap and g is not None else g for i, g in enumerate(found)]
 
 

@@ -6,7 +6,7 @@ door and gets its gradient back as a DTensor of the same layout; no operator is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,17 +25,32 @@ class Engine(Protocol):
         """(outputs and mutations as the caller sees them, values saved for backward)."""
         ...
 
-    def backward(self, saved: Sequence[Any], tangents: Flat) -> list[Tensor | None]:
-        """Gradients in the order of the signature's GRADIENT outputs."""
+    def backward(
+        self, saved: Sequence[Any], tangents: Flat, carries: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Gradients in the order of the signature's GRADIENT outputs; a carry that is None is zero."""
         ...
+
+
+class Ledger(Protocol):
+    """Keeps gradients back at unsynchronised steps, and hands them in at the next synchronised backward."""
+
+    def keep(self, name: str, gradient: Tensor) -> None: ...
+
+    def take(self, name: str) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
 class Executable:
-    """One program bound to an engine. `inputs` of a call are in signature order, tangents left out."""
+    """One program bound to an engine. `inputs` of a call are in signature order, tangents and carries left out.
+
+    kept: gradients (by position among the gradients) that stay pending here and go to the ledger, by name.
+    """
 
     signature: Signature
     engine: Engine
+    kept: Mapping[int, str]
+    ledger: Ledger
 
     def __call__(self, inputs: Flat) -> tuple[list[Any], list[Any]]:
         """(outputs, mutations): outputs carry autograd's graph where the program has a backward half."""
@@ -46,6 +61,18 @@ class Executable:
             results = list(_Run.apply(self, *inputs))
         return results[:count], results[count:]
 
+    def gradients(self, saved: Sequence[Any], tangents: list[Tensor]) -> list[Tensor | None]:
+        """Backward, with what was kept back put in and what is to be kept taken out."""
+        names = [self.signature.inputs[i].name for i in self.signature.indices(InputKind.CARRY)]
+        carries = [self.ledger.take(name) for name in names]
+        found = self.engine.backward(saved, tangents, carries)
+        for i, name in self.kept.items():
+            gradient = found[i]
+            if gradient is not None:
+                self.ledger.keep(name, gradient)
+                found[i] = None
+        return found
+
 
 class _Run(torch.autograd.Function):
     """The program as autograd sees it: one node, whatever the model."""
@@ -55,9 +82,7 @@ class _Run(torch.autograd.Function):
         results, saved = program.engine.forward(inputs)
         ctx.program = program
         ctx.tensors = [i for i, v in enumerate(saved) if isinstance(v, Tensor)]
-        ctx.others = list(saved)
-        for i in ctx.tensors:
-            ctx.others[i] = None
+        ctx.others = [None if isinstance(v, Tensor) else v for v in saved]
         ctx.save_for_backward(*(saved[i] for i in ctx.tensors))
         ctx.set_materialize_grads(False)
         outputs = program.signature.outputs
@@ -74,9 +99,10 @@ class _Run(torch.autograd.Function):
         for i, value in zip(ctx.tensors, ctx.saved_tensors, strict=True):
             saved[i] = value
         signature = program.signature
-        tangents = [_tangent(grads, signature.inputs[i].of, ctx.results) for i in signature.indices(InputKind.TANGENT)]
-        found = program.engine.backward(saved, tangents)
-        out: list[Any] = [None] * (len(signature.inputs) - len(tangents))
+        late = signature.indices(InputKind.TANGENT)
+        tangents = [_tangent(grads, signature.inputs[i].of, ctx.results) for i in late]
+        out: list[Any] = [None] * (len(signature.inputs) - len(signature.indices(InputKind.TANGENT, InputKind.CARRY)))
+        found = program.gradients(saved, tangents)
         for i, grad in zip(signature.indices(OutputKind.GRADIENT), found, strict=True):
             source = signature.outputs[i].of
             assert source is not None
@@ -91,5 +117,3 @@ def _tangent(grads: Sequence[Tensor | None], index: int | None, results: list) -
         return grad.contiguous()
     shape, dtype, device = results[index]
     return torch.zeros(shape, dtype=dtype, device=device)
-
-

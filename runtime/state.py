@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,3 +58,8 @@ def as_held(value: Tensor, held: Tensor, spec: Spec, device_mesh: DeviceMesh, co
     return as_dtensor(cut(value, spec, Mesh.of(device_mesh), coords).contiguous(), spec, device_mesh)
 
 
+
+
+def whole(x: Tensor) -> Tensor:
+    """The global tensor, on every rank; a collective where x is a DTensor."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardc.compiler.annotate import fully_shard, replicate
     from shardc.compiler.api import CompiledModule, Program, compile
     from shardc.compiler.errors import PlanError, RankFailure, RankMismatchError, ShardingError
     from shardc.compiler.marks import constrain
     from shardc.compiler.mesh import Mesh
-    from shardc.compiler.plan import FullyShard, Layout, Plan, Precision, Replicated, fully_shard, replicate
+    from shardc.compiler.plan import FullyShard, Layout, Plan, Precision, Replicated
     from shardc.compiler.rules.table import rule
     from shardc.runtime.launch import launch
     from shardc.runtime.replicas import data_parallel, replicas
@@ -54,10 +55,10 @@ _HOME = {
     "compile": "shardc.compiler.api",
     "constrain": "shardc.compiler.marks",
     "data_parallel": "shardc.runtime.replicas",
-    "fully_shard": "shardc.compiler.plan",
+    "fully_shard": "shardc.compiler.annotate",
     "launch": "shardc.runtime.launch",
     "replicas": "shardc.runtime.replicas",
-    "replicate": "shardc.compiler.plan",
+    "replicate": "shardc.compiler.annotate",
     "rule": "shardc.compiler.rules.table",
 }
 

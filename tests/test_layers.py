@@ -28,7 +28,11 @@ PLACEMENTS = [
 
 VALUES = ["compiler.mesh", "compiler.spec", "compiler.errors"]
 INFER = [*VALUES, "compiler.collectives", "compiler.infer", "compiler.graph", *FX]
-FOURTH = [f"compiler.{m}" for m in "pipeline verify text cost plan marks signature resolve local".split()]
+WISHES = [f"compiler.{m}" for m in "layout plan resolved borders".split()]  # what passes see of a plan
+FOURTH = [
+    *(f"compiler.{m}" for m in "pipeline verify text cost marks signature local atoms halves accounts".split()),
+    *WISHES,
+]
 PASS = [*INFER, *FOURTH]
 CORE = [*PASS, "compiler.rules", "compiler.trace"]
 API = [*CORE, "compiler", "passes.pipeline", "runtime", DISTRIBUTED]
@@ -43,9 +47,12 @@ LAYERS = {  # first match wins
     "compiler.graph": [*INFER, "compiler.rules"],
     "compiler.trace*": [*CORE, "compiler.trace_*", INTERNALS],
     "compiler.marks": [*CORE, *PLACEMENTS],
-    "compiler.plan": [*CORE, *PLACEMENTS, "torch.distributed.tensor.parallel"],
-    "compiler.api": API,
-    "compiler.train_step": API,
+    **{
+        f"compiler.{m}": ["compiler", *PLACEMENTS, *DEVICE_MESH, "torch.distributed.tensor.parallel"]
+        for m in "layout plan annotate styles wording match splits roots forwards report resolve*".split()
+    },
+    # What compile is made of: one room in several files, the only one that sees both passes and runtime.
+    **{f"compiler.{m}": API for m in "api compiled lowering program prove train_step check_rule".split()},
     "compiler": CORE,
     "passes.pipeline": [*PASS, "passes"],
     "passes": PASS,
@@ -54,6 +61,8 @@ LAYERS = {  # first match wins
         "compiler.collectives",
         "compiler.graph",
         "compiler.text",
+        "compiler.signature",
+        "compiler.local",
         *FX,
         "runtime",
         DISTRIBUTED,

@@ -34,6 +34,25 @@ def two_step(
     return localize
 
 
+def dense(op: Any, at: Collection[int], factors: Collection[str]) -> Callable[[Site], Any]:
+    """A localize function for a kernel that reads some arguments, by position, as if they were contiguous:
+    a piece of a tensor need not be, where one of the factors is split."""
+
+    def localize(site: Site) -> Any:
+        args = packed(site, at) if any_split(site, factors) else site.args
+        return site.call(op, *args, **site.kwargs)
+
+    return localize
+
+
+def packed(site: Site, at: Collection[int]) -> list[Any]:
+    """The call's arguments, those at some positions made contiguous."""
+    return [
+        site.call(aten.contiguous.default, x) if i in at and x is not None else x
+        for i, x in enumerate(site.args)
+    ]
+
+
 def any_split(site: Site, factors: Collection[str]) -> bool:
     return any(site.split(f) for f in factors)
 
@@ -62,7 +81,7 @@ def join(site: Site, x: Any, factors: Collection[str], op: str = "sum") -> Any:
 
 def local_sum(site: Site, x: Any, dims: Collection[int], keepdim: bool = False) -> Any:
     if not dims:  # which the operator would read as all of them
-        return x
+        return site.call(aten.alias.default, x)
     return site.call(aten.sum.dim_IntList, x, sorted(dims), keepdim)
 
 
@@ -71,16 +90,12 @@ def total(site: Site, x: Any, dims: Dims, keepdim: bool = True) -> Any:
     return join(site, local_sum(site, x, dims, keepdim), dims.values())
 
 
-def totals(site: Site, xs: Sequence[Any]) -> Callable[[Collection[str]], list[Any]]:
-    """Several local sums of one shape, to be joined over factors in one go."""
-
-    def over(factors: Collection[str]) -> list[Any]:
-        if not any_split(site, factors):
-            return list(xs)
-        both = join(site, site.call(aten.stack.default, list(xs)), factors)
-        return [site.call(aten.select.int, both, 0, i) for i in range(len(xs))]
-
-    return over
+def joined_sums(site: Site, xs: Sequence[Any], factors: Collection[str]) -> list[Any]:
+    """Local sums of one shape, made complete in one collective."""
+    if len(xs) < 2 or not any_split(site, factors):
+        return [join(site, x, factors) for x in xs]
+    both = join(site, site.call(aten.stack.default, list(xs)), factors)
+    return [site.call(aten.select.int, both, 0, i) for i in range(len(xs))]
 
 
 def largest(site: Site, x: Any, rank: int, dims: Dims, dtype: torch.dtype) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardc.compiler.rules.table import OpRule, parse
 
 Shape = Sequence[int]
 
@@ -41,3 +44,13 @@ def broadcast(shape: Shape, result: Shape, names: Sequence[str]) -> list[str]:
     skipped = len(result) - len(shape)
     pairs = zip(shape, result[skipped:], names[skipped:], strict=True)
     return [name if n == size else "1" for n, size, name in pairs]
+
+
+def apart(operands: Sequence[Any], results: Sequence[Any], **options: Any) -> OpRule:
+    """The rule of a call that must see its operands whole: every dim a name of its own."""
+    left, right = (
+        [[f"{side}{i}.{d}" for d in range(t.dim())] for i, t in enumerate(tensors)]
+        for side, tensors in (("x", operands), ("y", results))
+    )
+    whole = [name for tensor in (*left, *right) for name in tensor]
+    return parse(line(left, right), whole=" ".join(whole), **options)

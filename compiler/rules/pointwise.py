@@ -21,7 +21,7 @@ POINTWISE = {
     "0": """
         alias clone detach lift lift_fresh lift_fresh_copy positive _lazy_clone
         neg _neg_view _conj _conj_physical conj_physical deg2rad rad2deg
-        mul.Scalar div.Tensor div.Scalar true_divide.Tensor ldexp.Tensor _masked_scale
+        mul.Scalar div.Tensor div.Scalar true_divide.Tensor ldexp.Tensor
         sigmoid_backward tanh_backward logit_backward silu_backward mish_backward gelu_backward elu_backward
         threshold_backward leaky_relu_backward hardtanh_backward hardswish_backward hardsigmoid_backward
         hardshrink_backward softshrink_backward softplus_backward

@@ -61,18 +61,16 @@ def cut(n: int, start: int | None, end: int | None, step: int) -> Cut:
     if step > 1 and low < step and length * step == n:
         return Cut("(n c)", "n", "c", {"n": length, "c": step}, low, sys.maxsize, step)  # every step-th
     block = math.gcd(n, low, length)
-    if step > 1 or block <= 1 or not length:
+    if step > 1 or not length or (block == 1 and length < n):
         return Cut("c", "k", "c k", {}, low, max(low, high), step)
     sizes = {"c": n // block, "k": length // block}
     sizes = {f: count for f, count in sizes.items() if count > 1}
     long, short = _blocks(n // block, "c"), _blocks(length // block, "k")
-    first = low // block
-    return Cut(long, short, " ".join(sizes), sizes | {"n": block}, first, first + length // block, blocks=True)
+    first, last = low // block, (low + length) // block
+    return Cut(long, short, " ".join(sizes), sizes | {"n": block}, first, last, blocks=True)
 
 
-def _sliced(
-    rank: int, at: int, part: Cut, call: Any, order: Sequence[str], linear: str
-) -> OpRule:
+def _sliced(rank: int, at: int, part: Cut, call: Any, order: Sequence[str], linear: str) -> OpRule:
     """A rule of tensors that are "long" or "short" along dim `at`, the result last."""
     tensors = [dims(rank, {at: getattr(part, which)}) for which in order]
     return parse(
@@ -167,7 +165,7 @@ class Pieces:
 def pieces(sizes: Sequence[int]) -> Pieces:
     """Stretches of a dim as blocks of their largest common size."""
     block = math.gcd(*sizes)
-    if block <= 1:
+    if block == 0 or (block == 1 and len(sizes) > 1):
         each = [f"k{i}" for i in range(len(sizes))]
         return Pieces("c", each, " ".join(["c", *each]), {}, None)
     counts = [n // block for n in sizes]

@@ -119,7 +119,7 @@ def _groups(linear: str) -> tuple[frozenset[int], ...]:
 
 
 def _check(rule: OpRule, text: str) -> None:
-    read = {name for t in rule.operands for dim in t for name in dim}
+    read = {name for t in rule.operands for dim in t for name in dim} - {"*"}
     free = rule.whole | rule.joined | {name for name, _ in rule.reductions}
     for result in rule.results:
         written = {name for dim in result for name in dim}

@@ -185,9 +185,7 @@ def _(x: Any, at: int, size: int, step: int, *, results: Any) -> OpRule:
 @rule(aten.unfold_backward.default)
 def _(grad: Any, sizes: Any, at: int, size: int, step: int, *, results: Any) -> OpRule:
     windows = [*dims(len(sizes), {at: "k"}), "w"]
-    return parse(
-        line([windows], [dims(len(sizes), {at: "n"})]), whole="n k w", linear="0", shape_arg=1
-    )
+    return parse(line([windows], [dims(len(sizes), {at: "n"})]), whole="n k w", linear="0", shape_arg=1)
 
 
 def _off_diagonal(rank: int, a: int, b: int) -> tuple[list[str], list[str]]:

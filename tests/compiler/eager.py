@@ -1,6 +1,5 @@
 """Runs a traced graph on real tensors and compares all it gives with what the module itself gives, eagerly."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,10 +26,10 @@ def held(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def run(traced: Traced, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tangents) -> list[Any]:
-    """The graph's outputs, for the module's own parameters and buffers."""
-    signature, values = traced.signature, held(module)
-    batch, given = iter(signature.flatten_inputs(args, kwargs)), iter(tangents)
+def run(traced: Traced, values: Mapping[str, Tensor], call: Any, tangents: Sequence[Tensor]) -> list[Any]:
+    """The graph's outputs, with these parameters and buffers."""
+    signature = traced.signature
+    batch, given = iter(signature.flatten_inputs(*call)), iter(tangents)
     flat: list[Any] = []
     for i in signature.inputs:
         match i.kind:
@@ -55,76 +54,79 @@ def same(a: Any, b: Any, what: str) -> None:
     torch.testing.assert_close(a, b, msg=lambda m: f"{what}: {m}")
 
 
-def check(module: nn.Module, *args: Any, grad: bool = True, **options: Any) -> Traced:
-    """Traces `module(*args, **kwargs)` and holds outputs, mutations and gradients against eager's.
+def check(module: nn.Module, *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any) -> Traced:
+    """Traces `module(*args, **kwargs)` and holds outputs, mutations and gradients against eager's."""
+    call = (args, dict(kwargs or {}))
+    grad = options.get("grad", True)
+    traced = trace(module, *call, **options)
 
-    `kwargs`, `marks` and `params` are options.
-    """
-    kwargs = options.pop("kwargs", {})
-    before = {name: value.clone() for name, value in held(module).items()}
-    traced = trace(module, args, kwargs, grad=grad, **options)
-    for name, value in held(module).items():
-        same(value, before[name], f"{name} after tracing")
-
-    reference = copy.deepcopy(module)
-    own_args, own_kwargs = fresh((args, kwargs))
-    call_args, call_kwargs = pytree.tree_map_only(
-        Tensor, lambda t: t.clone() if t.requires_grad else t, (own_args, own_kwargs)
-    )
+    own = fresh(call)
+    before = {name: value.detach().clone() for name, value in held(module).items()}
+    # An input that requires grad is no leaf to forward, so that it may be changed in place.
+    called = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, own)
+    started = [t.detach().clone() for t in tensors(called)]
     torch.manual_seed(SEED)
     with torch.set_grad_enabled(grad):
-        expected = reference(*call_args, **call_kwargs)
+        expected = module(*called[0], **called[1])
     wants = [t for t in tensors(expected) if t.requires_grad]
     tangents = tangents_for(wants)
     torch.manual_seed(SEED)
-    results = run(traced, module, *fresh((args, kwargs)), tangents)
-    compare(traced, results, expected, wants, tangents, reference, (own_args, own_kwargs), (call_args, call_kwargs))
+    results = run(traced, before, fresh(call), tangents)
+    if wants:
+        torch.autograd.backward(wants, tangents)
+
+    check_outputs(traced, results, expected)
+    leaves, after = by_input(traced, held(module), own), by_input(traced, held(module), called)
+    first = by_input(traced, before, started)
+    check_gradients(traced, results, leaves)
+    check_mutations(traced, results, first, after)
     return traced
 
 
-def compare(traced, results, expected, wants, tangents, reference, own, called) -> None:
-    signature = traced.signature
-    assert len(results) == len(signature.outputs)
-    for value, output in zip(results, signature.outputs, strict=True):
-        assert (value is None) == (output.node is None), output
-    ours = [r for r, o in zip(results, signature.outputs, strict=True) if o.kind is OutputKind.OUTPUT and o.node]
-    rebuilt = signature.unflatten_outputs(ours)
+def by_input(traced: Traced, values: Mapping[str, Tensor], call: Any) -> dict[int, Tensor]:
+    """The tensor behind each parameter, buffer and batch input, by its index."""
+    batch = iter(tensors(call))
+    out = {}
+    for index, i in enumerate(traced.signature.inputs):
+        if i.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            out[index] = values[i.name]
+        elif i.kind is InputKind.BATCH:
+            out[index] = next(batch)
+    return out
+
+
+def check_outputs(traced: Traced, results: list[Any], expected: Any) -> None:
+    outputs = traced.signature.outputs
+    assert [r is None for r in results] == [o.node is None for o in outputs]
+    user = [(r, o) for r, o in zip(results, outputs, strict=True) if o.kind is OutputKind.OUTPUT]
+    rebuilt = traced.signature.unflatten_outputs([r for r, o in user if o.node])
     leaves, spec = pytree.tree_flatten(rebuilt)
     expected_leaves, expected_spec = pytree.tree_flatten(expected)
     assert spec == expected_spec and type(rebuilt) is type(expected)
-    for i, (a, b) in enumerate(zip(leaves, expected_leaves, strict=True)):
-        same(a, b.detach() if isinstance(b, Tensor) else b, f"output leaf {i}")
-        assert not isinstance(b, Tensor) or signature.outputs[i].requires_grad == b.requires_grad
-    assert len(signature.indices(InputKind.TANGENT)) == len(wants)
-
-    values = held(reference)
-    batch, batch_after = tensors(own), tensors(called)
-    positions = signature.indices(InputKind.BATCH)
-    sources = [values[n] if n in values else batch[positions.index(i)] for i, n in names(signature)]
-    if wants:
-        torch.autograd.backward(wants, tangents)
-    mutated = set()
-    for value, output in zip(results, signature.outputs, strict=True):
-        if output.kind is OutputKind.GRADIENT:
-            gradient = sources[output.of].grad
-            if value is None:
-                assert gradient is None or not gradient.any(), output.name
-            else:
-                same(value, gradient, f"gradient of {output.name}")
-        elif output.kind is OutputKind.MUTATION:
-            mutated.add(output.of)
-            new = values[output.name] if output.name in values else batch_after[positions.index(output.of)]
-            same(value, new.detach(), f"mutation of {output.name}")
-    check_nothing_missing(signature, sources, bool(wants), mutated, traced)
+    for (_, output), a, b in zip(user, leaves, expected_leaves, strict=True):
+        same(a, b.detach() if isinstance(b, Tensor) else b, output.name)
+        assert output.requires_grad == (isinstance(b, Tensor) and b.requires_grad), output
 
 
-def names(signature) -> list[tuple[int, str]]:
-    """(index, name) of the inputs up to the tangents; constants take the name of nothing held."""
-    return [(i, x.name) for i, x in enumerate(signature.inputs) if x.kind in HELD_OR_BATCH]
+def check_gradients(traced: Traced, results: list[Any], leaves: dict[int, Tensor]) -> None:
+    outputs = traced.signature.outputs
+    found = {o.of: r for r, o in zip(results, outputs, strict=True) if o.kind is OutputKind.GRADIENT}
+    for index, leaf in leaves.items():
+        name = traced.signature.inputs[index].name
+        if leaf.grad is None:
+            assert found.get(index) is None, f"{name} has a gradient"
+        else:
+            same(found[index], leaf.grad, f"gradient of {name}")
 
 
-HELD_OR_BATCH = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.BATCH)
-
-
-def check_nothing_missing(signature, sources, differentiable, mutated, traced) -> None:
-    pass
+def check_mutations(
+    traced: Traced, results: list[Any], first: dict[int, Tensor], after: dict[int, Tensor]
+) -> None:
+    outputs = traced.signature.outputs
+    found = {o.of: r for r, o in zip(results, outputs, strict=True) if o.kind is OutputKind.MUTATION}
+    for index, value in after.items():
+        name = traced.signature.inputs[index].name
+        if index in found:
+            same(found[index], value.detach(), f"new value of {name}")
+        else:
+            assert torch.equal(first[index], value.detach()), f"{name} changed"

@@ -1,4 +1,4 @@
-"""Runs one operator call on every rank of a mesh at once, on real tensors, honouring shape_arg and localize."""
+"""Runs one operator call on every rank of a mesh, on real tensors, honouring shape_arg and localize."""
 
 from __future__ import annotations
 
@@ -17,19 +17,36 @@ from shardc.compiler.spec import axes_of, chunk
 from tests.rules.pieces import COMBINE, indices
 
 
+class NeedsOthersError(Exception):
+    """A rank that runs by itself came to a collective."""
+
+
 class Exchange:
     """Where the ranks' threads meet: each leaves a tensor and takes the whole round's."""
 
     def __init__(self, ranks: int) -> None:
-        self.slots: list[Any] = [None] * ranks
-        self.barrier = threading.Barrier(ranks, timeout=20)
+        self.rounds: list[dict[int, Any]] = []
+        self.made = [0] * ranks
+        self.gone: set[int] = set()
+        self.news = threading.Condition()
 
     def swap(self, rank: int, value: Any) -> list[Any]:
-        self.slots[rank] = value
-        self.barrier.wait()
-        out = list(self.slots)
-        self.barrier.wait()
-        return out
+        with self.news:
+            i, everyone = self.made[rank], set(range(len(self.made)))
+            self.made[rank] += 1
+            self.rounds += [{}] if i == len(self.rounds) else []
+            self.rounds[i][rank] = value
+            self.news.notify_all()
+            self.news.wait_for(lambda: everyone <= self.rounds[i].keys() | self.gone)
+            if everyone - self.rounds[i].keys():
+                raise RuntimeError("the ranks do not make the same collectives")
+            return [self.rounds[i][r] for r in sorted(everyone)]
+
+    def leave(self, rank: int) -> None:
+        """This rank makes no more collectives."""
+        with self.news:
+            self.gone.add(rank)
+            self.news.notify_all()
 
 
 @dataclass
@@ -42,7 +59,7 @@ class EagerSite:
     decision: Decision
     mesh: Mesh
     rank: int
-    exchange: Exchange
+    exchange: Exchange | None = None
     coords: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +94,8 @@ class EagerSite:
         return op(*args, **kwargs)
 
     def all_reduce(self, x: torch.Tensor, factor: str, op: str = "sum") -> torch.Tensor:
+        if self.exchange is None:
+            raise NeedsOthersError
         axes = axes_of(self.decision.factor(factor))
         kept = {a: c for a, c in self.coords.items() if a not in axes}
         every = self.exchange.swap(self.rank, x)
@@ -90,12 +109,19 @@ def run_ranks(
     """Every rank's result of the call, given every rank's local (args, kwargs)."""
     if rule.localize is None:
         return [_plain_call(op, rule, decision, mesh, r, *call) for r, call in enumerate(calls)]
-    exchange = Exchange(mesh.size)
-    sites = [EagerSite(a, k, rule, decision, mesh, r, exchange) for r, (a, k) in enumerate(calls)]
+    sites = [EagerSite(a, k, rule, decision, mesh, r) for r, (a, k) in enumerate(calls)]
+    try:
+        return [rule.localize(site) for site in sites]
+    except NeedsOthersError:
+        exchange = Exchange(mesh.size)
+    for site in sites:
+        site.exchange = exchange
     return _together([functools.partial(rule.localize, site) for site in sites], exchange)
 
 
-def _plain_call(op: Any, rule: OpRule, decision: Decision, mesh: Mesh, rank: int, args: Any, kwargs: Any) -> Any:
+def _plain_call(
+    op: Any, rule: OpRule, decision: Decision, mesh: Mesh, rank: int, args: Any, kwargs: Any
+) -> Any:
     if rule.shape_arg is not None:
         shape = list(decision.results[0].local_shape(mesh, mesh.coords(rank)))
         args = (*args[: rule.shape_arg], shape, *args[rule.shape_arg + 1 :])
@@ -103,28 +129,22 @@ def _plain_call(op: Any, rule: OpRule, decision: Decision, mesh: Mesh, rank: int
 
 
 def _together(calls: Sequence[Callable[[], Any]], exchange: Exchange) -> list[Any]:
-    """The calls run as threads that may meet in the exchange; the first error of any is raised."""
+    """The calls run as threads that may meet in the exchange. Raises the lowest rank's error."""
     out: list[Any] = [None] * len(calls)
-    errors: list[BaseException] = []
+    errors: dict[int, Exception] = {}
 
-    def run(i: int) -> None:
+    def run(rank: int) -> None:
         try:
-            out[i] = calls[i]()
-        except threading.BrokenBarrierError:
-            pass
-        except Exception as e:
-            errors.append(e)
-            exchange.barrier.abort()
+            out[rank] = calls[rank]()
+        except Exception as error:
+            errors[rank] = error
+        exchange.leave(rank)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     if errors:
-        raise errors[0]
-    if exchange.barrier.broken:
-        raise RuntimeError("the ranks do not make the same collectives")
+        raise errors[min(errors)]
     return out
-
-

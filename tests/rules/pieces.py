@@ -1,33 +1,39 @@
-"""Cuts a tensor into the pieces its layout gives each rank, and joins them: by index lists, not by our formulas."""
+"""Cuts a tensor into the pieces its layout gives each rank, and joins them, all by lists of indices."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Dim, Spec
+from shardc.compiler.spec import Dim, Spec, axes_of
 
 COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum, "prod": torch.mul}
 
 
 def indices(dim: Dim, mesh: Mesh, coords: Mapping[str, int]) -> list[int]:
     """The global indices of one dim that the rank at `coords` holds, in its own order."""
-    held = [0]
+    return list(_indices(dim, mesh, tuple(coords[a] for a in axes_of(dim))))
+
+
+@cache
+def _indices(dim: Dim, mesh: Mesh, place: tuple[int, ...]) -> tuple[int, ...]:
+    held, coords = [0], dict(zip(axes_of(dim), place, strict=True))
     for size, axes in dim:
         run = list(range(size))
         for axis in axes:
             pieces = [p.tolist() for p in torch.tensor(run).chunk(mesh[axis])] if run else []
             run = pieces[coords[axis]] if coords[axis] < len(pieces) else []
         held = [i * size + j for i in held for j in run]
-    return held
+    return tuple(held)
 
 
 def cut(tensor: torch.Tensor, spec: Spec, mesh: Mesh, coords: Mapping[str, int]) -> torch.Tensor:
-    """A rank's piece; where it is one block, a view with the whole tensor's strides, as a real slice would be."""
+    """A rank's piece; where it is one block, a view with the whole tensor's strides, as a slice would be."""
     for d, dim in enumerate(spec.dims):
         run = indices(dim, mesh, coords)
         if run and run == list(range(run[0], run[0] + len(run))):
@@ -47,7 +53,7 @@ def shares(tensor: torch.Tensor, ranks: int) -> list[torch.Tensor]:
 
 
 def join(pieces: Sequence[torch.Tensor], spec: Spec, mesh: Mesh) -> torch.Tensor:
-    """The global tensor. Raises ValueError for pieces of the wrong shape, or ranks that disagree on a value."""
+    """The global tensor. Raises ValueError for pieces of a wrong shape, or ranks that disagree on a value."""
     pending = [a for a, _ in spec.pending]
     others = [a for a in mesh.names if a not in pending]
     out = torch.zeros(spec.shape, dtype=pieces[0].dtype)
@@ -57,7 +63,8 @@ def join(pieces: Sequence[torch.Tensor], spec: Spec, mesh: Mesh) -> torch.Tensor
         piece = _combined(pieces, spec, mesh, coords)
         runs = [indices(dim, mesh, coords | dict.fromkeys(pending, 0)) for dim in spec.dims]
         if piece.shape != tuple(len(r) for r in runs):
-            raise ValueError(f"rank {coords} holds {tuple(piece.shape)}, its layout says {[len(r) for r in runs]}")
+            said = [len(r) for r in runs]
+            raise ValueError(f"rank {coords} holds {list(piece.shape)}, its layout says {said}")
         if math.prod(piece.shape) == 0:
             continue
         at = torch.meshgrid(*(torch.tensor(r) for r in runs), indexing="ij") if runs else ()

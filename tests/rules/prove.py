@@ -1,4 +1,4 @@
-"""The proof of a rule: split what it says may be split, run the operator on the pieces, join as it says, compare."""
+"""The proof of a rule: split what may be split, run the operator on the pieces, join as it says, compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from tests.rules.pieces import cut, indices, join, same, shares
 Claim = tuple[str, Mesh, Decision]
 
 
-def prove(build: Callable[..., OpRule], op: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None):
+def prove(
+    build: Callable[..., OpRule], op: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> list[str]:
     """What is false about the rule for this one call; no line where it holds.
 
     Each factor that may be split is split over 2, 3 and 4 ranks, plainly and inside its halves, and together
@@ -33,7 +35,8 @@ def prove(build: Callable[..., OpRule], op: Any, args: Sequence[Any], kwargs: Ma
         return [f"the rule does not fit: {error}"]
     failures = []
     for label, mesh, decision in (*_splits(rule), *_pendings(rule, operands)):
-        found = _decided_otherwise(rule, decision, mesh) or _false(rule, decision, mesh, op, args, kwargs, whole)
+        found = _decided_otherwise(rule, decision, mesh)
+        found = found or _false(rule, decision, mesh, op, (args, kwargs), whole)
         failures += [f"{label}: {found}"] if found else []
     return failures
 
@@ -57,9 +60,7 @@ def _splits(rule: OpRule) -> Iterator[Claim]:
 
 
 def _allowed(rule: OpRule, factor: str, dim: Dim, mesh: Mesh) -> bool:
-    return factor not in rule.nonempty or all(
-        indices(dim, mesh, mesh.coords(r)) for r in range(mesh.size)
-    )
+    return factor not in rule.nonempty or all(indices(dim, mesh, mesh.coords(r)) for r in range(mesh.size))
 
 
 def _two_ways(rule: OpRule, f: str, g: str) -> bool:
@@ -99,7 +100,7 @@ def by_hand(rule: OpRule, dims: Mapping[str, Dim], mesh: Mesh) -> Decision:
 
 
 def _decided_otherwise(rule: OpRule, want: Decision, mesh: Mesh) -> str:
-    """How infer.decide differs when the first operand that takes part already is as wanted, the others whole."""
+    """How infer.decide differs, given the first operand that takes part as wanted and the others whole."""
     pending = any(s.pending for s in want.operands)
     specs = [s if pending else Spec.whole(s.shape) for s in want.operands]
     for axis in mesh.names:
@@ -122,11 +123,16 @@ def _texts(decision: Decision) -> str:
 
 
 def _false(
-    rule: OpRule, decision: Decision, mesh: Mesh, op: Any, args: Any, kwargs: Any, whole: Sequence[torch.Tensor]
+    rule: OpRule,
+    decision: Decision,
+    mesh: Mesh,
+    op: Any,
+    call: tuple[Any, Any],
+    whole: Sequence[torch.Tensor],
 ) -> str:
     """What is wrong with the joined results of the local calls."""
     try:
-        outs = run_ranks(op, rule, decision, mesh, _local_calls(decision, mesh, args, kwargs))
+        outs = run_ranks(op, rule, decision, mesh, _local_calls(decision, mesh, *call))
         per_rank = [tensors_in(out) for out in outs]
         for i, (expected, spec) in enumerate(zip(whole, decision.results, strict=True)):
             got = join([ts[i] for ts in per_rank], spec, mesh)

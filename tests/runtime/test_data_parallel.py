@@ -1,5 +1,9 @@
 """data_parallel: the same outputs, gradients and errors as the module on the whole batch."""
 
+# torch types whatever a module holds as Tensor | Module, and a gradient as Tensor | None.
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 import copy
 import threading
 from typing import NamedTuple
@@ -42,7 +46,8 @@ def test_outputs_and_gradients_are_the_modules_own(count: int):
     x_reference = x.detach().requires_grad_()
     out, expected = data_parallel(net, x, ["cpu"] * count), reference(x_reference)
     torch.testing.assert_close(out, expected)
-    out.square().sum().backward(), expected.square().sum().backward()
+    out.square().sum().backward()
+    expected.square().sum().backward()
     torch.testing.assert_close(x.grad, x_reference.grad)
     for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)

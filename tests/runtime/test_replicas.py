@@ -1,15 +1,22 @@
 """Replicas: what is shared with the source, what flows back to it, and what is refused."""
 
+# torch types whatever a module holds as Tensor | Module, and a gradient as Tensor | None.
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 import copy
 import functools
+import sys
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shardc.runtime.devices import _Crossing
 from shardc.runtime.replicas import replicas
@@ -121,7 +128,7 @@ def test_replica_parameters_are_not_leaves_and_not_listed():
 
 
 def test_parameter_lists_and_dicts_hold_the_replica_parameters():
-    net = nn.ModuleDict(
+    net: Any = nn.ModuleDict(
         {
             "list": nn.ParameterList([nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(2))]),
             "dict": nn.ParameterDict({"a": nn.Parameter(torch.ones(3))}),
@@ -224,7 +231,7 @@ def test_exactly_the_bytes_of_the_later_replicas_are_allocated():
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(result):
+            for tensor in tree_leaves(result):
                 storage = tensor.untyped_storage()
                 self.storages[storage.data_ptr()] = storage.nbytes()
             return result
@@ -237,6 +244,22 @@ def test_exactly_the_bytes_of_the_later_replicas_are_allocated():
         allocated.storages.pop(tensor.untyped_storage().data_ptr(), None)
     assert sum(allocated.storages.values()) == 2 * sum(t.numel() * t.element_size() for t in source)
     assert len(made) == 3
+
+
+def test_work_grows_linearly_in_the_number_of_parameters():
+    def python_calls(layers: int) -> int:
+        net, events = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers))), []
+        before = sys.getprofile()
+        sys.setprofile(lambda frame, event, arg: events.append(event))
+        try:
+            replicas(net, TWO)
+        finally:
+            sys.setprofile(before)
+        return len(events)
+
+    python_calls(1)  # the first run fills caches
+    ten, twenty, forty = map(python_calls, (10, 20, 40))
+    assert forty - twenty == 2 * (twenty - ten)
 
 
 # --- kinds of tensors
@@ -407,7 +430,7 @@ def default(child: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def reference(child: nn.Module) -> Callable[[Tensor], Tensor]:
     child_ref = weakref.ref(child)
-    return lambda x: child_ref()(x)
+    return lambda x: child_ref()(x)  # pyright: ignore[reportOptionalCall]
 
 
 REACHES = {
@@ -425,14 +448,15 @@ def test_a_child_reached_otherwise_is_the_replicas_own(reach: str):
     net, x = Patched(REACHES[reach]), torch.randn(3, 2)
     expected = net(x)
     first, second = replicas(net, TWO)
-    net.child.weight.data.zero_(), net.child.bias.data.zero_()
+    net.child.weight.data.zero_()
+    net.child.bias.data.zero_()
     assert torch.equal(second(x), expected)
     assert torch.equal(first(x), net(x))
 
 
 @pytest.mark.parametrize("wrap", [list, tuple, lambda layers: {"all": list(layers)}])
 def test_a_plain_container_of_layers_holds_the_replicas_layers(wrap):
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net.order = wrap(net.children())
     for replica in replicas(net, TWO):
         order = replica.order["all"] if isinstance(replica.order, dict) else replica.order
@@ -458,7 +482,8 @@ def test_a_record_that_a_hook_keeps_is_shared():
 @pytest.mark.parametrize("how", ["torch.compile(module)", "module.compile()"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_forward_runs_with_the_replicas_own_weights(how: str):
-    net, x = nn.Linear(2, 2), torch.randn(3, 2)
+    net: Any = nn.Linear(2, 2)
+    x = torch.randn(3, 2)
     if how == "module.compile()":
         net.compile(backend="eager")
     else:
@@ -480,7 +505,7 @@ class ScriptedByClass(torch.jit.ScriptModule):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
-    @torch.jit.script_method
+    @torch.jit.script_method  # pyright: ignore[reportPrivateImportUsage]
     def forward(self, x):
         return self.net(x)
 

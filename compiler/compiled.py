@@ -1,0 +1,165 @@
+"""The module that compile returns: called like the model, holding the model's parameters under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.lowering import Entry, Lowering
+from shardc.compiler.program import Program
+from shardc.compiler.resolved import Resolved
+from shardc.compiler.signature import InputKind, OutputKind
+from shardc.compiler.spec import Spec
+from shardc.runtime.state import as_held, local_of, whole
+
+
+class CompiledModule(nn.Module):
+    """A model bound to a plan and a mesh. Submodules, parameters and buffers are the model's own objects."""
+
+    def __init__(self, model: nn.Module, lowering: Lowering) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.training = model.training
+        self.__dict__["_model"] = model
+        self.__dict__["_lowering"] = lowering
+        self.__dict__["_owners"] = _Owners(model)
+        self.__dict__["_sync"] = True
+
+    # ---- calling
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._owners.check()
+        entry = self._lowering.entry(args, kwargs, self._variant())
+        return self._call(entry, args, kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Program:
+        """Compile for inputs like these ahead of time, from real, fake or meta tensors."""
+        return self._lowering.entry(args, kwargs).program
+
+    def _call(self, entry: Entry, args: Any, kwargs: Any) -> Any:
+        signature = entry.program.signature
+        batch = [local_of(x) for x in signature.flatten_inputs(args, kwargs)]
+        rest, flat = iter(batch), []
+        for item in signature.inputs:
+            if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                flat.append(self._owners.get(item.name))
+            elif item.kind is InputKind.CONSTANT:
+                flat.append(item.value)
+            elif item.kind is InputKind.BATCH:
+                flat.append(next(rest))
+        outputs, mutations = entry.run(flat)
+        for value, place in zip(mutations, signature.indices(OutputKind.MUTATION), strict=True):
+            source = signature.outputs[place].of
+            with torch.no_grad():
+                flat[source or 0].copy_(value)
+        return signature.unflatten_outputs(outputs)
+
+    # ---- gradient accumulation
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Leave data-parallel reductions out; the next synchronised backward makes them up, at once."""
+        self.__dict__["_sync"] = False
+        try:
+            yield
+        finally:
+            self.__dict__["_sync"] = True
+
+    def _variant(self) -> Any:
+        if self._lowering.ranks is None or not torch.is_grad_enabled():
+            return "reduce"  # simulated ranks: a kept sum and a reduced one are the same global tensor
+        if not self._sync:
+            return "keep"
+        return self._lowering.kept.layouts() or "reduce"
+
+    # ---- state
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        super().train(mode)
+        self._model.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own: same keys; sharded parameters are DTensors that share the live shards."""
+        return self._model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load whole tensors or shards, in place; every rank passes the same whole tensors."""
+        ranks = self._lowering.ranks
+        if ranks is None:
+            return self._model.load_state_dict(state_dict, strict, assign)
+        live = {**dict(self._model.named_parameters(remove_duplicate=False)), **dict(self._model.named_buffers())}
+        placed = {
+            key: as_held(value, live[key], self._stored(key), ranks.device_mesh, ranks.coords) if key in live else value
+            for key, value in state_dict.items()
+        }
+        return self._model.load_state_dict(placed, strict, assign)
+
+    def full_state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
+        """Whole tensors on every rank; with rank0_only an empty dict on the others. All ranks must call it."""
+        state = {key: whole(value) for key, value in self.state_dict().items()}
+        ranks = self._lowering.ranks
+        first = ranks is None or not any(ranks.coords.values())
+        return state if first or not rank0_only else {}
+
+    def _stored(self, key: str) -> Spec:
+        plan: Resolved = self._lowering.plan
+        name = plan.canonical(key)
+        layout = plan.params.get(name)
+        if layout is None:
+            return Spec.whole(self._owners.get(key).shape)
+        return layout.stored_spec(self._lowering.mesh)
+
+    # ---- what was compiled
+
+    @property
+    def programs(self) -> list[Program]:
+        """Every compiled program, newest last."""
+        return self._lowering.programs
+
+    @property
+    def plan(self) -> Resolved:
+        """The plan as resolved: `print(compiled.plan.report())`."""
+        return self._lowering.plan
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_model"], name)
+
+
+class _Owners:
+    """Where each parameter and buffer lives, to fetch them at every call and to notice strangers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: dict[str, tuple[dict[str, Any], str]] = {}
+        self._tables: list[tuple[str, dict[str, Any], int]] = []
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            for table in (module._parameters, module._buffers):
+                for name, value in table.items():
+                    if value is not None:
+                        self._places[f"{prefix}.{name}" if prefix else name] = (table, name)
+            self._tables.append((prefix, module._parameters, len(module._parameters)))
+            self._tables.append((prefix, module._modules, len(module._modules)))
+
+    def get(self, fqn: str) -> Tensor:
+        table, name = self._places[fqn]
+        return table[name]
+
+    def check(self) -> None:
+        """Raises ShardingError where a parameter or submodule was added or removed since compile."""
+        for prefix, table, count in self._tables:
+            if len(table) != count:
+                known = {n for t, n in self._places.values() if t is table}
+                added = [f"{prefix}.{n}".lstrip(".") for n in table if n not in known] or [prefix or "the root module"]
+                raise ShardingError(
+                    f"the module changed after compile: {', '.join(added[-3:])}",
+                    help="add parameters (adapters, LoRA) before compile, so that they are laid out and reduced",
+                )

@@ -1,0 +1,214 @@
+"""From a call to the program that serves it: one trace per input signature, kept and found again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from shardc.compiler.borders import input_layouts
+from shardc.compiler.carry import add_carries
+from shardc.compiler.errors import PlanError
+from shardc.compiler.graph import output_node, placeholders
+from shardc.compiler.match import find
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.original import Original
+from shardc.compiler.pipeline import Context
+from shardc.compiler.program import Program
+from shardc.compiler.resolved import Resolved
+from shardc.compiler.signature import InputKind, OutputKind, Signature, TensorInfo
+from shardc.compiler.spec import Spec
+from shardc.compiler.trace import Traced, trace
+from shardc.runtime.engines import SimulatedRanks, ThisRank
+from shardc.runtime.executable import Executable
+from shardc.runtime.ranks import Ranks
+
+
+@dataclass
+class Entry:
+    """A program and the function that runs it."""
+
+    program: Program
+    run: Executable
+
+
+class Kept:
+    """Gradients left pending at unsynchronised steps, by parameter, with their layouts."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._specs: dict[str, Spec] = {}
+
+    def declare(self, name: str, spec: Spec) -> None:
+        """In which layout the program at hand leaves a parameter's gradient."""
+        self._specs[name] = spec
+
+    def keep(self, name: str, gradient: Tensor) -> None:
+        self._tensors[name] = self._tensors[name] + gradient if name in self._tensors else gradient
+
+    def take(self, name: str) -> Tensor | None:
+        return self._tensors.pop(name, None)
+
+    def layouts(self) -> tuple[tuple[str, Spec], ...]:
+        return tuple((name, self._specs[name]) for name in self._tensors)
+
+
+@dataclass
+class Lowering:
+    """Everything compile was told, and the programs made so far."""
+
+    module: nn.Module
+    plan: Resolved
+    mesh: Mesh
+    ranks: Ranks | None  # None: all ranks simulated here
+    values: Callable[[], Mapping[str, Tensor]]  # parameters and buffers, whole
+    strict: bool = False
+    recompute: tuple[str, ...] = ()
+    programs: list[Program] = field(default_factory=list)
+    kept: Kept = field(default_factory=Kept)
+    _entries: dict[Any, Entry] = field(default_factory=dict)
+
+    def entry(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
+        """The program for a call like this one, lowered now if it is the first such call."""
+        key = (call_key(self.module, args, kwargs), variant)
+        if key not in self._entries:
+            self._entries[key] = self.lower(args, kwargs, variant)
+        return self._entries[key]
+
+    def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
+        """Trace, run the pipeline, agree with the other ranks, bind. variant: "reduce", "keep" (gradients are
+        left unreduced over data-parallel mesh dims), or the layouts of kept gradients to take in."""
+        traced = self._trace(args, kwargs)
+        carries = variant if isinstance(variant, tuple) else ()
+        if carries:
+            traced = add_carries(traced, [name for name, _ in carries])
+        ctx = Context(
+            self.mesh, self.plan, traced.signature, average=self.ranks is not None, reduce=variant != "keep",
+            carries=dict(carries), strict=self.strict,
+        )  # fmt: skip
+        original = Original(self.module, traced.signature, self.values)
+        program = Program.build(traced, ctx, original)
+        if self.ranks is not None:
+            self.ranks.agree(str(program), "the compiled program")
+        self.programs.append(program)
+        return Entry(program, self._executable(program))
+
+    def _executable(self, program: Program) -> Executable:
+        parts, signature = program.halves, program.signature
+        results = len(signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION))
+        if self.ranks is None:
+            engine = SimulatedRanks(parts.forward, parts.backward, self.mesh, results)
+            return Executable(signature, engine, {}, self.kept)
+        forward = self.ranks.bind(parts.forward)
+        backward = self.ranks.bind(parts.backward) if parts.backward is not None else None
+        wraps, kept = self._gradients(program)
+        blank = [self.ranks.zeros(n) for n in placeholders(program.gm) if n.name in _carries(signature)]
+        return Executable(signature, ThisRank(forward, backward, results, wraps, blank), kept, self.kept)
+
+    def _gradients(self, program: Program) -> tuple[dict[int, Callable[[Tensor], Tensor]], dict[int, str]]:
+        """Which gradients become DTensors (those of parameters held as shards), and which are kept back."""
+        assert self.ranks is not None
+        wraps, kept, returned = {}, {}, output_node(program.gm).args[0]
+        for i, place in enumerate(program.signature.indices(OutputKind.GRADIENT)):
+            source = program.signature.inputs[program.signature.outputs[place].of or 0]
+            if source.kind is not InputKind.PARAMETER or returned[place] is None:
+                continue
+            spec: Spec = returned[place].meta["spec"]
+            ignored = any(source.name in names for names in self.plan.ignored.values())
+            if spec.pending and not ignored:
+                kept[i] = source.name
+                self.kept.declare(source.name, spec)
+            elif self.plan.params[source.name].stored:
+                wraps[i] = self.ranks.wrapper(self._stored(source.name))
+        return wraps, kept
+
+    def _stored(self, name: str) -> Spec:
+        return self.plan.params[name].stored_spec(self.mesh)
+
+    def _trace(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+        """The traced module at global shapes. On real ranks the caller passes pieces: sizes are multiplied by
+        the mesh dims that split them, for which the names (and styles on the root's border) must be known."""
+        grad = torch.is_grad_enabled()
+        infos = {fqn: held_info(x, self.plan) for fqn, x in held(self.module).items()}
+        traced = trace(self.module, args, kwargs, marks=self.plan.marked, params=infos, grad=grad)
+        if self.ranks is not None:
+            whole = self._global_inputs(traced, args, kwargs)
+            if whole is not None:
+                traced = trace(self.module, *whole, marks=self.plan.marked, params=infos, grad=grad)
+        for node in traced.gm.graph.nodes:
+            if node.op == "call_function" and node.meta.get("phase") == "forward":
+                node.meta["recompute"] = node.meta.get("recompute") or self._is_recomputed(node.meta.get("path", ""))
+        return traced
+
+    def _is_recomputed(self, path: str) -> bool:
+        parts = path.split(".")
+        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(find(pattern, prefixes) for pattern in self.recompute)
+
+    def _global_inputs(self, traced: Traced, args: Any, kwargs: Any) -> tuple[tuple, dict] | None:
+        """The arguments with meta tensors of global shape, where any is split; else None."""
+        layouts = input_layouts(traced.gm, traced.signature, self.plan)
+        leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        changed = False
+        for i, leaf in enumerate(traced.signature.leaves):
+            if leaf.input is None or not isinstance(leaves[i], Tensor):
+                continue
+            shape = global_shape(leaves[i], layouts[leaf.input], self.mesh)
+            if shape != tuple(leaves[i].shape):
+                x = leaves[i]
+                leaves[i] = torch.empty(shape, dtype=x.dtype, device=x.device if x.is_meta else "meta")
+                leaves[i].requires_grad_(x.requires_grad)
+                changed = True
+        return pytree.tree_unflatten(leaves, structure) if changed else None
+
+
+def _carries(signature: Signature) -> set[str]:
+    return {signature.inputs[i].node for i in signature.indices(InputKind.CARRY)}
+
+
+def global_shape(x: Tensor, layout: Mapping[str, Any], mesh: Mesh) -> tuple[int, ...]:
+    """The shape of which a plain tensor is one rank's piece: s rows here are s x w rows in all."""
+    shape = list(x.shape)
+    if hasattr(x, "placements"):
+        return tuple(shape)  # a DTensor knows
+    for axis, placement in layout.items():
+        if getattr(placement, "dim", None) is not None:
+            shape[placement.dim] *= mesh[axis]
+    return tuple(shape)
+
+
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by FQN, tied ones under every name."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return dict(named)
+
+
+def held_info(x: Tensor, plan: Resolved) -> TensorInfo:
+    """What tracing needs to know of a parameter or buffer: its global shape, on the device it computes on."""
+    return TensorInfo.of(x)
+
+
+def call_key(module: nn.Module, args: Any, kwargs: Any) -> tuple:
+    """What decides whether two calls share a program."""
+    leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    described = tuple(
+        (tuple(x.shape), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else _constant(x) for x in leaves
+    )
+    flags = tuple(m.training for m in module.modules())
+    params = tuple((p.requires_grad, p.dtype) for p in module.parameters())
+    return described, structure, flags, params, torch.is_grad_enabled()
+
+
+def _constant(x: Any) -> Any:
+    try:
+        hash(x)
+    except TypeError:
+        raise PlanError(
+            f"an input of type {type(x).__name__} is neither a tensor nor a value that can be compared",
+            help="pass tensors, numbers, strings, None, or lists, tuples and dicts of them",
+        ) from None
+    return type(x).__name__, x

@@ -1,0 +1,72 @@
+"""The resolved plan as a table: each parameter, where it lies, which entry says so, its bytes per rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from shardc.compiler.mesh import Mesh
+
+if TYPE_CHECKING:
+    from shardc.compiler.resolved import ParamLayout
+
+
+class Report(list[dict[str, Any]]):
+    """Rows in parameter order, as dicts; `str` of it is the table, `total` the bytes of the fullest rank."""
+
+    def __init__(
+        self, rows: Iterable[dict[str, Any]], mesh: Mesh, unmatched: Sequence[str], warnings: Sequence[str]
+    ) -> None:
+        super().__init__(rows)
+        self.mesh, self.unmatched, self.warnings = mesh, tuple(unmatched), tuple(warnings)
+
+    @property
+    def total(self) -> int:
+        """Bytes of parameters on the fullest rank."""
+        return sum(row["bytes_per_rank"] for row in self)
+
+    @property
+    def whole(self) -> int:
+        """Bytes of all parameters on one device."""
+        return sum(row["bytes"] for row in self)
+
+    def __str__(self) -> str:
+        cells = [("parameter", "stored", "bytes/rank", "plan")]
+        cells += [(row["fqn"], row["layout"], str(row["bytes_per_rank"]), row["key"] or "-") for row in self]
+        cells.append(("total", "", str(self.total), f"of {self.whole}"))
+        lines = [str(self.mesh), *_aligned(cells)]
+        lines += [f"{row['fqn']} = {alias}" for row in self for alias in row["aliases"]]
+        lines += [f"{row['fqn']}: {note}" for row in self for note in row["notes"]]
+        lines += [f"matches nothing: {key}" for key in self.unmatched]
+        lines += [f"warning: {text}" for text in self.warnings if not any(k in text for k in self.unmatched)]
+        return "\n".join(lines)
+
+
+def make_report(
+    layouts: Iterable[ParamLayout], mesh: Mesh, unmatched: Sequence[str], warnings: Sequence[str]
+) -> Report:
+    """The report of these layouts, in their order."""
+    return Report([_row(layout, mesh) for layout in layouts], mesh, unmatched, warnings)
+
+
+def _row(layout: ParamLayout, mesh: Mesh) -> dict[str, Any]:
+    spec = layout.stored_spec(mesh)
+    # torch.chunk gives its first ranks the most, so no rank holds more than the one at the origin.
+    held = math.prod(spec.local_shape(mesh, dict.fromkeys(mesh.names, 0)))
+    return {
+        "fqn": layout.fqn,
+        "shape": layout.shape,
+        "dtype": layout.dtype,
+        "key": "; ".join(layout.keys.values()),
+        "layout": spec.text(layout.dtype),
+        "bytes": layout.nbytes,
+        "bytes_per_rank": held * layout.dtype.itemsize,
+        "aliases": layout.aliases,
+        "notes": layout.notes,
+    }
+
+
+def _aligned(cells: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    wide = [max(len(row[i]) for row in cells) for i in range(3)]
+    return [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d}".rstrip() for a, b, c, d in cells]

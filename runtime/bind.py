@@ -1,0 +1,124 @@
+"""A program becomes one rank's: sizes become its numbers, collectives become calls on its process groups.
+
+    %view: f32[8@dp, 4@tp, 16] = aten.view(%mm, [8@dp, 4@tp, 16])        view = aten.view(mm, [4, 2, 16])
+    %all_gather: f32[8@dp, 64] = shardc.all_gather(%x, 1, tp)       ==>  all_gather = AllGather(...)(x)
+
+The result is a plain function of local tensors: it knows no layout and no mesh.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.fx import Graph, GraphModule, Node
+
+from shardc.compiler import collectives as c
+from shardc.compiler.collectives import cut_of
+from shardc.compiler.graph import spec
+from shardc.compiler.local import bind
+from shardc.compiler.mesh import Mesh
+from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Line, ReduceScatter
+
+aten = torch.ops.aten
+KEPT = ("where", "path", "phase", "made_by")  # small texts; values and layouts stay behind
+
+
+def bind_program(
+    gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], groups: Mapping[str, ProcessGroup]
+) -> GraphModule:
+    """A LOCAL or SCHEDULED program as the rank at `coords` runs it: local tensors in, local tensors out.
+
+    groups: this rank's process group along each mesh dim that has more than one rank. Nodes keep their names.
+    No gradient flows through its collectives. Raises ValueError for a call that has no place in such a program.
+    """
+    return _Binder(gm, mesh, coords, groups).bound()
+
+
+class _Binder:
+    def __init__(
+        self, gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], groups: Mapping[str, ProcessGroup]
+    ) -> None:
+        self.gm, self.mesh, self.coords = gm, mesh, dict(coords)
+        self.lines = {a: Line(a, mesh[a], coords[a], groups.get(a)) for a in mesh.names}
+        self.graph = Graph()
+        self.env: dict[Node, Node] = {}
+
+    def bound(self) -> GraphModule:
+        for node in self.gm.graph.nodes:
+            target, args, kwargs = self._here(node)
+            here = self.graph.create_node(node.op, target, args, kwargs, node.name)
+            here.meta = {k: node.meta[k] for k in KEPT if k in node.meta}
+            self.env[node] = here
+        self.graph.lint()
+        return GraphModule(self.gm, self.graph, class_name="RankProgram")
+
+    def _here(self, node: Node) -> tuple[Any, tuple, dict[str, Any]]:
+        """(target, args, kwargs) of the node on this rank."""
+        if node.target in MOVES:
+            x, *rest = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.values()  # pyright: ignore
+            target, args = MOVES[node.target](self, node, x, *rest)
+            return target, (self.env[x], *args), {}
+        ours = getattr(node.target, "__module__", None) == c.__name__
+        if ours or node.op not in ("placeholder", "get_attr", "call_function", "output"):
+            raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
+        args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)
+        return node.target, args, kwargs
+
+    def _leaf(self, leaf: Any) -> Any:
+        return self.env[leaf] if isinstance(leaf, Node) else leaf
+
+    def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> tuple[Callable, tuple]:
+        return AllReduce(op, self.lines[axis], f"%{node.name}"), ()
+
+    def all_gather(self, node: Node, x: Node, dim: int, axis: str) -> tuple[Callable, tuple]:
+        cut = cut_of(spec(x), dim, axis, self.mesh, self.coords, spec(x))
+        return AllGather(cut, self._shape(node), self.lines[axis], f"%{node.name}"), ()
+
+    def reduce_scatter(
+        self, node: Node, x: Node, dim: int, axis: str, op: str = "sum"
+    ) -> tuple[Callable, tuple]:
+        cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
+        return ReduceScatter(cut, self._shape(node), op, self.lines[axis], f"%{node.name}"), ()
+
+    def all_to_all(self, node: Node, x: Node, source: int, dim: int, axis: str) -> tuple[Callable, tuple]:
+        before, after = spec(x), spec(node)
+        send = cut_of(after, dim, axis, self.mesh, self.coords, before)
+        receive = cut_of(before, source, axis, self.mesh, self.coords, after)
+        line = self.lines[axis]
+        along = [{**self.coords, axis: i} for i in range(line.size)]
+        moves = any(math.prod(before.local_shape(self.mesh, at)) for at in along)
+        return AllToAll(send, receive, self._shape(node), moves, line, f"%{node.name}"), ()
+
+    def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> tuple[Callable, tuple]:
+        cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
+        index = self.coords[axis]
+        start = sum(cut.sizes[:index])
+        return piece, (list(cut.view), cut.dim, start, cut.sizes[index], list(self._shape(node)))
+
+    def make_partial(self, node: Node, x: Node, axis: str) -> tuple[Callable, tuple]:
+        return aten.zeros_like.default if self.coords[axis] else aten.alias.default, ()
+
+    def _shape(self, node: Node) -> tuple[int, ...]:
+        return spec(node).local_shape(self.mesh, self.coords)
+
+
+MOVES: dict[Any, Callable[..., tuple[Callable, tuple]]] = {
+    c.all_reduce: _Binder.all_reduce,
+    c.all_gather: _Binder.all_gather,
+    c.reduce_scatter: _Binder.reduce_scatter,
+    c.all_to_all: _Binder.all_to_all,
+    c.local_slice: _Binder.local_slice,
+    c.make_partial: _Binder.make_partial,
+}
+
+
+def piece(x: Tensor, view: Sequence[int], dim: int, start: int, length: int, shape: Sequence[int]) -> Tensor:
+    """A stretch of one dim of `x` seen as `view`, as a tensor of `shape`. Contiguous, since a collective's result
+    would be: what follows was traced on the whole value and may take a view of it."""
+    return x.reshape(view).narrow(dim, start, length).reshape(shape).contiguous()

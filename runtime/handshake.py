@@ -1,0 +1,160 @@
+"""Ranks compare notes before they depend on each other: through the store, never through a collective.
+
+Each rank posts a digest, all read all digests, and the first to reach a verdict posts it for everyone, so
+either every rank goes on or every rank raises the same error: a rank that comes too late finds the verdict
+that it is missing. Texts are posted only once digests differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+
+import torch.distributed as dist
+
+from shardc.compiler.errors import RankMismatchError
+
+TIMEOUT = 300.0  # seconds: ranks compile at different speed, more so with a cold cache on one of them
+POST = 4 << 20  # bytes per value: the store refuses 8 MiB
+WIDTH = 160  # characters of a line that a message shows
+SECOND_WAIT = 30.0  # seconds for the texts: every rank is there, and posts its own at once
+END = "(the text ends before this line)"
+
+
+def agree(
+    text: str | Iterable[object], what: str, ranks: Sequence[int] | None = None, timeout: float = TIMEOUT
+) -> None:
+    """Return once all `ranks` (default: all of the process group) have called this with the same text.
+
+    text: whatever must be equal, or values, one per line. what: its name in the message ("program", "input sizes").
+    Without a process group, or called on a rank that is not among `ranks`, it returns at once.
+    Raises RankMismatchError on every one of the ranks: naming those that differ, their digests and the first
+    line that does; or those that did not come within `timeout` seconds, or that the store is gone.
+    """
+    if not dist.is_initialized():
+        return
+    everyone = tuple(range(dist.get_world_size())) if ranks is None else tuple(ranks)
+    me = dist.get_rank()
+    if me not in everyone or len(everyone) == 1:
+        return
+    lines = text if isinstance(text, str) else "\n".join(map(str, text))
+    try:
+        _Round(me, everyone, what, lines).hold(timeout)
+    except dist.DistError as error:
+        raise RankMismatchError(
+            f"{what}: the store is gone, and with it the process that serves it (rank 0, or the launcher): {error}"
+        ) from error
+
+
+class _Round:
+    """One comparison among some ranks, as one of them takes part in it.
+
+    Ranks count their rounds in the store, so that the n-th of each meet.
+    """
+
+    def __init__(self, me: int, ranks: tuple[int, ...], what: str, text: str) -> None:
+        self.me, self.ranks, self.what, self.text = me, ranks, what, text
+        members = dist.PrefixStore(f"shardc/agree/{_digest(repr(ranks))}", _store())
+        self.board = dist.PrefixStore(str(members.add(f"rounds/{me}", 1)), members)
+
+    def hold(self, timeout: float) -> None:
+        """Raises RankMismatchError unless all ranks come within the timeout, with equal texts."""
+        self.board.set(f"note/{self.me}", f"{_digest(self.text)} {self.what}")
+        missing = self._wait_for("note", self.ranks, timeout)
+        notes = {} if missing else self._notes()
+        found = f"missing {_listed(missing)}" if missing else "same" if _alike(notes) else "differ"
+        verdict = self.board.compare_set("verdict", "", found).decode()  # whoever is first speaks for all
+        if verdict == "differ":
+            raise RankMismatchError(self._difference(self._notes()))
+        if verdict != "same":
+            raise RankMismatchError(self._absence(verdict.removeprefix("missing "), timeout))
+
+    def _wait_for(self, kind: str, ranks: Sequence[int], timeout: float) -> list[int]:
+        """The ranks whose key of this kind is not there when time is over, or when a verdict is."""
+        end, pause = time.monotonic() + timeout, 0.001
+        while not self.board.check([f"{kind}/{r}" for r in ranks]):
+            if time.monotonic() > end or (kind == "note" and self.board.check(["verdict"])):
+                return [r for r in ranks if not self.board.check([f"{kind}/{r}"])]
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.05)
+        return []
+
+    def _notes(self) -> dict[int, str]:
+        return {r: self.board.get(f"note/{r}").decode() for r in self.ranks}
+
+    def _absence(self, missing: str, timeout: float) -> str:
+        many = "s" if "," in missing else ""
+        late = " (this rank came after that)" if str(self.me) in missing.split(", ") else ""
+        return (
+            f"{self.what}: rank{many} {missing} did not come to compare it within {timeout:g} s{late}; it is "
+            f"compared by ranks {_listed(self.ranks)}\n"
+            f"help: look at what rank{many} {missing} did instead: an error, a slower start, or another branch"
+        )
+
+    def _difference(self, notes: dict[int, str]) -> str:
+        camps: dict[str, list[int]] = {}
+        for rank, note in notes.items():
+            camps.setdefault(note, []).append(rank)
+        most, *others = sorted(
+            camps.values(), key=len, reverse=True
+        )  # stable: equal camps stay in rank order
+        odd = sorted(r for camp in others for r in camp)
+        lines = [f"{self.what} differs between ranks: {_ranks(odd)} against {_ranks(most)}"]
+        lines += [f"  {_ranks(camp)}: {notes[camp[0]]}" for camp in (most, *others)]
+        lines += self._first_lines([most[0], *(camp[0] for camp in others)])
+        lines.append("help: every rank needs the same code, plan, options and input sizes")
+        return "\n".join(lines)
+
+    def _first_lines(self, speakers: list[int]) -> list[str]:
+        """Where the texts of two camps part. Every rank posts its text, since each has learnt that they differ."""
+        self.board.set(f"text/{self.me}", zlib.compress(self.text.encode())[:POST])
+        first, second = speakers[:2]
+        if self._wait_for("text", [first, second], SECOND_WAIT):
+            return []
+        a, b = (self._text_of(r) for r in (first, second))
+        for number, (mine, theirs) in enumerate(itertools.zip_longest(a, b, fillvalue=END), 1):
+            if mine != theirs:
+                at = len(os.path.commonprefix([mine, theirs]))
+                shown = [f"  rank {first}: {_window(mine, at)}", f"  rank {second}: {_window(theirs, at)}"]
+                return [f"first difference, line {number}:", *shown]
+        return []
+
+    def _text_of(self, rank: int) -> list[str]:
+        posted = self.board.get(f"text/{rank}")  # perhaps cut short: what is there can still be read
+        return zlib.decompressobj().decompress(posted).decode(errors="replace").splitlines()
+
+
+def _store() -> dist.Store:
+    group = dist.group.WORLD
+    assert group is not None  # the caller has made sure that a process group is initialised
+    return group.get_group_store()
+
+
+def _alike(notes: dict[int, str]) -> bool:
+    return len(set(notes.values())) == 1
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _listed(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {_listed(ranks)}"
+
+
+def _window(line: str, at: int) -> str:
+    """The stretch of a long line around a place in it."""
+    if len(line) <= WIDTH:
+        return line
+    start = max(0, min(at - WIDTH // 3, len(line) - WIDTH))
+    return (
+        ("..." if start else "") + line[start : start + WIDTH] + ("..." if start + WIDTH < len(line) else "")
+    )

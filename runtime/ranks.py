@@ -1,0 +1,68 @@
+"""This process as a rank of a mesh: its groups, its place, and what a program needs to run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.spec import Spec, to_placements
+from shardc.runtime.bind import bind_program
+from shardc.runtime.groups import Groups
+from shardc.runtime.handshake import agree
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The real ranks of a torch DeviceMesh, seen from one of them."""
+
+    device_mesh: DeviceMesh
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return Mesh.of(self.device_mesh)
+
+    @cached_property
+    def groups(self) -> Groups:
+        return Groups(self.device_mesh)
+
+    @property
+    def coords(self) -> dict[str, int]:
+        """This rank's place in the mesh."""
+        return self.groups.coords
+
+    def agree(self, text: str, what: str) -> None:
+        """Make sure that every rank holds the same text. Raises RankMismatchError on every rank otherwise."""
+        if self.mesh.size > 1:
+            agree(text, self.groups, what)
+
+    def bind(self, gm: GraphModule) -> GraphModule:
+        """A graph of symbolic collectives as this rank runs it."""
+        return bind_program(gm, self.mesh, self.coords, self.groups)
+
+    def wrapper(self, spec: Spec) -> Callable[[Tensor], Tensor]:
+        """What labels a local gradient with its global layout."""
+        placements = to_placements(spec, self.mesh)
+        if placements is None:
+            raise ValueError(f"torch has no placements for {spec}")
+        shape = torch.Size(spec.shape)
+        stride = torch.empty(spec.shape, device="meta").stride()
+        mesh = self.device_mesh
+
+        def wrap(local: Tensor) -> Tensor:
+            return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+        return wrap
+
+    def zeros(self, node: Node) -> Callable[[], Tensor]:
+        """What makes this rank's zeros of a graph value."""
+        value, spec = node.meta["val"], node.meta["spec"]
+        shape = spec.local_shape(self.mesh, self.coords)
+        return lambda: torch.zeros(shape, dtype=value.dtype, device=value.device)

@@ -1,0 +1,298 @@
+"""Collectives on real ranks: small callables, made once per program with every size worked out beforehand.
+
+Two things move: pieces gathered from all ranks, and pieces exchanged with all ranks. They move as bytes, so
+every dtype travels. Uneven pieces travel padded where the wire needs equal ones, and are trimmed here.
+
+Values are reduced in rank order by the ranks themselves, which gives the bits that a simulation of all ranks
+gives, and every dtype and NaN as torch has them. Where a backend reduces faster and means the same (plain
+sums on nccl, large ones of two ranks on gloo) it does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardc.compiler.collectives import Cut
+from shardc.compiler.errors import RankFailure
+from shardc.runtime.shards import combine
+
+# torch 2.13 has these under new names and warns about the old ones, which are all that 2.11 has
+_gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+SUMMED = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
+SMALL = (
+    256 * 1024
+)  # bytes: all summands gathered in one round beat two rounds up to about here (gloo, measured)
+
+
+class Line:
+    """The ranks along one mesh dim as this rank sees them. index: its own place among them.
+
+    group may be None only where the rank is alone.
+    """
+
+    def __init__(self, axis: str, size: int, index: int, group: dist.ProcessGroup | None) -> None:
+        self.axis, self.size, self.index, self.group = axis, size, index, group
+        config = dist.get_backend_config(group) if group is not None and size > 1 else ""
+        self._backends = dict(part.split(":") for part in config.split(",") if part)
+
+    def backend(self, x: Tensor) -> str | None:
+        """What carries a tensor of this device."""
+        return self._backends.get(x.device.type)
+
+    def __str__(self) -> str:
+        ranks = dist.get_process_group_ranks(self.group) if self.group is not None else []
+        return f"{self.axis} (ranks {', '.join(map(str, ranks))})"
+
+
+class Issued(NamedTuple):
+    """A collective under way: what to wait for, and then to do. It keeps what is still being sent."""
+
+    work: Any  # a torch.distributed.Work, or None where nothing moves
+    finish: Callable[[], Tensor]
+    sent: Tensor
+
+
+class Collective:
+    """A function of one local tensor that all ranks of a line call together.
+
+    `start` issues it, `wait` finishes it; between the two a rank may do anything else. The operand may lie in
+    memory in any way; the result is contiguous and shares no memory with it, except on a line of one rank,
+    where nothing moves and the result is the operand. No gradient flows through.
+    Raises RankFailure naming the node, the mesh dim and its ranks where the backend reports an error or time-out.
+    """
+
+    def __init__(self, kind: str, line: Line, node: str, moves: bool) -> None:
+        self.__name__ = kind  # generated code names its globals after this
+        self.line, self.node, self.moves = line, node, moves
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.wait(self.start(x))
+
+    def start(self, x: Tensor) -> Issued:
+        """Issue the collective for this rank's operand."""
+        x = x.detach().resolve_conj().resolve_neg()
+        if self.line.size == 1:
+            return Issued(None, lambda: self._alone(x), x)
+        return self._start(x) if self.moves else Issued(None, lambda: self._empty(x), x)
+
+    def wait(self, issued: Issued) -> Tensor:
+        """The result of what `start` issued."""
+        if issued.work is not None:
+            try:
+                issued.work.wait()
+            except RuntimeError as error:
+                raise self._lost(error) from error
+        return issued.finish()
+
+    def _alone(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _empty(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _start(self, x: Tensor) -> Issued:
+        raise NotImplementedError
+
+    def _issue(self, op: Callable, *args: Any) -> Any:
+        try:
+            return op(*args, group=self.line.group, async_op=True)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> RankFailure:
+        return RankFailure(
+            f"rank {dist.get_rank()} could not finish {self.node}, {self.__name__} over {self.line}: {error}"
+        )
+
+    def _gather(self, flat: Tensor, longest: int) -> tuple[Any, Tensor]:
+        """Every rank's elements, in rows of the longest; what lies beyond a rank's own in its row is undefined."""
+        row = flat
+        if flat.numel() < longest:
+            row = room(flat, longest)
+            row[: flat.numel()] = flat
+        rows = room(flat, self.line.size * longest)
+        return self._issue(_gather_whole, _bytes(rows), _bytes(row)), rows.view(self.line.size, longest)
+
+    def _exchange(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> tuple[Any, Tensor]:
+        """What every rank has for this one, in rank order; `flat` is what this one has for each."""
+        got = room(flat, sum(receive))
+        size = flat.element_size()
+        splits = [n * size for n in receive], [n * size for n in send]
+        return self._issue(dist.all_to_all_single, _bytes(got), _bytes(flat), *splits), got
+
+    def __repr__(self) -> str:
+        return f"<{self.__name__} over {self.line.axis}, {self.node}>"
+
+
+class AllReduce(Collective):
+    """Every rank's summand (or operand of max, min, prod) in; the reduced value out, on all of them."""
+
+    def __init__(self, op: str, line: Line, node: str = "all_reduce") -> None:
+        super().__init__("all_reduce", line, node, moves=True)
+        self.op = op
+
+    def _alone(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    def _start(self, x: Tensor) -> Issued:
+        if x.numel() == 0:
+            return Issued(None, lambda: room(x, 0).view(x.shape), x)
+        flat, n = _flat(x), self.line.size
+        backend = self.line.backend(x)
+        summed = self.op == "sum" and x.dtype in SUMMED
+        if not (summed and backend == "nccl") and flat.nbytes * n <= SMALL:
+            work, rows = self._gather(flat, flat.numel())
+            return Issued(work, lambda: combine(self.op, rows.unbind()).view(x.shape), flat)
+        if summed and (backend == "nccl" or n == 2):
+            total = flat.clone()
+            work = self._issue(dist.all_reduce, total, dist.ReduceOp.SUM)
+            return Issued(work, lambda: total.view(x.shape), flat)
+        return self._in_two_rounds(flat, x.shape)
+
+    def _in_two_rounds(self, flat: Tensor, shape: torch.Size) -> Issued:
+        longest = -(-flat.numel() // self.line.size)
+        sizes = [p.numel() for p in flat.split(longest)]
+        sizes += [0] * (self.line.size - len(sizes))
+        mine = sizes[self.line.index]
+        work, got = self._exchange(flat, sizes, [mine] * self.line.size)
+
+        def finish() -> Tensor:
+            reduced = combine(self.op, got.view(self.line.size, mine).unbind())
+            gathering, rows = self._gather(reduced, longest)
+            self.wait(Issued(gathering, lambda: rows, reduced))
+            return rows.view(-1)[: flat.numel()].view(shape)
+
+        return Issued(work, finish, flat)
+
+
+class AllGather(Collective):
+    """[n@axis] -> [n]. cut: how the axis deals the whole into the ranks' pieces; shape: of the whole, here."""
+
+    def __init__(self, cut: Cut, shape: Sequence[int], line: Line, node: str = "all_gather") -> None:
+        pieces = Pieces(cut)
+        super().__init__("all_gather", line, node, moves=any(pieces.numels))
+        self.pieces, self.shape = pieces, tuple(shape)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        return x.reshape(self.shape).contiguous()
+
+    def _empty(self, x: Tensor) -> Tensor:
+        return room(x, 0).view(self.shape)
+
+    def _start(self, x: Tensor) -> Issued:
+        flat = _flat(x)
+        work, rows = self._gather(flat, self.pieces.longest)
+        return Issued(work, lambda: self.pieces.joined_rows(rows).view(self.shape), flat)
+
+
+class ReduceScatter(Collective):
+    """[n]+axis -> [n@axis]. cut: how the axis deals the reduced whole; shape: of this rank's piece of it."""
+
+    def __init__(
+        self, cut: Cut, shape: Sequence[int], op: str, line: Line, node: str = "reduce_scatter"
+    ) -> None:
+        pieces = Pieces(cut)
+        super().__init__("reduce_scatter", line, node, moves=any(pieces.numels))
+        self.pieces, self.shape, self.op = pieces, tuple(shape), op
+
+    def _alone(self, x: Tensor) -> Tensor:
+        return x.reshape(self.shape).contiguous()
+
+    def _empty(self, x: Tensor) -> Tensor:
+        return room(x, 0).view(self.shape)
+
+    def _start(self, x: Tensor) -> Issued:
+        n, mine = self.line.size, self.pieces.numels[self.line.index]
+        if self.op == "sum" and x.dtype in SUMMED and self.line.backend(x) == "nccl":
+            return self._by_backend(x, mine)
+        flat = self.pieces.dealt(x)
+        work, got = self._exchange(flat, self.pieces.numels, [mine] * n)
+        return Issued(work, lambda: combine(self.op, got.view(n, mine).unbind()).view(self.shape), flat)
+
+    def _by_backend(self, x: Tensor, mine: int) -> Issued:
+        flat = self.pieces.dealt(x, self.pieces.longest)
+        total = room(flat, self.pieces.longest)
+        work = self._issue(_reduce_pieces, total, flat, dist.ReduceOp.SUM)
+        return Issued(work, lambda: total[:mine].view(self.shape), flat)
+
+
+class AllToAll(Collective):
+    """[n@axis, m] -> [n, m@axis]. send: how the axis deals this rank's operand; receive: how it dealt the result.
+
+    moves: whether any rank of the line has any element; all of its ranks must answer alike.
+    """
+
+    def __init__(
+        self, send: Cut, receive: Cut, shape: Sequence[int], moves: bool, line: Line, node: str = "all_to_all"
+    ) -> None:
+        super().__init__("all_to_all", line, node, moves)
+        self.send, self.receive, self.shape = Pieces(send), Pieces(receive), tuple(shape)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        return x.reshape(self.shape).contiguous()
+
+    def _empty(self, x: Tensor) -> Tensor:
+        return room(x, 0).view(self.shape)
+
+    def _start(self, x: Tensor) -> Issued:
+        flat = self.send.dealt(x)
+        work, got = self._exchange(flat, self.send.numels, self.receive.numels)
+        return Issued(work, lambda: self.receive.joined(got).view(self.shape), flat)
+
+
+class Pieces:
+    """The pieces of one cut as they lie on the wire: flat, one after another in rank order."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+        self.views = [cut.piece_view(i) for i in range(len(cut.sizes))]
+        self.numels = [math.prod(view) for view in self.views]
+        self.longest = max(self.numels)
+        self.leading = math.prod(cut.view[: cut.dim]) == 1  # the whole is its pieces one after another
+        filled = sum(self.numels) // self.longest if self.longest else 0
+        self.gapless = set(self.numels[:filled]) <= {self.longest}  # only trailing ranks hold less
+
+    def dealt(self, x: Tensor, width: int = 0) -> Tensor:
+        """The pieces of a whole in a row; with a width, each at the start of as many elements."""
+        if self.leading and (not width or set(self.numels) == {width}):
+            return _flat(x)
+        sizes = [width or n for n in self.numels]
+        out = room(x, sum(sizes))
+        parts = x.reshape(self.cut.view).split_with_sizes(list(self.cut.sizes), self.cut.dim)
+        for part, space in zip(parts, out.split_with_sizes(sizes), strict=True):
+            space[: part.numel()].view(part.shape).copy_(part)
+        return out
+
+    def joined(self, got: Tensor) -> Tensor:
+        """The whole, flat or in its own shape, from its pieces one after another."""
+        return got if self.leading else self._joined(got.split_with_sizes(self.numels))
+
+    def joined_rows(self, rows: Tensor) -> Tensor:
+        """The whole, flat or in its own shape, from rows of the longest piece: what else they hold is left out."""
+        if self.leading and self.gapless:
+            return rows.view(-1)[: sum(self.numels)]
+        return self._joined([row[:n] for row, n in zip(rows.unbind(), self.numels, strict=True)])
+
+    def _joined(self, flats: Sequence[Tensor]) -> Tensor:
+        return torch.cat([p.view(v) for p, v in zip(flats, self.views, strict=True)], self.cut.dim)
+
+
+def room(like: Tensor, numel: int) -> Tensor:
+    """Memory for so many elements. All that the wire uses comes from here, and what it holds must not matter."""
+    return like.new_empty(numel)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1)
+
+
+def _bytes(flat: Tensor) -> Tensor:
+    return flat.view(torch.uint8)
