@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +20,7 @@ from shardc.compiler.match import did_you_mean
 from shardc.compiler.plan import FullyShard, Replicated, call_site, check_megabytes
 from shardc.compiler.wording import shown
 
+Annotated = TypeVar("Annotated", bound=nn.Module)
 DEFAULT_MESH_DIM = "dp"
 # They tune how DistributedDataParallel finds and packs gradients; the compiled program needs no such help.
 DDP_OPTIONS = (
@@ -61,14 +63,14 @@ _annotations: WeakKeyDictionary[nn.Module, tuple[Annotation, ...]] = WeakKeyDict
 
 
 def replicate(
-    module: nn.Module,
+    module: Annotated,
     *,
     mesh_dim: str = DEFAULT_MESH_DIM,
-    ignored_modules: Iterable[nn.Module | str] | None = None,
+    ignored_modules: str | nn.Module | Iterable[nn.Module | str] | None = None,
     device_id: int | torch.device | None = None,
     bucket_cap_mb: float = 25,
     **ddp_options: object,
-) -> nn.Module:
+) -> Annotated:
     """Marks a module as data parallel over a mesh dim, and returns it.
 
     ignored_modules: modules inside it, or patterns of their names in it, whose gradients stay local.
@@ -86,20 +88,20 @@ def replicate(
     check_megabytes(bucket_cap_mb, "bucket_cap_mb")
     for name, value in ddp_options.items():
         _check_ddp_option(name, value)
-    ignored: tuple[nn.Module | str, ...] = tuple(ignored_modules or ())
-    _annotate(module, Replicated(ignored_modules=ignored, bucket_mb=bucket_cap_mb), mesh_dim, device_id)
+    entry = Replicated(ignored_modules=ignored_modules, bucket_mb=bucket_cap_mb)
+    _annotate(module, entry, mesh_dim, device_id)
     return module
 
 
 def fully_shard(
-    module: nn.Module,
+    module: Annotated,
     *,
     mesh_dim: str = DEFAULT_MESH_DIM,
     reshard_after_forward: bool | int = True,
     placement: Callable[[nn.Parameter], Shard | None] | None = None,
     reduce_dtype: torch.dtype | None = None,
-    ignored_params: Iterable[nn.Parameter | str] | None = None,
-) -> nn.Module:
+    ignored_params: str | nn.Parameter | Iterable[nn.Parameter | str] | None = None,
+) -> Annotated:
     """Marks a module as one gather unit of fully sharded parameters over a mesh dim, and returns it.
 
     Options and errors are those of `FullyShard`; patterns in ignored_params are of names inside the

@@ -38,6 +38,20 @@ def input_layouts(gm: GraphModule, signature: Signature, plan: Resolved) -> dict
     return {i: input_layout(nodes[e.node], e.name, plan) for i in batch for e in [signature.inputs[i]]}
 
 
+def needs_trace(plan: Resolved) -> bool:
+    """Whether what a root input is can only be known from the graph: some inner module's style says it explicitly."""
+    return any(b.side == "in" and b.explicit and b.module for b in plan.boundaries)
+
+
+def border_layout(name: str, head: str, ndim: int, plan: Resolved) -> dict[str, Any]:
+    """input_layout before there is a graph: by the argument's readable path and its path at the root's border."""
+    layout: dict[str, Any] = dict(plan.input_layout(name, ndim))
+    if plan.roots.says_input(name):
+        return layout
+    said = [b for b in plan.at(f"|in|{head}") if b.declared is not None]
+    return layout | {b.axis: b.declared for b in said}
+
+
 def _declared(marks: list[Node], side: str, plan: Resolved) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for mark in marks:

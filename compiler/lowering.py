@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
 
-from shardc.compiler.borders import input_layouts
+from shardc.compiler.borders import border_layout, input_layouts, needs_trace
 from shardc.compiler.carry import add_carries
 from shardc.compiler.errors import PlanError
 from shardc.compiler.graph import output_node, placeholders
@@ -18,11 +19,13 @@ from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.original import Original
 from shardc.compiler.pipeline import Context
-from shardc.compiler.program import Program
+from shardc.compiler.program import Program, copy_graph
+from shardc.compiler.refine import refinements
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.signature import InputKind, OutputKind, Signature, TensorInfo
-from shardc.compiler.spec import Spec
-from shardc.compiler.trace import Traced, trace
+from shardc.compiler.spec import Spec, to_placements
+from shardc.compiler.trace import Traced, argument_names, trace
+from shardc.passes.canonicalize import Canonicalize
 from shardc.runtime.engines import SimulatedRanks, ThisRank
 from shardc.runtime.executable import Executable
 from shardc.runtime.ranks import Ranks
@@ -83,6 +86,8 @@ class Lowering:
         """Trace, run the pipeline, agree with the other ranks, bind. variant: "reduce", "keep" (gradients are
         left unreduced over data-parallel mesh dims), or the layouts of kept gradients to take in."""
         traced = self._trace(args, kwargs)
+        if not self.programs:
+            self._settle(traced)
         carries = variant if isinstance(variant, tuple) else ()
         if carries:
             traced = add_carries(traced, [name for name, _ in carries])
@@ -96,6 +101,22 @@ class Lowering:
             self.ranks.agree(str(program), "the compiled program")
         self.programs.append(program)
         return Entry(program, self._executable(program))
+
+    def _settle(self, traced: Traced) -> None:
+        """The first program shows which factor a style's open split falls on: store parameters so, rather than
+        move them at every step. What torch has no placements for (uneven heads) stays as it is."""
+        copy = copy_graph(traced.gm)
+        Canonicalize().run(copy, Context(self.mesh, self.plan, traced.signature))
+        params = dict(self.plan.params)
+        for name, spec in refinements(copy, traced.signature, self.plan, self.mesh).items():
+            layout, placements = params[name], to_placements(spec, self.mesh)
+            if placements is None or layout.stored != layout.compute:
+                continue
+            stored = {a: p for a, p in zip(self.mesh.names, placements, strict=True) if not isinstance(p, Replicate)}
+            if self.ranks is not None:
+                self.ranks.relay(self.module.get_parameter(name), layout.stored_spec(self.mesh), spec)
+            params[name] = replace(layout, stored=stored, compute=stored)
+        self.plan = replace(self.plan, params=params)
 
     def _executable(self, program: Program) -> Executable:
         parts, signature = program.halves, program.signature
@@ -134,11 +155,13 @@ class Lowering:
         the mesh dims that split them, for which the names (and styles on the root's border) must be known."""
         grad = torch.is_grad_enabled()
         infos = {fqn: held_info(x, self.plan) for fqn, x in held(self.module).items()}
-        traced = trace(self.module, args, kwargs, marks=self.plan.marked, params=infos, grad=grad)
+        call: tuple[Any, Any] = (tuple(args), dict(kwargs))
+        layouts = None
         if self.ranks is not None:
-            whole = self._global_inputs(traced, args, kwargs)
-            if whole is not None:
-                traced = trace(self.module, *whole, marks=self.plan.marked, params=infos, grad=grad)
+            if needs_trace(self.plan):
+                layouts = self._traced_layouts(trace(self.module, *call, marks=self.plan.marked, params=infos))
+            call = self._global_call(args, kwargs, layouts)
+        traced = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
         for node in traced.gm.graph.nodes:
             if node.op == "call_function" and node.meta.get("phase") == "forward":
                 node.meta["recompute"] = node.meta.get("recompute") or self._is_recomputed(node.meta.get("path", ""))
@@ -149,21 +172,23 @@ class Lowering:
         prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
         return any(find(pattern, prefixes) for pattern in self.recompute)
 
-    def _global_inputs(self, traced: Traced, args: Any, kwargs: Any) -> tuple[tuple, dict] | None:
-        """The arguments with meta tensors of global shape, where any is split; else None."""
-        layouts = input_layouts(traced.gm, traced.signature, self.plan)
+    def _traced_layouts(self, traced: Traced) -> list[dict[str, Any] | None]:
+        """Per leaf of the arguments, the layout it is passed in, as the graph shows it."""
+        found = input_layouts(traced.gm, traced.signature, self.plan)
+        return [None if leaf.input is None else found[leaf.input] for leaf in traced.signature.leaves]
+
+    def _global_call(self, args: Any, kwargs: Any, layouts: Sequence[Any] | None) -> tuple[tuple, dict]:
+        """The arguments with meta tensors of global shape in place of pieces."""
+        names = argument_names(self.module, args, kwargs)
         leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        changed = False
-        for i, leaf in enumerate(traced.signature.leaves):
-            if leaf.input is None or not isinstance(leaves[i], Tensor):
+        for i, (x, (name, head)) in enumerate(zip(leaves, names, strict=True)):
+            if not isinstance(x, Tensor):
                 continue
-            shape = global_shape(leaves[i], layouts[leaf.input], self.mesh)
-            if shape != tuple(leaves[i].shape):
-                x = leaves[i]
-                leaves[i] = torch.empty(shape, dtype=x.dtype, device=x.device if x.is_meta else "meta")
-                leaves[i].requires_grad_(x.requires_grad)
-                changed = True
-        return pytree.tree_unflatten(leaves, structure) if changed else None
+            layout = layouts[i] if layouts is not None else border_layout(name, head, x.dim(), self.plan)
+            shape = global_shape(x, layout or {}, self.mesh)
+            if shape != tuple(x.shape):
+                leaves[i] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)
+        return pytree.tree_unflatten(leaves, structure)
 
 
 def _carries(signature: Signature) -> set[str]:

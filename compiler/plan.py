@@ -22,7 +22,7 @@ from shardc.compiler.wording import placement_code, shown, style_text
 Wish = object  # what a key of a plan may have: a style object, a string of tp_plan, or a torch placement
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Replicated:
     """Data parallel over a mesh dim: every rank holds all parameters, and gradients are averaged.
 
@@ -35,28 +35,35 @@ class Replicated:
     Raises PlanError naming the option that makes no sense.
     """
 
-    modules: str | tuple[str, ...] = ""
-    ignored_modules: tuple[str | nn.Module, ...] = field(default=(), kw_only=True)
-    bucket_mb: float = field(default=25, kw_only=True)
-    reduce_dtype: torch.dtype | None = field(default=None, kw_only=True)
+    modules: tuple[str, ...]
+    ignored_modules: tuple[str | nn.Module, ...]
+    bucket_mb: float
+    reduce_dtype: torch.dtype | None
 
-    def __post_init__(self) -> None:
-        ignored = _several(self.ignored_modules, (str, nn.Module), "ignored_modules of Replicated")
-        object.__setattr__(self, "ignored_modules", ignored)
-        _several(self.modules, (str,), "modules of Replicated")
-        check_megabytes(self.bucket_mb, "bucket_mb")
-        check_float(self.reduce_dtype, "reduce_dtype")
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """`modules` as a tuple."""
-        return (self.modules,) if isinstance(self.modules, str) else tuple(self.modules)
+    def __init__(
+        self,
+        modules: str | Iterable[str] = "",
+        *,
+        ignored_modules: str | nn.Module | Iterable[str | nn.Module] | None = None,
+        bucket_mb: float = 25,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_megabytes(bucket_mb, "bucket_mb")
+        check_float(reduce_dtype, "reduce_dtype")
+        values = {
+            "modules": _several(modules, (str,), "modules of Replicated"),
+            "ignored_modules": _several(ignored_modules, (str, nn.Module), "ignored_modules of Replicated"),
+            "bucket_mb": bucket_mb,
+            "reduce_dtype": reduce_dtype,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         options = _changed(self, bucket_mb=25, reduce_dtype=None)
         if self.ignored_modules:
             options["ignored_modules"] = _tuple_text(self.ignored_modules)
-        return _call("Replicated", [p for p in self.patterns if p], options)
+        return _call("Replicated", [p for p in self.modules if p], options)
 
 
 @dataclass(frozen=True, init=False)
@@ -85,7 +92,7 @@ class FullyShard:
         reshard_after_forward: bool | int = True,
         placement: Callable[[nn.Parameter], Shard | None] | None = None,
         reduce_dtype: torch.dtype | None = None,
-        ignored_params: Iterable[str | nn.Parameter] | None = None,
+        ignored_params: str | nn.Parameter | Iterable[str | nn.Parameter] | None = None,
     ) -> None:
         if not isinstance(reshard_after_forward, int) or reshard_after_forward < 0:
             raise bad_option(

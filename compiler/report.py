@@ -33,9 +33,12 @@ class Report(list[dict[str, Any]]):
 
     def __str__(self) -> str:
         cells = [("parameter", "stored", "bytes/rank", "plan")]
-        cells += [(row["fqn"], row["layout"], str(row["bytes_per_rank"]), row["key"] or "-") for row in self]
+        cells += [
+            (r["fqn"], r["layout"], str(r["bytes_per_rank"]), ", ".join(map(_place, r["keys"]))) for r in self
+        ]
         cells.append(("total", "", str(self.total), f"of {self.whole}"))
         lines = [str(self.mesh), *_aligned(cells)]
+        lines += dict.fromkeys(key for row in self for key in row["keys"] if key != _place(key))
         lines += [f"{row['fqn']} = {alias}" for row in self for alias in row["aliases"]]
         lines += [f"{row['fqn']}: {note}" for row in self for note in row["notes"]]
         lines += [f"matches nothing: {key}" for key in self.unmatched]
@@ -58,13 +61,18 @@ def _row(layout: ParamLayout, mesh: Mesh) -> dict[str, Any]:
         "fqn": layout.fqn,
         "shape": layout.shape,
         "dtype": layout.dtype,
-        "key": "; ".join(layout.keys.values()),
+        "keys": tuple(layout.keys.values()),
         "layout": spec.text(layout.dtype),
         "bytes": layout.nbytes,
         "bytes_per_rank": held * layout.dtype.itemsize,
         "aliases": layout.aliases,
         "notes": layout.notes,
     }
+
+
+def _place(key: str) -> str:
+    """Where a line stands in the plan: `tp["emb"]` of `tp["emb"] = RowwiseParallel()`."""
+    return key.split(" = ")[0]
 
 
 def _aligned(cells: Sequence[tuple[str, str, str, str]]) -> list[str]:

@@ -61,7 +61,7 @@ def resolve(
         if error.where:
             raise
         line = plan.where if isinstance(plan, Plan) else call_site()
-        raise PlanError(error.what, where=line, help=error.help) from None
+        raise PlanError(error.what, where=line, excerpt=error.excerpt, help=error.help) from None
 
 
 def mesh_dims(plan: object, module: nn.Module) -> tuple[str, ...]:
@@ -216,7 +216,5 @@ def _check_spec(layout: ParamLayout, mesh: Mesh) -> None:
     try:
         layout.stored_spec(mesh)
     except ValueError as error:
-        text = "; ".join(layout.keys.values())
-        raise PlanError(
-            f"{layout.fqn} cannot lie as {text} say: {error}", help="split another of its dims"
-        ) from None
+        keys = "\n".join(layout.keys.values())
+        raise PlanError(str(error), excerpt=keys, help=f"lay out {layout.fqn} in another way") from None

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Placement, Shard
 
 from shardc.compiler.annotate import Annotation
 from shardc.compiler.errors import PlanError
 from shardc.compiler.match import Index, Unmatched, find, join
 from shardc.compiler.plan import FullyShard, Replicated
-from shardc.compiler.wording import shown
+from shardc.compiler.wording import placement_code, shown
 
 MIB = 1024 * 1024
 
@@ -81,9 +81,8 @@ def resolve_data(axis: str, groups: list[Group], index: Index, size: int) -> Dat
 def _units(axis: str, group: Group, index: Index, out: Data) -> list[str]:
     """Canonical names of the modules that an entry names; FullyShard's root takes what is left."""
     entry = group.entry
-    patterns = entry.patterns
     units = [group.root] if isinstance(entry, FullyShard) else []
-    for pattern in patterns:
+    for pattern in entry.patterns if isinstance(entry, FullyShard) else entry.modules:
         found = find(join(group.root, pattern), index.modules)
         if not found:
             text = f'{axis} = {type(entry).__name__}("{pattern}")'
@@ -111,7 +110,7 @@ def _spared(axis: str, group: Group, index: Index, out: Data) -> set[str]:
             found = [name for name, p in index.parameters.items() if p is item]
             if not found:
                 raise PlanError(
-                    f"ignored_params of {group.key} holds a parameter that the model does not have",
+                    f"{axis}: ignored_params holds a parameter that the model does not have",
                     help="give a parameter of this model, or a pattern of its names",
                 )
         else:
@@ -128,7 +127,7 @@ def _ignored_modules(axis: str, item: str | nn.Module, group: Group, index: Inde
         name = index.name_of(item)
         if name is None:
             raise PlanError(
-                f"ignored_modules of {group.key} holds a {type(item).__name__} that the model does not have",
+                f"{axis}: ignored_modules holds a {type(item).__name__} that the model does not have",
                 help="give a module of this model, or a pattern of its names",
             )
         return [name]
@@ -162,17 +161,18 @@ def _cover(
         return Cover(group.key)
     if parameter.ndim == 0:
         return Cover(group.key, unit, note=f"a scalar stays whole over {axis}")
-    return Cover(group.key, unit, _placement(group, name, parameter))
+    return Cover(group.key, unit, _placement(axis, group, name, parameter))
 
 
-def _placement(group: Group, name: str, parameter: nn.Parameter) -> Shard:
+def _placement(axis: str, group: Group, name: str, parameter: nn.Parameter) -> Shard:
     assert isinstance(group.entry, FullyShard)
     chosen = group.entry.placement(parameter) if group.entry.placement else None
     if chosen is None:
         return Shard(0)
     if not isinstance(chosen, Shard) or not -parameter.ndim <= chosen.dim < parameter.ndim:
+        text = placement_code(chosen) if isinstance(chosen, Placement) else shown(chosen)
         raise PlanError(
-            f"placement of {group.key} gives {shown(chosen)} for {name}, which has {parameter.ndim} dims",
+            f"{axis}: placement gives {text} for {name}, which has {parameter.ndim} dims",
             help="return Shard(d) for one of its dims, or None for Shard(0)",
         )
     return Shard(chosen.dim % parameter.ndim)
@@ -205,7 +205,7 @@ def _reshard(axis: str, group: Group, size: int) -> bool | int:
         return after
     if after < 1 or size % after:
         raise PlanError(
-            f"{group.key} reshards to {after} ranks, but {axis} has {size}",
+            f"{axis}: reshard_after_forward is {after} ranks, but there are {size}",
             help="reshard_after_forward is True, False or a number that divides them",
         )
     return {1: False, size: True}.get(after, after)

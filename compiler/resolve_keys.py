@@ -105,7 +105,8 @@ def _keys_of_modules(keys: Mapping[str, Key], index: Index) -> dict[str, Key]:
         via, before = chosen.setdefault(index.module(name), (name, key))
         if not same_wish(before.wish, key.wish):
             raise PlanError(
-                f"{via} and {name} are one module, with two styles: {before} and {key}",
+                f"{via} and {name} are one module, with two styles",
+                excerpt=f"{before}\n{key}",
                 help="keep one of the two keys",
             )
     return {name: key for name, (_, key) in chosen.items()}
@@ -116,7 +117,8 @@ def _one_key(keys: Sequence[Key], name: str) -> Key:
     for key in others:
         if not same_wish(first.wish, key.wish):
             raise PlanError(
-                f"two keys match {name or 'the model'}: {first} and {key}",
+                f"two keys match {name or 'the model'}",
+                excerpt=f"{first}\n{key}",
                 help=f'a key that writes the name out wins over patterns: add "{name}"',
             )
     return first
@@ -162,11 +164,9 @@ def _cut_ports(style: Style, split: Split) -> tuple[Port, ...]:
 def _whole_claims(key: Key, fqn: str, index: Index) -> list[Claim]:
     """Claims that a module's parameters, and less firmly those of modules inside it, stay whole."""
     out = []
-    for name in index.parameters:
-        owner = name.rpartition(".")[0]
-        if owner == fqn or not fqn or owner.startswith(fqn + "."):
-            rank = (BY_MODULE, 0) if owner == fqn else (BY_ANCESTOR, fqn.count("."))
-            out.append(Claim(Replicate(), False, str(key), name, rank))
+    for name, _ in index.modules[fqn].named_parameters(remove_duplicate=False):
+        rank = (BY_ANCESTOR, fqn.count(".")) if "." in name else (BY_MODULE, 0)
+        out.append(Claim(Replicate(), False, str(key), join(fqn, name), rank))
     return out
 
 
@@ -206,8 +206,8 @@ def _settle(tensor: str, found: list[Claim]) -> Claim:
         if other.placement != first.placement:
             a, b = placement_code(first.placement), placement_code(other.placement)
             raise PlanError(
-                f"{first.via} and {other.via} are one tied parameter, laid out in two ways: "
-                f"{a} by {first.key}, {b} by {other.key}",
+                f"{first.via} and {other.via} are one tied parameter, laid out in two ways",
+                excerpt=f"{first.via} is {a}: {first.key}\n{other.via} is {b}: {other.key}",
                 help=f'decide by its name: "{tensor}": {a}',
             )
     closed = not all(claim.open for claim in (first, *others))

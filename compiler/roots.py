@@ -65,7 +65,7 @@ class RootLayouts:
         own = self._forward.positional
         given = len(args) + sum(name in kwargs for name in own[len(args) : self._count])
         if self._count is not None and given != self._count:
-            raise _wrong_count("inputs", self._count, f"called with {given} positional arguments")
+            raise _wrong_count("inputs", self._count, f"the call has {given} positional arguments")
         for i, value in enumerate(args):
             _check_shape(self._inputs.get(self._name_at(i)), value, f"inputs[{i}]")
         for name, value in kwargs.items():
@@ -157,9 +157,9 @@ def _check_shape(tree: Tree, value: Any, what: str) -> None:
     """The containers of a tree of layouts fit those of the value: as many parts, and known keys."""
     if isinstance(tree, (tuple, list)):
         if not isinstance(value, (tuple, list)):
-            raise _wrong_count(what, len(tree), f"given one {type(value).__name__}")
+            raise _wrong_count(what, len(tree), f"is for one {type(value).__name__}")
         if len(value) != len(tree):
-            raise _wrong_count(what, len(tree), f"given {len(value)} values")
+            raise _wrong_count(what, len(tree), f"is for {len(value)} values")
         for i, (part, v) in enumerate(zip(tree, value, strict=True)):
             _check_shape(part, v, f"{what}[{i}]")
     elif isinstance(tree, Mapping) and isinstance(value, Mapping):
@@ -182,9 +182,9 @@ def _walk(tree: Tree, keys: Sequence[Any], what: str) -> Tree:
         elif isinstance(key, str) and hasattr(tree, key):  # a named tuple
             tree = getattr(tree, key)
         else:
-            raise _wrong_count(what, len(tree), f"asked for part {keys[i]!r}")
+            raise _wrong_count(what, len(tree), f"is for something with a part {keys[i]!r}")
     if tree is not None and not _is_layout(tree):
-        raise _wrong_count(what, len(tree), "given one tensor")
+        raise _wrong_count(what, len(tree), "is for one tensor")
     return tree
 
 

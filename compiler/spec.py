@@ -11,7 +11,8 @@ A rank holds exactly its rows: ceil(n / w) per rank, trailing ranks short or emp
 Beside its dims a value may be *pending*: each rank holds a summand (or an operand of max, min, ...)
 over some mesh dims. A mesh dim occurs at most once in a spec.
 
-One canonical form: a split that a plain one would describe equally is written plainly.
+One canonical form: a split that a plain one would describe equally is written plainly, and of two compound
+ones that say the same, the one with the larger blocks. (Splits of a size of one have several spellings.)
 """
 
 from __future__ import annotations
@@ -84,10 +85,24 @@ def canonical(dim: Dim, mesh: Mesh) -> Dim:
         if part.size == 1 and not part.axes:
             continue
         while out and _mergeable(out[-1], part, mesh):
-            last = out.pop()
-            part = Part(last.size * part.size, last.axes + part.axes)
+            part = _merged(out.pop(), part)
         out.append(part)
+    for i in range(len(out) - 1):
+        out[i : i + 2] = _coarser(out[i], out[i + 1], mesh)
     return tuple(out) or (Part(1),)
+
+
+def _merged(a: Part, b: Part) -> Part:
+    return Part(a.size * b.size, a.axes + b.axes)
+
+
+def _coarser(a: Part, b: Part, mesh: Mesh) -> tuple[Part, Part]:
+    """(a b) with the first part in as few and large blocks as say the same: (4@tp 2) is (2@tp 4) on 3 ranks."""
+    for size in range(2, a.size if a.axes else 0):
+        halves = _halves(a, size, mesh)
+        if halves is not None and _mergeable(halves[1], b, mesh):
+            return halves[0], _merged(halves[1], b)
+    return a, b
 
 
 @lru_cache(maxsize=None)
@@ -260,8 +275,23 @@ def from_placements(shape: Sequence[int], placements: Mapping[str, Placement], m
         if isinstance(placement, Partial):
             pending[axis] = placement.reduce_op
         elif not isinstance(placement, Replicate):
-            spec = _split_strided(spec, shard_dim(placement, len(shape)), axis, placement, mesh)
+            d = shard_dim(placement, len(shape))
+            if not _deals_runs(spec.dims[d], mesh[axis], mesh):
+                raise _misfit(placement, axis, spec.dims[d])
+            spec = _split_strided(spec, d, axis, placement, mesh)
     return spec.with_pending(pending, mesh)
+
+
+def _deals_runs(dim: Dim, ways: int, mesh: Mesh) -> bool:
+    """Whether `Spec.split` deals each rank's indices in runs, as torch's Shard does to what is left of a dim."""
+    k = next((i for i, p in enumerate(dim) if not p.axes), len(dim) - 1)
+    single = all(p.size == math.prod(mesh[a] for a in p.axes) for p in dim[:k])
+    last = all(p.size == 1 for p in dim[k + 1 :])
+    return len(dim) == 1 or single and (last or dim[k].size % (ways * math.prod(mesh[a] for a in dim[k].axes)) == 0)
+
+
+def _misfit(placement: Placement, axis: str, dim: Dim) -> ValueError:
+    return ValueError(f"{placement} over {axis} does not fit a dim of layout {dim_text(dim)}")
 
 
 def shard_dim(placement: Placement, rank: int) -> int:
@@ -277,7 +307,7 @@ def _split_strided(spec: Spec, d: int, axis: str, placement: Placement, mesh: Me
     if factor == 1:
         return spec.split(d, axis, mesh)
     if spec.dims[d] != (Part(spec.shape[d]),) or spec.shape[d] % factor:
-        raise ValueError(f"{placement} over {axis} does not fit a dim of layout {dim_text(spec.dims[d])}")
+        raise _misfit(placement, axis, spec.dims[d])
     return spec.with_dim(d, canonical((Part(factor), Part(spec.shape[d] // factor, (axis,))), mesh))
 
 

@@ -94,7 +94,6 @@ def trace(
     _refuse_or_report(program, held, signature, call)
     annotate(gm.graph, signature, module)
     gm.graph.lint()
-    gm.recompile()
     return Traced(gm, signature)
 
 
@@ -208,6 +207,14 @@ def _argument_namer(module: nn.Module) -> Callable[[Any], str]:
         return head + pytree.keystr(path[2:])
 
     return name
+
+
+def argument_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(readable path, path in the keys of border marks) of every leaf of a call's arguments, in pytree order."""
+    paths, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    name = _argument_namer(module)
+    heads = [str(path[1].idx) if path[0].idx == 0 else f"kw:{path[1].key}" for path, _ in paths]
+    return [(name(path), head) for (path, _), head in zip(paths, heads, strict=True)]
 
 
 def _held_arguments(held: Sequence[Held]) -> list[Argument]:

@@ -11,12 +11,14 @@ Outputs are copied contiguous, so that tangents are contiguous whatever the stri
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -125,6 +127,12 @@ class _Root(nn.Module):
         return self.root(*args, **kwargs)
 
 
+def _root(module: nn.Module) -> _Root:
+    """A root whose forward has globals of its own: Dynamo puts there, for good, what its bytecode needs."""
+    forward = FunctionType(_Root.forward.__code__, {"__builtins__": builtins, "__name__": __name__})
+    return type("_Root", (_Root,), {"forward": forward})(module)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences what torch says of its own tracing, unless the user turned its logs on."""
@@ -147,7 +155,7 @@ def quiet() -> Iterator[None]:
 
 def by_dynamo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, TracingContext]:
     """The captured forward, and the context AOTAutograd must run it in."""
-    root = _Root(module)
+    root = _root(module)
     config: Any = torch._dynamo.config
     options = {
         "allow_rnn": True,

@@ -64,8 +64,8 @@ def _check_layouts(node: Node, stage: Stage) -> None:
 
 def _check_call(node: Node, stage: Stage, mesh: Mesh) -> None:
     if node.target in (*c.COLLECTIVES, *c.LOCAL_MOVES):
-        source = operands(node)[0]
-        if specs(source) and specs(node):
+        source = node.args[0]
+        if isinstance(source, Node) and specs(source) and specs(node):
             _check_collective(node, spec(source), spec(node), mesh)
     elif node.target is not operator.getitem and stage == Stage.RESHARDED and "wants" in node.meta:
         for i, (needed, operand) in enumerate(zip(node.meta["wants"], operands(node), strict=True)):

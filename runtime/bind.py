@@ -26,6 +26,7 @@ from shardc.compiler.mesh import Mesh
 from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Line, ReduceScatter
 
 aten = torch.ops.aten
+Call = tuple[Callable[..., Tensor], tuple]  # what to call, and with what beside the operand
 KEPT = ("where", "path", "phase", "made_by")  # small texts; values and layouts stay behind
 
 
@@ -35,7 +36,7 @@ def bind_program(
     """A LOCAL or SCHEDULED program as the rank at `coords` runs it: local tensors in, local tensors out.
 
     groups: this rank's process group along each mesh dim that has more than one rank. Nodes keep their names.
-    No gradient flows through its collectives. Raises ValueError for a call that has no place in such a program.
+    No gradient flows through collectives. Raises ValueError for a call that has no place in such a program.
     """
     return _Binder(gm, mesh, coords, groups).bound()
 
@@ -73,20 +74,18 @@ class _Binder:
     def _leaf(self, leaf: Any) -> Any:
         return self.env[leaf] if isinstance(leaf, Node) else leaf
 
-    def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> tuple[Callable, tuple]:
+    def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> Call:
         return AllReduce(op, self.lines[axis], f"%{node.name}"), ()
 
-    def all_gather(self, node: Node, x: Node, dim: int, axis: str) -> tuple[Callable, tuple]:
+    def all_gather(self, node: Node, x: Node, dim: int, axis: str) -> Call:
         cut = cut_of(spec(x), dim, axis, self.mesh, self.coords, spec(x))
         return AllGather(cut, self._shape(node), self.lines[axis], f"%{node.name}"), ()
 
-    def reduce_scatter(
-        self, node: Node, x: Node, dim: int, axis: str, op: str = "sum"
-    ) -> tuple[Callable, tuple]:
+    def reduce_scatter(self, node: Node, x: Node, dim: int, axis: str, op: str = "sum") -> Call:
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
         return ReduceScatter(cut, self._shape(node), op, self.lines[axis], f"%{node.name}"), ()
 
-    def all_to_all(self, node: Node, x: Node, source: int, dim: int, axis: str) -> tuple[Callable, tuple]:
+    def all_to_all(self, node: Node, x: Node, source: int, dim: int, axis: str) -> Call:
         before, after = spec(x), spec(node)
         send = cut_of(after, dim, axis, self.mesh, self.coords, before)
         receive = cut_of(before, source, axis, self.mesh, self.coords, after)
@@ -95,20 +94,20 @@ class _Binder:
         moves = any(math.prod(before.local_shape(self.mesh, at)) for at in along)
         return AllToAll(send, receive, self._shape(node), moves, line, f"%{node.name}"), ()
 
-    def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> tuple[Callable, tuple]:
+    def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> Call:
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
         index = self.coords[axis]
         start = sum(cut.sizes[:index])
         return piece, (list(cut.view), cut.dim, start, cut.sizes[index], list(self._shape(node)))
 
-    def make_partial(self, node: Node, x: Node, axis: str) -> tuple[Callable, tuple]:
+    def make_partial(self, node: Node, x: Node, axis: str) -> Call:
         return aten.zeros_like.default if self.coords[axis] else aten.alias.default, ()
 
     def _shape(self, node: Node) -> tuple[int, ...]:
         return spec(node).local_shape(self.mesh, self.coords)
 
 
-MOVES: dict[Any, Callable[..., tuple[Callable, tuple]]] = {
+MOVES: dict[Any, Callable[..., Call]] = {
     c.all_reduce: _Binder.all_reduce,
     c.all_gather: _Binder.all_gather,
     c.reduce_scatter: _Binder.reduce_scatter,
@@ -119,6 +118,6 @@ MOVES: dict[Any, Callable[..., tuple[Callable, tuple]]] = {
 
 
 def piece(x: Tensor, view: Sequence[int], dim: int, start: int, length: int, shape: Sequence[int]) -> Tensor:
-    """A stretch of one dim of `x` seen as `view`, as a tensor of `shape`. Contiguous, since a collective's result
-    would be: what follows was traced on the whole value and may take a view of it."""
+    """A stretch of one dim of `x` seen as `view`, as a tensor of `shape`. Contiguous, as the result of a
+    collective is: what follows was traced on the whole value and may take a view of it."""
     return x.reshape(view).narrow(dim, start, length).reshape(shape).contiguous()

@@ -1,4 +1,4 @@
-"""Mesh dims become process groups: who this rank is in a torch DeviceMesh, and which mesh applies by default."""
+"""Mesh dims become process groups: who this rank is in a DeviceMesh, and which mesh applies by default."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from shardc.compiler.errors import PlanError
@@ -21,8 +23,8 @@ class Groups(Mapping[str, dist.ProcessGroup]):
     """The process group of this rank along each mesh dim, and this rank's place in the mesh.
 
     mesh: the integers; coords: by mesh dim; position: the rank's number within the mesh; ranks: the global
-    ranks of all positions. Raises PlanError where this process is outside the mesh, or where the ranks along a
-    mesh dim descend: torch numbers the members of a process group in ascending order.
+    ranks of all positions. Raises PlanError where this process is outside the mesh, or where the ranks along
+    a mesh dim do not ascend: torch numbers the members of a process group in that order.
     """
 
     def __init__(self, device_mesh: DeviceMesh) -> None:
@@ -43,7 +45,7 @@ class Groups(Mapping[str, dist.ProcessGroup]):
             members = dist.get_process_group_ranks(group)
             if along != members:
                 raise PlanError(
-                    f"mesh dim {name} lists its ranks as {_text(along)}, its process group as {_text(members)}",
+                    f"mesh dim {name} has ranks {_text(along)}, its process group {_text(members)}",
                     help="give DeviceMesh the ranks of each mesh dim in ascending order",
                 )
 
@@ -58,10 +60,10 @@ class Groups(Mapping[str, dist.ProcessGroup]):
 
 
 def default_device_mesh(names: Sequence[str] = ()) -> DeviceMesh | None:
-    """The mesh of a call that names none: the enclosing `with device_mesh:`; else one mesh dim over all ranks of
-    the process group, initialised from torchrun's environment where need be; else None, one rank.
+    """The mesh of a call that names none: the enclosing `with device_mesh:`; else one mesh dim over all ranks
+    of the process group, initialised from torchrun's environment where need be; else None, one rank.
 
-    names: the plan's mesh dims. Raises PlanError where there are several and no enclosing mesh says their sizes.
+    names: the plan's mesh dims. Raises PlanError where there are several and nothing says their sizes.
     """
     enclosing = _enclosing_mesh()
     if enclosing is not None:
@@ -100,17 +102,17 @@ def _device_type() -> str:
 
 def _join_torchrun() -> None:
     """Initialise the process group: nccl if every rank says it has a GPU of its own, else gloo."""
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    store, rank, world = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     own = torch.cuda.is_available() and dist.is_nccl_available() and local < torch.cuda.device_count()
-    gpus = dist.PrefixStore("shardc/gpus", store)
+    gpus = PrefixStore("shardc/gpus", store)
     gpus.set(str(rank), str(int(own)))
     everyone = [str(r) for r in range(world)]
     gpus.wait(everyone, TIMEOUT)
     backend = "nccl" if all(gpus.get(r) == b"1" for r in everyone) else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(local)
-    groups = dist.PrefixStore("shardc/groups", store)
+    groups = PrefixStore("shardc/groups", store)
     dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=TIMEOUT)
 
 

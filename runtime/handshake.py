@@ -12,32 +12,40 @@ import itertools
 import os
 import time
 import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from shardc.compiler.errors import RankMismatchError
+from shardc.runtime.groups import Groups
 
 TIMEOUT = 300.0  # seconds: ranks compile at different speed, more so with a cold cache on one of them
-POST = 4 << 20  # bytes per value: the store refuses 8 MiB
+POST = 4 << 20  # bytes of a posted text, a multiple of 4; the store breaks the connection at 8 MiB
 WIDTH = 160  # characters of a line that a message shows
 SECOND_WAIT = 30.0  # seconds for the texts: every rank is there, and posts its own at once
 END = "(the text ends before this line)"
 
 
 def agree(
-    text: str | Iterable[object], what: str, ranks: Sequence[int] | None = None, timeout: float = TIMEOUT
+    text: str | Iterable[object],
+    groups: Groups | Sequence[int] | None,
+    what: str,
+    timeout: float = TIMEOUT,
 ) -> None:
-    """Return once all `ranks` (default: all of the process group) have called this with the same text.
+    """Return once all ranks of `groups` have called this with the same text.
 
-    text: whatever must be equal, or values, one per line. what: its name in the message ("program", "input sizes").
-    Without a process group, or called on a rank that is not among `ranks`, it returns at once.
+    text: what must be equal, or values, which count as one line each. groups: those of a mesh, or global
+    ranks; None for all of the process group. what: its name in the message ("the program", "input sizes").
+    Without a process group, or called on a rank that is not among them, it returns at once.
     Raises RankMismatchError on every one of the ranks: naming those that differ, their digests and the first
     line that does; or those that did not come within `timeout` seconds, or that the store is gone.
     """
     if not dist.is_initialized():
         return
-    everyone = tuple(range(dist.get_world_size())) if ranks is None else tuple(ranks)
+    ranks = groups.ranks if isinstance(groups, Groups) else groups
+    everyone = tuple(range(dist.get_world_size()) if ranks is None else ranks)
     me = dist.get_rank()
     if me not in everyone or len(everyone) == 1:
         return
@@ -46,7 +54,7 @@ def agree(
         _Round(me, everyone, what, lines).hold(timeout)
     except dist.DistError as error:
         raise RankMismatchError(
-            f"{what}: the store is gone, and with it the process that serves it (rank 0, or the launcher): {error}"
+            f"{what}: the store is gone, with the process that serves it (rank 0 or the launcher): {error}"
         ) from error
 
 
@@ -58,8 +66,8 @@ class _Round:
 
     def __init__(self, me: int, ranks: tuple[int, ...], what: str, text: str) -> None:
         self.me, self.ranks, self.what, self.text = me, ranks, what, text
-        members = dist.PrefixStore(f"shardc/agree/{_digest(repr(ranks))}", _store())
-        self.board = dist.PrefixStore(str(members.add(f"rounds/{me}", 1)), members)
+        members = PrefixStore(f"shardc/agree/{_digest(repr(ranks))}", _store())
+        self.board = PrefixStore(str(members.add(f"rounds/{me}", 1)), members)
 
     def hold(self, timeout: float) -> None:
         """Raises RankMismatchError unless all ranks come within the timeout, with equal texts."""
@@ -92,7 +100,7 @@ class _Round:
         return (
             f"{self.what}: rank{many} {missing} did not come to compare it within {timeout:g} s{late}; it is "
             f"compared by ranks {_listed(self.ranks)}\n"
-            f"help: look at what rank{many} {missing} did instead: an error, a slower start, or another branch"
+            f"help: see what rank{many} {missing} did instead: an error, a slow start, another branch"
         )
 
     def _difference(self, notes: dict[int, str]) -> str:
@@ -110,8 +118,8 @@ class _Round:
         return "\n".join(lines)
 
     def _first_lines(self, speakers: list[int]) -> list[str]:
-        """Where the texts of two camps part. Every rank posts its text, since each has learnt that they differ."""
-        self.board.set(f"text/{self.me}", zlib.compress(self.text.encode())[:POST])
+        """Where the texts of two camps part. Every rank posts its own, having learnt that they differ."""
+        self.board.set(f"text/{self.me}", _packed(self.text))
         first, second = speakers[:2]
         if self._wait_for("text", [first, second], SECOND_WAIT):
             return []
@@ -124,14 +132,22 @@ class _Round:
         return []
 
     def _text_of(self, rank: int) -> list[str]:
-        posted = self.board.get(f"text/{rank}")  # perhaps cut short: what is there can still be read
-        return zlib.decompressobj().decompress(posted).decode(errors="replace").splitlines()
+        return _unpacked(self.board.get(f"text/{rank}")).splitlines()
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     group = dist.group.WORLD
     assert group is not None  # the caller has made sure that a process group is initialised
     return group.get_group_store()
+
+
+def _packed(text: str) -> str:
+    return b64encode(zlib.compress(text.encode()))[:POST].decode()
+
+
+def _unpacked(posted: bytes) -> str:
+    """The text, or as much of it as was posted."""
+    return zlib.decompressobj().decompress(b64decode(posted)).decode(errors="replace")
 
 
 def _alike(notes: dict[int, str]) -> bool:

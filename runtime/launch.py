@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -18,16 +19,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from shardc.compiler.errors import RankFailure
-from shardc.runtime.rank import Job, run_rank
+from shardc.runtime.launched import Job, run_rank
 
 GRACE = 1.0  # seconds that the other ranks have, after a failure, to report what it did to them
 ENDING = 10.0  # seconds for ranks that have returned to destroy their process group and exit
@@ -51,9 +51,9 @@ def launch(
     top level of a module, or of a script that calls launch under `if __name__ == "__main__":`. fn, args and
     results travel pickled, tensors by value. Nothing the ranks started outlives the call.
 
-    timeout: seconds for the whole call, start included. Raises RankFailure with the number and traceback of the
-    first rank that failed (the others are stopped within about a second), or with every rank's stacks
-    once the time is over; TypeError where fn or args cannot be sent to a new process; ValueError for nproc < 1.
+    timeout: seconds for the whole call, start included. Raises RankFailure with the number and traceback of
+    the first rank that failed (the others are stopped within about a second), or with the stacks of all once
+    the time is over; TypeError where fn or args cannot be sent to a new process; ValueError for nproc < 1.
     """
     if not isinstance(nproc, int) or nproc < 1:
         raise ValueError(f"nproc={nproc!r}: launch needs at least one rank")
@@ -133,7 +133,7 @@ class _Rank:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What happened to a rank, when, in one line and in full. A death has time 0: it comes before its effects."""
+    """What happened to a rank and when, in a line and in full. A death has time 0: before all its effects."""
 
     rank: int
     when: float
@@ -155,8 +155,8 @@ def _packed(fn: Callable[..., Any], args: tuple) -> bytes:
         raise TypeError(f"launch cannot send {name} or its args to new processes: {error}") from error
     if b"__main__" in payload and not _main_is_a_file():
         raise TypeError(
-            f"launch cannot run {name}: it is defined in an interactive session, `python -c` or stdin, which new "
-            "processes cannot import; put it in a file and import it from there"
+            f"launch cannot run {name}: it is defined in an interactive session, `python -c` or stdin, "
+            "which new processes cannot import; put it in a file and import it from there"
         )
     return payload
 
@@ -181,11 +181,11 @@ def _importable_main() -> Iterator[None]:
         main.__file__ = path
 
 
-def _loopback_store() -> tuple[dist.TCPStore, int]:
+def _loopback_store() -> tuple[TCPStore, int]:
     """A store served by this process on 127.0.0.1, and its port."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     port = listener.getsockname()[1]
-    store = dist.TCPStore(
+    store = TCPStore(
         "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
     return store, port
@@ -281,7 +281,10 @@ def _expired(ranks: list[_Rank], timeout: float | None) -> str:
 
 
 def _stacks_of(rank: _Rank) -> str:
-    return rank.stacks.read_text(errors="replace").rstrip() if rank.stacks.exists() else ""
+    """What the rank has written, less the thread that only follows us."""
+    text = rank.stacks.read_text(errors="replace") if rank.stacks.exists() else ""
+    threads = [t.rstrip() for t in text.split("\n\n")]
+    return "\n\n".join(t for t in threads if not re.search(r" in _follow$", t, re.MULTILINE))
 
 
 def _ranks_text(numbers: list[int]) -> str:

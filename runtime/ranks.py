@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
@@ -17,6 +17,8 @@ from shardc.compiler.spec import Spec, to_placements
 from shardc.runtime.bind import bind_program
 from shardc.runtime.groups import Groups
 from shardc.runtime.handshake import agree
+from shardc.runtime.shards import cut
+from shardc.runtime.state import as_dtensor, gather_whole, local_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ class Ranks:
             return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
         return wrap
+
+    def relay(self, param: nn.Parameter, before: Spec, after: Spec) -> None:
+        """Store a parameter in another layout, in place: the object, which an optimizer may hold, stays the same."""
+        whole = gather_whole(local_of(param.detach()), before, self.device_mesh, self.coords)
+        made = nn.Parameter(as_dtensor(cut(whole, after, self.mesh, self.coords).contiguous(), after, self.device_mesh))
+        made.requires_grad_(param.requires_grad)
+        torch.utils.swap_tensors(param, made)
 
     def zeros(self, node: Node) -> Callable[[], Tensor]:
         """What makes this rank's zeros of a graph value."""

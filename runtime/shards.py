@@ -67,7 +67,7 @@ def join(pieces: Sequence[Tensor], spec: Spec, mesh: Mesh) -> Tensor:
         done.setdefault(tuple(coords[a] for a in split), []).append(piece)
     for place, summands in done.items():
         coords = {a: 0 for a in mesh.names} | dict(zip(split, place, strict=True))
-        _put(out, reduce_pending(summands, spec, mesh), spec, mesh, coords)
+        put(out, reduce_pending(summands, spec, mesh), spec, mesh, coords)
     return out
 
 
@@ -80,8 +80,9 @@ def reduce_pending(summands: Sequence[Tensor], spec: Spec, mesh: Mesh) -> Tensor
     return values[0]
 
 
-def _put(out: Tensor, piece: Tensor, spec: Spec, mesh: Mesh, coords: Mapping[str, int]) -> None:
-    view, shape = out, []
+def put(out: Tensor, piece: Tensor, spec: Spec, mesh: Mesh, coords: Mapping[str, int]) -> None:
+    """Write a rank's piece into its place in the global tensor."""
+    shape = []
     sizes = [p.size for dim in spec.dims for p in dim]
     view = out.view(sizes)
     for k, part in enumerate(p for dim in spec.dims for p in dim):

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec, to_placements
-from shardc.runtime.shards import cut
+from shardc.runtime.shards import cut, put
 
 
 def broadcast(x: Tensor, device_mesh: DeviceMesh, source: int) -> None:
@@ -58,6 +58,18 @@ def as_held(value: Tensor, held: Tensor, spec: Spec, device_mesh: DeviceMesh, co
     return as_dtensor(cut(value, spec, Mesh.of(device_mesh), coords).contiguous(), spec, device_mesh)
 
 
+
+
+def gather_whole(local: Tensor, spec: Spec, device_mesh: DeviceMesh, coords: Mapping[str, int]) -> Tensor:
+    """The global tensor of which every rank passes its piece, on every rank."""
+    mesh = Mesh.of(device_mesh)
+    out = local.new_zeros(spec.shape)
+    if not any(coords[a] for a in mesh.names if a not in spec.axes()):
+        put(out, local, spec, mesh, coords)  # of equal pieces one rank's is enough
+    for axis in mesh.names:
+        if mesh[axis] > 1:
+            dist.all_reduce(out, group=device_mesh.get_group(axis))
+    return out
 
 
 def whole(x: Tensor) -> Tensor:

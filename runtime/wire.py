@@ -66,7 +66,7 @@ class Collective:
     `start` issues it, `wait` finishes it; between the two a rank may do anything else. The operand may lie in
     memory in any way; the result is contiguous and shares no memory with it, except on a line of one rank,
     where nothing moves and the result is the operand. No gradient flows through.
-    Raises RankFailure naming the node, the mesh dim and its ranks where the backend reports an error or time-out.
+    Raises RankFailure naming the node, mesh dim and ranks where the backend reports an error or timeout.
     """
 
     def __init__(self, kind: str, line: Line, node: str, moves: bool) -> None:
@@ -113,7 +113,7 @@ class Collective:
         )
 
     def _gather(self, flat: Tensor, longest: int) -> tuple[Any, Tensor]:
-        """Every rank's elements, in rows of the longest; what lies beyond a rank's own in its row is undefined."""
+        """Every rank's elements, in rows of the longest; what a row holds beyond them is undefined."""
         row = flat
         if flat.numel() < longest:
             row = room(flat, longest)
@@ -174,7 +174,7 @@ class AllReduce(Collective):
 
 
 class AllGather(Collective):
-    """[n@axis] -> [n]. cut: how the axis deals the whole into the ranks' pieces; shape: of the whole, here."""
+    """[n@axis] -> [n]. cut: how the axis deals the whole into pieces; shape: of the whole, on this rank."""
 
     def __init__(self, cut: Cut, shape: Sequence[int], line: Line, node: str = "all_gather") -> None:
         pieces = Pieces(cut)
@@ -225,7 +225,7 @@ class ReduceScatter(Collective):
 
 
 class AllToAll(Collective):
-    """[n@axis, m] -> [n, m@axis]. send: how the axis deals this rank's operand; receive: how it dealt the result.
+    """[n@axis, m] -> [n, m@axis]. send: how the axis deals the operand; receive: how it had dealt the result.
 
     moves: whether any rank of the line has any element; all of its ranks must answer alike.
     """
@@ -276,7 +276,7 @@ class Pieces:
         return got if self.leading else self._joined(got.split_with_sizes(self.numels))
 
     def joined_rows(self, rows: Tensor) -> Tensor:
-        """The whole, flat or in its own shape, from rows of the longest piece: what else they hold is left out."""
+        """The whole, flat or in its own shape, from rows of the longest piece, less what else they hold."""
         if self.leading and self.gapless:
             return rows.view(-1)[: sum(self.numels)]
         return self._joined([row[:n] for row, n in zip(rows.unbind(), self.numels, strict=True)])
@@ -286,7 +286,7 @@ class Pieces:
 
 
 def room(like: Tensor, numel: int) -> Tensor:
-    """Memory for so many elements. All that the wire uses comes from here, and what it holds must not matter."""
+    """Memory for so many elements. All that the wire uses comes from here; what it holds must not matter."""
     return like.new_empty(numel)
 
 

@@ -183,9 +183,15 @@ def on_one_device(gm: GraphModule, inputs: Sequence[Tensor]) -> list[Any]:
 
 
 def simulated(gm: GraphModule, mesh: Mesh, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Global outputs of a LOCAL graph that runs on all ranks, from global inputs."""
+    """Global outputs of a LOCAL graph that runs on all ranks, from global inputs; copies must agree."""
     coords = [mesh.coords(rank) for rank in range(mesh.size)]
     pieces = [[cut(x, spec(n), mesh, at) for at in coords] for x, n in zip(inputs, placeholders(gm), strict=True)]
     returned = next(n for n in gm.graph.nodes if n.op == "output").args[0]
     found = simulate(gm, mesh, pieces)
-    return [join(p, spec(n), mesh) for p, n in zip(found, returned, strict=True)]
+    out = [join(p, spec(n), mesh) for p, n in zip(found, returned, strict=True)]
+    for whole, pieces, node in zip(out, found, returned, strict=True):
+        for piece, at in zip(pieces, coords, strict=True):
+            assert tuple(piece.shape) == spec(node).local_shape(mesh, at), f"%{node} at {at}"
+            if not spec(node).pending:
+                assert torch.equal(piece, cut(whole, spec(node), mesh, at)), f"%{node} differs at {at}"
+    return out

@@ -1,1 +1,1 @@
-"""The tools: command line, graph viewer, pass printer and documentation maker."""
+"""Command line, demo and viewers; nothing else imports them."""

@@ -87,7 +87,7 @@ def _train(
     y = affine(site, y, *(_per_channel(site, p, x.dim()) for p in (weight, bias)))
     out = [cast(site, y, acc, x.dtype), *(_flat(site, t) for t in (mean, rstd))]
     if len(types) in (4, 6):  # what a kernel keeps for its own backward, which this call does without
-        out.append(site.call(aten.new_empty.default, local, shapes[3], dtype=types[3]))
+        out.append(site.call(aten.new_zeros.default, local, shapes[3], dtype=types[3]))
     if len(types) in (5, 6):
         unbiased = site.call(aten.mul.Scalar, variance, count / (count - 1) if count > 1 else math.nan)
         for old, now in zip(site.args[3:5], (mean, unbiased), strict=True):

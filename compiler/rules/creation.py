@@ -30,11 +30,13 @@ rule(aten.full_like.default, "... -> ...")
 
 
 def _new(op: Any, linear: str) -> None:
+    """An operand of other sizes is not read at all: however it is split, the result is complete."""
+
     def build(x: Any, size: Any, *value: Any, results: Any, **options: Any) -> OpRule:
         if x.shape == results[0].shape:
             return parse("... -> ...", linear=linear, shape_arg=1)
         left, right = [f"x{i}" for i in range(x.dim())], dims(len(size))
-        return parse(line([left], [right]), whole=" ".join(left), linear=linear, shape_arg=1)
+        return parse(line([left], [right]), joined=" ".join(left), linear=linear, shape_arg=1)
 
     rule(op)(build)
 

@@ -79,9 +79,7 @@ def _mean(op: Any) -> Callable[..., OpRule]:
     return build
 
 
-def share_of_mean(
-    site: Site, x: Any, dims: list[int], keepdim: bool, count: int, dtype: torch.dtype
-) -> Any:
+def share_of_mean(site: Site, x: Any, dims: list[int], keepdim: bool, count: int, dtype: torch.dtype) -> Any:
     """What this rank's elements add to a mean over `count` of them."""
     acc = wide(dtype)
     x = site.call(aten.sum.dim_IntList, x, dims, keepdim, dtype=acc)

@@ -194,14 +194,17 @@ def _(x: Any, sizes: Any, dim: int = 0, *, results: Any) -> OpRule:
 
 @rule(aten.cat.default)
 def _(tensors: Sequence[Any], dim: int = 0, *, results: Any) -> OpRule:
-    """Pieces of equal blocks come out as `(c n)`; an empty 1-d tensor beside larger ones is skipped."""
+    """Blocks stay blocks: `n, n -> (c n)`. An empty piece is not read; it may even be of another rank."""
     rank = results[0].dim()
-    nothing = {i for i, t in enumerate(tensors) if t.dim() != rank}
-    joined = pieces([0 if i in nothing else t.shape[dim] for i, t in enumerate(tensors)])
-    operands = [[f"z{i}"] if i in nothing else dims(rank, {dim: k}) for i, k in enumerate(joined.each)]
-    sizes = {f: n for f, n in joined.sizes.items() if f not in {f"k{i}" for i in nothing}}
-    whole = " ".join([f for f in joined.whole.split() if f not in {f"k{i}" for i in nothing}])
-    whole = " ".join([whole, *(f"z{i}" for i in nothing)])
+    lengths = [t.shape[dim] if t.dim() == rank else 0 for t in tensors]
+    joined = pieces(lengths)
+    read = [f"z{i}" if not n else name for i, (n, name) in enumerate(zip(lengths, joined.each, strict=True))]
+    operands = [
+        dims(rank, {dim: name}) if t.dim() == rank else [name] for t, name in zip(tensors, read, strict=True)
+    ]
+    empty = {f"k{i}": f"z{i}" for i, n in enumerate(lengths) if not n}
+    whole = " ".join(dict.fromkeys([*(empty.get(f, f) for f in joined.whole.split()), *empty.values()]))
+    sizes = {f: n for f, n in joined.sizes.items() if f not in empty}
     text = line(operands, [dims(rank, {dim: joined.all})])
     return parse(text, whole=whole, sizes=sizes, linear=_all(len(tensors)))
 

@@ -38,7 +38,7 @@ def _common(a: Shape, b: Shape) -> int:
 
 def _middle(source: Shape, target: Shape) -> tuple[list[str], list[str], list[str], dict[str, int]]:
     """Both sides' dims in names, the names that must stay whole, and the sizes of those that are factors."""
-    if math.prod(source) == 0:
+    if math.prod(source) != math.prod(target) or 0 in source:  # beside a dim of size 0
         left, right = ([f"{side}{i}" for i in range(len(s))] for side, s in (("x", source), ("y", target)))
         return left, right, left + right, {}
     borders = [list(accumulate(s, mul)) for s in (source, target)]

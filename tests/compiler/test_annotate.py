@@ -185,7 +185,7 @@ def test_ignored_modules_are_left_alone(ignored):
 
 def test_ignored_parameters_stay_whole():
     model = mlp()
-    shardc.fully_shard(model, ignored_params={model[0].weight})
+    shardc.fully_shard(model, ignored_params=[model.get_parameter("0.weight")])
     found = resolve(None, model, Mesh(dp=2))
     assert found.params["0.weight"].stored == {}
     assert found.ignored == {"dp": frozenset({"0.weight"})}

@@ -83,6 +83,7 @@ def _pointwise_by_hand() -> list[Case]:
     out += [case(aten.rsub.Tensor, x, y, alpha=2), case(aten.addcmul.default, x, y, g, value=-2)]
     out += [case(aten.mul.Tensor, whole(9, 3, 5), whole(9, 5)), case(aten.mul.Tensor, x, mask(3, 5))]
     out += [
+        case(aten.hardtanh_backward.default, g, x, -1.0, 1.0),
         case(aten.silu_backward.default, g, x),
         case(aten.gelu_backward.default, g, x, approximate="tanh"),
     ]

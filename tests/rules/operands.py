@@ -23,6 +23,11 @@ def real(*shape: int, low: float = -2.0, high: float = 2.0) -> Tensor:
     return (torch.arange(1, n + 1, dtype=F64) * math.sqrt(2)).frac().reshape(shape) * (high - low) + low
 
 
+def positive(*shape: int) -> Tensor:
+    """Numbers strictly between 0 and 1."""
+    return real(*shape, low=0.05, high=0.95)
+
+
 def whole(n: int, *shape: int) -> Tensor:
     """Integers from 0 to n - 1."""
     return real(*shape, low=0, high=n).long()

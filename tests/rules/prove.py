@@ -100,7 +100,10 @@ def by_hand(rule: OpRule, dims: Mapping[str, Dim], mesh: Mesh) -> Decision:
 
 
 def _decided_otherwise(rule: OpRule, want: Decision, mesh: Mesh) -> str:
-    """How infer.decide differs, given the first operand that takes part as wanted and the others whole."""
+    """How infer.decide differs, given the first operand that takes part as wanted and the others whole.
+
+    It need not let a sum pass that it could.
+    """
     pending = any(s.pending for s in want.operands)
     specs = [s if pending else Spec.whole(s.shape) for s in want.operands]
     for axis in mesh.names:
@@ -115,6 +118,8 @@ def _decided_otherwise(rule: OpRule, want: Decision, mesh: Mesh) -> str:
     got = decide(rule, specs, [1000] * len(specs), mesh)
     if got.operands == want.operands and got.results == want.results:
         return ""
+    if pending and not any(s.pending for s in (*got.operands, *got.results)):
+        return ""  # reducing before the call may be cheaper than after it
     return f"decide gives {_texts(got)} for {_texts(want)}"
 
 
@@ -133,7 +138,7 @@ def _false(
     """What is wrong with the joined results of the local calls."""
     try:
         outs = run_ranks(op, rule, decision, mesh, _local_calls(decision, mesh, *call))
-        per_rank = [tensors_in(out) for out in outs]
+        per_rank = [[_written(op, t) for t in tensors_in(out)] for out in outs]
         for i, (expected, spec) in enumerate(zip(whole, decision.results, strict=True)):
             got = join([ts[i] for ts in per_rank], spec, mesh)
             if got.dtype != expected.dtype or any(ts[i].dtype != expected.dtype for ts in per_rank):
@@ -143,6 +148,11 @@ def _false(
     except Exception as error:  # an operator may refuse its piece in any way
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ""
+
+
+def _written(op: Any, result: torch.Tensor) -> torch.Tensor:
+    """The result, or zeros for one that nobody has written yet."""
+    return torch.zeros_like(result) if "empty" in op.__name__ else result
 
 
 def _has_values(op: Any) -> bool:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import shardc.compiler.rules.all_rules  # noqa: F401
+from shardc.compiler.infer import decide
+from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.index import _here
 from shardc.compiler.rules.slice import cut
-from shardc.compiler.rules.table import TABLE, OpRule, parse
+from shardc.compiler.rules.table import TABLE, OpRule, parse, rule_of, tensors_in
+from shardc.compiler.spec import Spec
 from tests.rules import cases_a, cases_b
 from tests.rules.operands import Case, real, whole
 from tests.rules.prove import prove
@@ -187,6 +192,49 @@ LIES = {
 def test_a_lie_is_caught(lie: str):
     op, text, options, args, *kwargs = LIES[lie]
     assert prove(lambda *a, **k: parse(text, **options), op, args, *kwargs)
+
+
+def _passed(op: Any, args: Any, pending: set[int]) -> str:
+    """The result's layout where some operands, all of one shape, are pending."""
+    made = rule_of(op, args, {}, op(*args))
+    mesh = Mesh(x=2)
+    specs = [Spec.whole(t.shape) for t in args]
+    specs = [s.with_pending({"x": "sum"}, mesh) if i in pending else s for i, s in enumerate(specs)]
+    return str(decide(made, specs, [8 * t.numel() for t in args], mesh).results[0])
+
+
+def test_add_passes_a_sum_that_both_operands_hold_and_mul_one_that_either_does():
+    x = real(3, 5)
+    assert _passed(aten.add.Tensor, (x, x), {0, 1}) == "[3, 5]+x"
+    assert _passed(aten.add.Tensor, (x, x), {0}) == _passed(aten.add.Tensor, (x, x), {1}) == "[3, 5]"
+    assert _passed(aten.mul.Tensor, (x, x), {0}) == _passed(aten.mul.Tensor, (x, x), {1}) == "[3, 5]+x"
+    assert _passed(aten.neg.default, (x,), {0}) == "[3, 5]+x"
+    assert _passed(aten.relu.default, (x,), {0}) == "[3, 5]"
+
+
+def _has_localize(op: Any, args: Any, kwargs: Any) -> bool:
+    made = TABLE[op](*args, **kwargs, results=tensors_in(op(*args, **kwargs)))
+    return made.localize is not None or made.shape_arg is not None
+
+
+def _bare(op: Any) -> Callable[..., OpRule]:
+    return lambda *args, **kwargs: replace(TABLE[op](*args, **kwargs), localize=None, shape_arg=None)
+
+
+def test_without_its_localize_function_a_rule_is_false():
+    """So the cases reach what the function is there for."""
+    ops = _called([c for c in cases_a.CASES if _has_localize(*c)])
+    held = [op for op in ops if not any(prove(_bare(op), op, *c) for t, *c in cases_a.CASES if t is op)]
+    assert held == [aten.as_strided.default]  # there it is about memory, which the pieces here have as it was
+
+
+def test_as_strided_is_refused_where_memory_may_lie_otherwise():
+    x = real(4, 6)
+    for other in (x.t(), x[1:], x[:, :3]):
+        assert (
+            "does not fit"
+            in prove(TABLE[aten.as_strided.default], aten.as_strided.default, (other, [2], [1]))[0]
+        )
 
 
 def test_a_line_that_does_not_fit_is_a_failure():

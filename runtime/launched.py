@@ -13,9 +13,11 @@ import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def run_rank(rank: int, job: Job, pipe: Connection, stacks: str) -> None:
         try:
             result = _run(rank, job)
         except BaseException as error:  # sys.exit() in a rank is a failure too
-            summary = f"failed: {''.join(traceback.format_exception_only(error)).strip()}"
-            pipe.send(("failed", time.monotonic(), summary, "".join(traceback.format_exception(error))))
+            text = "".join(traceback.format_exception(error))
+            pipe.send(("failed", time.monotonic(), f"failed: {_in_a_line(error)}", text))
             _drop_out()
         pipe.send(("returned", result))
         leave.wait()
@@ -65,7 +67,7 @@ def _run(rank: int, job: Job) -> bytes:
     torch.set_num_threads(job.threads)
     if job.process_group:
         timeout = timedelta(seconds=job.collective_timeout)
-        store = dist.TCPStore("127.0.0.1", job.port, is_master=False, timeout=timeout)
+        store = TCPStore("127.0.0.1", job.port, is_master=False, timeout=timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=job.nproc, timeout=timeout)
     fn, args = pickle.loads(job.payload)
     return pickle.dumps(fn(rank, *args))
@@ -80,7 +82,12 @@ def _follow(pipe: Connection, leave: threading.Event) -> None:
         os._exit(1)
 
 
-def _drop_out() -> None:
+def _in_a_line(error: BaseException) -> str:
+    first, *rest = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first}{' ...' if rest else ''}"
+
+
+def _drop_out() -> NoReturn:
     """End at once: the closed connections wake the ranks that wait for this one."""
     for stream in (sys.stdout, sys.stderr):
         try:

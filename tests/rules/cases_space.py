@@ -1,0 +1,161 @@
+"""Calls that prove the rules of convolution, pooling, resampling and attention."""
+
+from __future__ import annotations
+
+import torch
+
+import tests.rules.stand_ins  # noqa: F401
+from tests.rules.operands import Case, case, positive, real
+
+aten = torch.ops.aten
+
+
+def _convolutions() -> list[Case]:
+    """One to three spatial dims, with and without groups, as they are and transposed, in strides of two."""
+    out = []
+    shapes = [
+        ((3, 5, 6), (7, 5, 2), 1, False),
+        ((2, 4, 6), (6, 2, 3), 2, False),
+        ((2, 3, 5), (3, 1, 2), 3, False),
+        ((3, 5, 4), (5, 3, 2), 1, True),
+        ((2, 6, 4), (6, 2, 2), 3, True),
+        ((2, 3, 5, 4), (4, 3, 2, 2), 1, False),
+        ((1, 2, 3, 4), (2, 3, 2, 2), 1, True),
+        ((2, 2, 3, 4, 3), (3, 2, 2, 2, 1), 1, False),
+    ]
+    for left, right, groups, transposed in shapes:
+        x, w, k = real(*left), real(*right).flip(0), len(left) - 2
+        o = right[1] * groups if transposed else right[0]
+        how = ([2] * k, [1] * k, [1] * k, transposed, [0] * k, groups)
+        for bias in (None, real(o)):
+            y = aten.convolution(x, w, bias, *how)
+            mask = [True, True, bias is not None]
+            out += [case(aten.convolution.default, x, w, bias, *how)]
+            out += [case(aten.convolution_backward.default, y * y, x, w, [o], *how, mask)]
+        out += [case(aten.convolution_backward.default, y * y, x, w, None, *how, [False, True, False])]
+    return out
+
+
+def _pools() -> list[Case]:
+    out = []
+    for lead in ((3, 5), (2, 1), (7,)):
+        x1, x2, x3 = real(*lead, 6), real(*lead, 4, 6), real(*lead, 4, 6, 4)
+        for k, x in ((2, x2), (3, x3)):
+            two = [2] * k
+            pool, back = (getattr(aten, f"avg_pool{k}d{b}").default for b in ("", "_backward"))
+            out += [case(pool, x, two), case(back, pool(x, two), x, two, two, [0] * k, False, True, None)]
+            pool, back = (getattr(aten, f"_adaptive_avg_pool{k}d{b}").default for b in ("", "_backward"))
+            out += [case(pool, x, two), case(back, pool(x, two), x)]
+            pool, back = (getattr(aten, f"max_pool{k}d_with_indices{b}").default for b in ("", "_backward"))
+            y, at = pool(x, two)
+            out += [case(pool, x, two), case(back, y, x, two, two, [0] * k, [1] * k, False, at)]
+            unpool = getattr(aten, f"max_unpool{k}d").default
+            out += [case(unpool, y, at, list(x.shape[-k:]), *([two, [0] * k] if k == 3 else []))]
+            pool, back = (getattr(aten, f"adaptive_max_pool{k}d{b}").default for b in ("", "_backward"))
+            y, at = pool(x, two)
+            out += [case(pool, x, two), case(back, y, x, at)]
+        for k, x in ((1, x1), (2, x2), (3, x3)):
+            for kind in ("reflection", "replication"):
+                pad, back = (getattr(aten, f"{kind}_pad{k}d{b}").default for b in ("", "_backward"))
+                ends = [1] * (2 * k)
+                out += [case(pad, x, ends), case(back, pad(x, ends), x, ends)]
+    return out
+
+
+def _resampled() -> list[Case]:
+    out = []
+    corners = ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
+    names = [*(f"upsample_{n}" for n in corners), "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"]
+    names += [f"{n}{k}d" for n in ("upsample_nearest", "_upsample_nearest_exact") for k in (1, 2, 3)]
+    for name in names:
+        k = next(int(c) for c in name if c.isdigit())
+        x, size = real(3, 5, *([3] * k)), [5, 4, 6][:k]
+        flag = () if "nearest" in name else (False,)
+        y = getattr(aten, name).default(x, size, *flag)
+        out += [case(getattr(aten, name).default, x, size, *flag)]
+        out += [case(getattr(aten, name + "_backward").default, y, size, list(x.shape), *flag)]
+    x = real(3, 5, 4, 6)
+    square = [2, 2], [1, 1], [0, 0], [1, 1]
+    for image in (x, x[0]):
+        y = aten.im2col(image, *square)
+        out += [case(aten.im2col.default, image, *square), case(aten.col2im.default, y, [4, 6], *square)]
+    out += [case(aten.pixel_shuffle.default, real(2, 12, 2, 3), 2), case(aten.pixel_unshuffle.default, x, 2)]
+    out += [case(aten.channel_shuffle.default, real(2, 10, 3), 2)]
+    for k, image in ((2, x), (3, real(2, 3, 4, 3, 2))):
+        grid = real(image.shape[0], *([3, 2, 1][:k]), k) / 2
+        sample, back = (getattr(aten, f"grid_sampler_{k}d{b}").default for b in ("", "_backward"))
+        y = sample(image, grid, 0, 0, False)
+        out += [case(sample, image, grid, 0, 0, False)]
+        out += [case(back, y, image, grid, 0, 0, False, m) for m in ([True, True], [False, True])]
+    return out
+
+
+def _attentions() -> list[Case]:
+    out = []
+    forward = aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    for b, heads, groups, rows in ((3, 5, 5, 7), (2, 6, 3, 2), (1, 1, 1, 1), (2, 4, 2, 3)):
+        q, k, v = real(b, heads, rows, 4), real(b, groups, 5, 4), positive(b, groups, 5, 4)
+        masks = [(rows, 5), (b, 1, rows, 5), (1, heads, 1, 5), (b, heads, rows, 5)]
+        for causal, shape in ((False, None), (True, None), *((False, m) for m in masks)):
+            options = {"attn_mask": real(*shape)} if shape else {}
+            y, lse = forward(q, k, v, 0.0, causal, **options)
+            out += [case(forward, q, k, v, 0.0, causal, **options)]
+            out += [case(backward, positive(*y.shape), q, k, v, y, lse, 0.0, causal, **options)]
+    return [*out, case(forward, q, k, v, scale=0.5)]
+
+
+def _on_accelerators() -> list[Case]:
+    out = []
+    x, norm = real(3, 2, 5), [2, 5]
+    rstd = aten._fused_rms_norm(x, norm, None, 1e-5)[1]
+    for w, mask in ((positive(*norm), [True, True]), (None, [True, False]), (positive(*norm), [False, True])):
+        out += [case(aten._fused_rms_norm_backward.default, positive(3, 2, 5), x, norm, rstd, w, mask)]
+    for shape in ((5, 3), (4, 2, 7)):
+        x, c = real(*shape), shape[1]
+        w, kept = positive(c), torch.zeros(7, dtype=torch.uint8)
+        op, back = aten.cudnn_batch_norm.default, aten.cudnn_batch_norm_backward.default
+        out += [case(op, x, w, real(c), None, None, True, 0.1, 1e-5)]
+        out += [
+            case(op, x, w, real(c), real(c), positive(c), training, 0.0, 1e-5) for training in (True, False)
+        ]
+        out += [case(back, x, positive(*shape), w, None, None, real(c), positive(c), 1e-5, kept)]
+    names = [f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")]
+    flash, efficient, cudnn = (getattr(aten, name).default for name in names)
+    flash_back, efficient_back, cudnn_back = (getattr(aten, name + "_backward").default for name in names)
+    for b, heads, groups in ((3, 5, 5), (2, 6, 3)):
+        q, k, v = real(b, heads, 3, 4), real(b, groups, 5, 4), positive(b, groups, 5, 4)
+        g = positive(b, heads, 3, 4)
+        for causal, shape in (
+            (False, None),
+            (True, None),
+            (False, (b, heads, 3, 5)),
+            (False, (1, heads, 3, 5)),
+        ):
+            bias = real(*shape) if shape else None
+            y, lse, seed, offset = efficient(q, k, v, bias, True, 0.0, causal)
+            grads = [True, True, True, bias is not None]
+            out += [case(efficient, q, k, v, bias, wanted, 0.0, causal) for wanted in (True, False)]
+            out += [case(efficient_back, g, q, k, v, bias, y, lse, seed, offset, 0.0, grads, causal)]
+            saved = cudnn(q, k, v, bias, True, 0.0, causal)
+            out += [case(cudnn, q, k, v, bias, True, 0.0, causal)]
+            out += [
+                case(cudnn_back, g, q, k, v, *saved[:2], seed, offset, bias, None, None, 3, 5, 0.0, causal)
+            ]
+            if bias is None:
+                out += [case(flash, q, k, v, 0.0, causal)]
+                out += [
+                    case(
+                        flash_back, g, q, k, v, y, lse[:, :, :3], None, None, 3, 5, 0.0, causal, seed, offset
+                    )
+                ]
+    return out
+
+
+CASES: list[Case] = [
+    *_convolutions(),
+    *_pools(),
+    *_resampled(),
+    *_attentions(),
+    *_on_accelerators(),
+]

@@ -1,0 +1,183 @@
+"""Real collectives against simulated ones, bit for bit, on random layouts; their padding, errors and handles."""
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+
+from shardc.compiler import collectives as c
+from shardc.compiler.errors import RankFailure
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.spec import Part, Spec, canonical, restrict
+from shardc.runtime import wire
+from shardc.runtime.bind import bind_program
+from shardc.runtime.groups import Groups
+from shardc.runtime.simulate import simulate
+from tests.runtime.ranks import run_ranks
+
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int16,
+    torch.bool,
+    torch.complex64,
+)
+KINDS = (c.all_reduce, c.all_gather, c.reduce_scatter, c.all_to_all, c.local_slice, c.make_partial)
+CASES = 60  # per kind and mesh
+
+
+def poisoned(like: Tensor, numel: int) -> Tensor:
+    """Memory that shows wherever it is read before it was written."""
+    poison = {torch.bool: True, torch.int64: -777, torch.int16: -777}.get(like.dtype, float("nan"))
+    return like.new_full((numel,), poison)
+
+
+def draw_tensor(shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    values = torch.randn(shape, generator=rng, dtype=torch.float64) * 4
+    if dtype is torch.complex64:
+        return torch.complex(values, torch.randn(shape, generator=rng, dtype=torch.float64)).to(dtype)
+    return values > 0 if dtype is torch.bool else values.to(dtype)
+
+
+def strange_memory(x: Tensor, rng: random.Random) -> Tensor:
+    """The same values, laid out in another order now and then."""
+    return x.mT.contiguous().mT if x.dim() > 1 and rng.random() < 0.3 else x
+
+
+def draw_layout(mesh: Mesh, rng: random.Random, axes: list[str]) -> Spec:
+    """A random layout over some of the mesh dims: sizes from 0, compound dims, uneven and empty pieces."""
+    dims = [draw_dim(rng) for _ in range(rng.randint(1, 3))]
+    pending = {}
+    for axis in axes:
+        fate = rng.choice(("split", "split", "whole", "sum"))
+        if fate == "split":
+            dim = rng.choice(dims)
+            i = rng.randrange(len(dim))
+            dim[i] = Part(dim[i].size, (*dim[i].axes, axis))
+        elif fate == "sum":
+            pending[axis] = "sum"
+    spec = Spec(tuple(canonical(tuple(d), mesh) for d in dims))
+    return spec.with_pending(pending, mesh)
+
+
+def draw_dim(rng: random.Random) -> list[Part]:
+    if rng.random() < 0.5:
+        return [Part(rng.randint(0, 13))]
+    return [Part(rng.randint(1, 4)), Part(rng.randint(1, 5))]
+
+
+def split_innermost(spec: Spec, d: int, axis: str, mesh: Mesh, rng: random.Random) -> Spec | None:
+    """Dim d split over one more mesh dim, anywhere in it, as the last of its part's; None where it does not stay so."""
+    parts = list(spec.dims[d])
+    i = rng.randrange(len(parts))
+    parts[i] = Part(parts[i].size, (*parts[i].axes, axis))
+    dim = canonical(tuple(parts), mesh)
+    others = [a for p in spec.dims[d] for a in p.axes]
+    innermost = any(p.axes and p.axes[-1] == axis for p in dim)
+    return spec.with_dim(d, dim) if innermost and restrict(dim, others, mesh) == spec.dims[d] else None
+
+
+def draw_change(kind, mesh: Mesh, rng: random.Random) -> tuple[Spec, Spec, tuple]:
+    """(layout before, layout after, arguments) of one collective."""
+    while True:
+        axis = rng.choice(mesh.names)
+        bare = draw_layout(mesh, rng, [a for a in mesh.names if a != axis])
+        d = rng.randrange(len(bare.dims))
+        split = split_innermost(bare, d, axis, mesh, rng)
+        op = rng.choice(("sum", "sum", "max", "min", "prod"))
+        pending = bare.with_pending({**dict(bare.pending), axis: op}, mesh)
+        if kind is c.all_reduce:
+            return pending, bare, (axis, op)
+        if kind is c.make_partial:
+            return bare, bare.with_pending({**dict(bare.pending), axis: "sum"}, mesh), (axis,)
+        if split is None:
+            continue
+        if kind is c.all_gather:
+            return split, bare, (d, axis)
+        if kind is c.reduce_scatter:
+            return pending, split, (d, axis, op)
+        if kind is c.local_slice:
+            return bare, split, (d, axis)
+        to = rng.randrange(len(bare.dims))
+        other = split_innermost(bare, to, axis, mesh, rng)
+        if to != d and other is not None:
+            return split, other, (d, to, axis)
+
+
+class Case(NamedTuple):
+    kind: Callable
+    before: Spec
+    after: Spec
+    args: tuple
+    pieces: list[Tensor]  # every rank's operand
+
+    def __str__(self) -> str:
+        what = f"{self.kind.__name__}{self.args} {self.before} -> {self.after}"
+        return f"{what} {self.pieces[0].dtype}"
+
+
+def draw(kind: Callable, mesh: Mesh, seed: int) -> Case:
+    rng = random.Random(seed)
+    before, after, args = draw_change(kind, mesh, rng)
+    dtype = rng.choice(DTYPES)
+    if dtype.is_complex and {"max", "min", "prod"} & set(args):
+        dtype = torch.float32  # complex has no order, and its product rounds as the elements fall into vectors
+    gen = torch.Generator().manual_seed(seed)
+    shapes = [before.local_shape(mesh, mesh.coords(r)) for r in range(mesh.size)]
+    pieces = [strange_memory(draw_tensor(shape, dtype, gen), rng) for shape in shapes]
+    return Case(kind, before, after, args, pieces)
+
+
+def program(cases: list[Case]) -> GraphModule:
+    """All cases side by side, as they are in a real program."""
+    graph = Graph()
+    inputs = [graph.placeholder(f"x_{i}") for i in range(len(cases))]
+    results = []
+    for x, case in zip(inputs, cases, strict=True):
+        x.meta["spec"] = case.before
+        results.append(graph.call_function(case.kind, (x, *case.args)))
+        results[-1].meta["spec"] = case.after
+    graph.output(results)
+    return GraphModule(torch.nn.Module(), graph)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def compare(rank: int, mesh: Mesh, groups: Groups, cases: list[Case]) -> None:
+    gm = program(cases)
+    expected = simulate(gm, mesh, [case.pieces for case in cases])
+    mine = [case.pieces[rank] for case in cases]
+    kept = [x.clone() for x in mine]
+    found = bind_program(gm, mesh, mesh.coords(rank), groups)(*mine)
+    for case, result, others, operand, copy in zip(cases, found, expected, mine, kept, strict=True):
+        assert same_bits(result, others[rank]), f"{case}, rank {rank} of {mesh}\n{result}\n{others[rank]}"
+        assert same_bits(operand, copy), f"operand changed: {case}"
+        if case.kind in c.COLLECTIVES and operand.numel():
+            assert result.is_contiguous(), case
+            assert result.untyped_storage().data_ptr() != operand.untyped_storage().data_ptr(), case
+
+
+def random_layouts(rank: int, nproc: int) -> None:
+    wire.room = poisoned
+    for mesh in {2: [Mesh(tp=2)], 4: [Mesh(tp=4), Mesh(dp=2, tp=2)]}[nproc]:
+        groups = Groups(dist.init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.names))
+        compare(rank, mesh, groups, [draw(kind, mesh, seed) for kind in KINDS for seed in range(CASES)])
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_random_layouts_equal_the_simulation_bit_for_bit_over_poisoned_memory(nproc: int):
+    run_ranks(random_layouts, nproc, (nproc,))
