@@ -81,9 +81,7 @@ def replicate(
     Raises RuntimeError for a device_id that is no device, PlanError naming any other option that makes
     no sense, and PlanError for a module annotated before for this mesh dim.
     """
-    if device_id is not None and (
-        isinstance(device_id, bool) or not isinstance(device_id, (int, torch.device))
-    ):
+    if device_id is not None and (isinstance(device_id, bool) or not isinstance(device_id, (int, torch.device))):
         raise RuntimeError(f"Expected device_id to be int or torch.device, got {type(device_id).__name__}")
     check_megabytes(bucket_cap_mb, "bucket_cap_mb")
     for name, value in ddp_options.items():

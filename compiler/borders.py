@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.graph import placeholders, shape
-from shardc.compiler.marks import MARK
+from shardc.compiler.graph import call_nodes, placeholders, shape
+from shardc.compiler.marks import MARK, parse_key
 from shardc.compiler.signature import InputKind, Output, Signature
 
 if TYPE_CHECKING:
-    from shardc.compiler.resolve import Resolved
+    from shardc.compiler.resolved import Resolved
 
 
 def input_layout(node: Node, name: str, plan: Resolved) -> dict[str, Any]:
@@ -50,6 +51,16 @@ def border_layout(name: str, head: str, ndim: int, plan: Resolved) -> dict[str, 
         return layout
     said = [b for b in plan.at(f"|in|{head}") if b.declared is not None]
     return layout | {b.axis: b.declared for b in said}
+
+
+def check_counts(gm: GraphModule, plan: Resolved) -> None:
+    """Raises PlanError where more values cross a module's border than its style has layouts for."""
+    for mark in call_nodes(gm, MARK):
+        key = parse_key(str(mark.args[1]))
+        position = re.match(r"\d+", key.path)
+        wanted = plan.counts.get((key.fqn, key.kind))
+        if wanted is not None and position and int(position[0]) >= wanted and not key.grad:
+            plan.check_count(key.fqn, "in" if key.kind == "in" else "out", int(position[0]) + 1)
 
 
 def _declared(marks: list[Node], side: str, plan: Resolved) -> dict[str, Any]:

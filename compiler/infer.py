@@ -77,14 +77,23 @@ def _axes(specs: Sequence[Spec], mesh: Mesh) -> list[str]:
 
 
 def _factors_of(names: tuple, spec: Spec, rule: OpRule, mesh: Mesh) -> dict[str, Dim]:
-    """How this operand splits each factor; factors of a dim whose split crosses factor borders are left out."""
+    """How this operand splits each factor. Of a dim whose split crosses factor borders, as many mesh dims as fit."""
     sizes, out = dict(rule.sizes), {}
     for dim_names, dim in zip(names, spec.dims, strict=True):
-        groups = regroup(dim, tuple(sizes[n] for n in dim_names), mesh) if dim_names else None
+        groups = _groups(dim, tuple(sizes[n] for n in dim_names), mesh) if dim_names else None
         for name, group in zip(dim_names, groups or (), strict=False):
             if _may_split(name, group, rule, mesh):
                 out[name] = group
     return out
+
+
+def _groups(dim: Dim, sizes: tuple[int, ...], mesh: Mesh) -> tuple[Dim, ...] | None:
+    """The dim as its factors, without its innermost mesh dims where they cross a border between factors."""
+    axes, groups = axes_of(dim), regroup(dim, sizes, mesh)
+    while groups is None and axes:
+        axes = axes[:-1]
+        groups = regroup(restrict(dim, axes, mesh), sizes, mesh)
+    return groups
 
 
 def _may_split(name: str, dim: Dim, rule: OpRule, mesh: Mesh) -> bool:

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 
-from shardc.compiler.borders import border_layout, input_layouts, needs_trace
+from shardc.compiler.borders import check_counts, border_layout, input_layouts, needs_trace
 from shardc.compiler.carry import add_carries
 from shardc.compiler.errors import PlanError
 from shardc.compiler.graph import output_node, placeholders
@@ -25,7 +25,7 @@ from shardc.compiler.resolved import Resolved
 from shardc.compiler.signature import InputKind, OutputKind, Signature, TensorInfo
 from shardc.compiler.spec import Spec, to_placements
 from shardc.compiler.trace import Traced, argument_names, trace
-from shardc.passes.canonicalize import Canonicalize
+from shardc.passes.pipeline import CANONICALIZE
 from shardc.runtime.engines import SimulatedRanks, ThisRank
 from shardc.runtime.executable import Executable
 from shardc.runtime.ranks import Ranks
@@ -85,7 +85,10 @@ class Lowering:
     def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
         """Trace, run the pipeline, agree with the other ranks, bind. variant: "reduce", "keep" (gradients are
         left unreduced over data-parallel mesh dims), or the layouts of kept gradients to take in."""
+        self.plan.roots.check_call(args, kwargs)
+        self.plan.check_count("", "in", len(args))
         traced = self._trace(args, kwargs)
+        self._check_results(traced.signature)
         if not self.programs:
             self._settle(traced)
         carries = variant if isinstance(variant, tuple) else ()
@@ -102,11 +105,19 @@ class Lowering:
         self.programs.append(program)
         return Entry(program, self._executable(program))
 
+    def _check_results(self, signature: Signature) -> None:
+        """Raises PlanError where forward returns another number of values than there are layouts for."""
+        count = signature.out_spec.num_leaves
+        result = pytree.tree_unflatten([None] * count, signature.out_spec)
+        self.plan.roots.check_result(result)
+        if isinstance(result, (tuple, list)):
+            self.plan.check_count("", "out", len(result))
+
     def _settle(self, traced: Traced) -> None:
         """The first program shows which factor a style's open split falls on: store parameters so, rather than
         move them at every step. What torch has no placements for (uneven heads) stays as it is."""
         copy = copy_graph(traced.gm)
-        Canonicalize().run(copy, Context(self.mesh, self.plan, traced.signature))
+        CANONICALIZE.run(copy, Context(self.mesh, self.plan, traced.signature))
         params = dict(self.plan.params)
         for name, spec in refinements(copy, traced.signature, self.plan, self.mesh).items():
             layout, placements = params[name], to_placements(spec, self.mesh)
@@ -153,6 +164,7 @@ class Lowering:
     def _trace(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
         """The traced module at global shapes. On real ranks the caller passes pieces: sizes are multiplied by
         the mesh dims that split them, for which the names (and styles on the root's border) must be known."""
+        self.plan.roots.check_call(args, kwargs)
         grad = torch.is_grad_enabled()
         infos = {fqn: held_info(x, self.plan) for fqn, x in held(self.module).items()}
         call: tuple[Any, Any] = (tuple(args), dict(kwargs))
@@ -162,6 +174,7 @@ class Lowering:
                 layouts = self._traced_layouts(trace(self.module, *call, marks=self.plan.marked, params=infos))
             call = self._global_call(args, kwargs, layouts)
         traced = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
+        check_counts(traced.gm, self.plan)
         for node in traced.gm.graph.nodes:
             if node.op == "call_function" and node.meta.get("phase") == "forward":
                 node.meta["recompute"] = node.meta.get("recompute") or self._is_recomputed(node.meta.get("path", ""))

@@ -95,9 +95,7 @@ class FullyShard:
         ignored_params: str | nn.Parameter | Iterable[str | nn.Parameter] | None = None,
     ) -> None:
         if not isinstance(reshard_after_forward, int) or reshard_after_forward < 0:
-            raise bad_option(
-                "reshard_after_forward", reshard_after_forward, "True, False or a number of ranks"
-            )
+            raise bad_option("reshard_after_forward", reshard_after_forward, "True, False or a number of ranks")
         if placement is not None and not callable(placement):
             raise bad_option("placement", placement, "a function of the parameter that returns Shard(d)")
         check_float(reduce_dtype, "reduce_dtype")
@@ -164,9 +162,7 @@ def as_plan(plan: object, names: tuple[str, ...]) -> Plan:
             help="write a Plan, a dict of patterns, or a style for the root module",
         )
     if isinstance(plan, Mapping) and plan and all(_is_entry(v) for v in plan.values()):
-        raise PlanError(
-            "the plan is a dict of mesh dims", help="write Plan(**plan): a bare dict has patterns as keys"
-        )
+        raise PlanError("the plan is a dict of mesh dims", help="write Plan(**plan): a bare dict has patterns as keys")
     if len(names) != 1:
         text = entry_text(_entry("the plan", plan)) if not isinstance(plan, Mapping) else "{...}"
         last = names[-1] if names else "tp"
@@ -227,9 +223,7 @@ def _entry(axis: str, value: object) -> Entry:
 def _key(axis: str, key: object) -> str:
     if isinstance(key, str):
         return key
-    raise PlanError(
-        f"{axis} has the key {shown(key)}", help="a key is a pattern over module or parameter names"
-    )
+    raise PlanError(f"{axis} has the key {shown(key)}", help="a key is a pattern over module or parameter names")
 
 
 def _wish(value: object, place: str) -> Wish:

@@ -33,9 +33,7 @@ class Report(list[dict[str, Any]]):
 
     def __str__(self) -> str:
         cells = [("parameter", "stored", "bytes/rank", "plan")]
-        cells += [
-            (r["fqn"], r["layout"], str(r["bytes_per_rank"]), ", ".join(map(_place, r["keys"]))) for r in self
-        ]
+        cells += [(r["fqn"], r["layout"], str(r["bytes_per_rank"]), ", ".join(map(_place, r["keys"]))) for r in self]
         cells.append(("total", "", str(self.total), f"of {self.whole}"))
         lines = [str(self.mesh), *_aligned(cells)]
         lines += dict.fromkeys(key for row in self for key in row["keys"] if key != _place(key))

@@ -70,9 +70,7 @@ def mesh_dims(plan: object, module: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*named, *(note.mesh_dim for _, note in annotated(module))]))
 
 
-def _resolve(
-    plan: object, module: nn.Module, mesh: Mesh, inputs: object, outputs: object, strict: bool
-) -> Resolved:
+def _resolve(plan: object, module: nn.Module, mesh: Mesh, inputs: object, outputs: object, strict: bool) -> Resolved:
     parsed, index = as_plan(plan, mesh.names), Index(module)
     _check_ready(index)
     notes = _by_mesh_dim(annotated(module), parsed, mesh)
@@ -90,9 +88,7 @@ def _resolve(
 def _check_ready(index: Index) -> None:
     lazy = [name for name, p in index.tensors.items() if torch.nn.parameter.is_lazy(p)]
     if lazy:
-        raise PlanError(
-            f"{lazy[0]} has no shape yet", help="run the lazy module on one batch before compiling it"
-        )
+        raise PlanError(f"{lazy[0]} has no shape yet", help="run the lazy module on one batch before compiling it")
 
 
 def _by_mesh_dim(found: Sequence[tuple[str, Annotation]], plan: Plan, mesh: Mesh) -> Notes:

@@ -94,9 +94,7 @@ def _units(axis: str, group: Group, index: Index, out: Data) -> list[str]:
 def _spared(axis: str, group: Group, index: Index, out: Data) -> set[str]:
     """Canonical names of the parameters that an entry leaves alone."""
     if isinstance(group.entry, Replicated):
-        modules = [
-            m for item in group.entry.ignored_modules for m in _ignored_modules(axis, item, group, index, out)
-        ]
+        modules = [m for item in group.entry.ignored_modules for m in _ignored_modules(axis, item, group, index, out)]
         ignored = set(modules)
         return {
             name
@@ -185,9 +183,7 @@ def _options(axis: str, groups: list[Group], units: dict[str, Group], size: int,
     dtypes = {g.entry.reduce_dtype: g.key for g in groups if g.entry.reduce_dtype is not None}
     if len(dtypes) > 1:
         (a, first), (b, second), *_ = dtypes.items()
-        raise PlanError(
-            f"{first} reduces in {a}, {second} in {b}, both over {axis}", help="choose one reduce_dtype"
-        )
+        raise PlanError(f"{first} reduces in {a}, {second} in {b}, both over {axis}", help="choose one reduce_dtype")
     out.reduce_dtype = next(iter(dtypes), None)
     for unit, group in units.items():
         if isinstance(group.entry, FullyShard):

@@ -133,9 +133,7 @@ class Resolved:
             meant.add(names[first])
         elif mark.kind == "in" and first in names:
             meant.add(names.index(first))
-        return [
-            b for b in self.boundaries if b.module == mark.fqn and b.side == mark.kind and b.index in meant
-        ]
+        return [b for b in self.boundaries if b.module == mark.fqn and b.side == mark.kind and b.index in meant]
 
     def constraint(self, text: str) -> dict[str, Placement]:
         """Mesh dim -> placement for every mesh dim, of a `constrain` mark's text; not named means replicate.

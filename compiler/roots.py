@@ -189,9 +189,7 @@ def _walk(tree: Tree, keys: Sequence[Any], what: str) -> Tree:
 
 
 def _wrong_count(what: str, count: int, found: str) -> PlanError:
-    return PlanError(
-        f"{what} has {count} layouts, but {found}", help="give one layout for each, None for the default"
-    )
+    return PlanError(f"{what} has {count} layouts, but {found}", help="give one layout for each, None for the default")
 
 
 def _within(placement: Placement, ndim: int, what: str) -> Placement:

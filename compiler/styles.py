@@ -167,9 +167,7 @@ def _no_style(value: object, place: str) -> PlanError:
     )
 
 
-def _read_prepare(
-    value: PrepareModuleInput | PrepareModuleOutput | PrepareModuleInputOutput, place: str
-) -> Style:
+def _read_prepare(value: PrepareModuleInput | PrepareModuleOutput | PrepareModuleInputOutput, place: str) -> Style:
     takes = value.prepare_module_input if isinstance(value, PrepareModuleInputOutput) else value
     gives = value.prepare_module_output if isinstance(value, PrepareModuleInputOutput) else value
     ports: list[Port] = []

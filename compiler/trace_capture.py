@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._inductor.config as inductor_config
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -195,6 +196,8 @@ def by_dispatch(module: nn.Module) -> Call:
 def export(program: Program, flat: Sequence[Tensor], context: TracingContext | None) -> GraphModule:
     """The joint graph, descriptors in `meta["desc"]` of its placeholders and output; nothing is decomposed."""
     with ExitStack() as stack:
+        # Else torch takes unused random operators out, and eager would draw other numbers from then on.
+        stack.enter_context(inductor_config.patch(fallback_random=True))
         if context is not None:
             stack.enter_context(tracing(context))
         joint = aot_export_joint_with_descriptors(stack, _Flat(program.run), tuple(flat), {}, decompositions={})

@@ -164,6 +164,11 @@ def bordered(module: nn.Module, fqns: Sequence[str]) -> Iterator[None]:
                 owner = module.get_submodule(fqn)
             except AttributeError:
                 raise ShardingError(f"there is no module {fqn!r} to mark") from None
+            if isinstance(owner, torch.jit.ScriptModule):
+                raise ShardingError(
+                    f"{fqn!r} is a scripted module, whose border cannot be marked",
+                    help="put it in a Python module and name that one",
+                )
             before, after = _hooks(fqn)
             stack.callback(owner.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(owner.register_forward_hook(after).remove)

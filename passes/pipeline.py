@@ -15,10 +15,13 @@ from shardc.passes.propagate import Propagate
 from shardc.passes.seed_plan import SeedPlan
 
 
+CANONICALIZE = Canonicalize()  # also what the compiler looks at before it settles how parameters are stored
+
+
 def pipeline(ctx: Context) -> list[Any]:
     """Every pass of one compilation."""
     return [
-        Canonicalize(),  # fewer spellings, so fewer rules
+        CANONICALIZE,  # fewer spellings, so fewer rules
         SeedPlan(),  # the user's wishes become layouts
         ChooseFactors(),  # ... of whole heads where heads will be needed whole
         Propagate(),  # ... and reach every value                                    TRACED -> SHARDED

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import reshard
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import call_nodes, operands, result_number, set_specs, spec, specs, target_name
+from shardc.compiler.graph import call_nodes, nbytes, operands, result_number, set_specs, spec, specs, target_name
 from shardc.compiler.infer import call_rule, decide_node
 from shardc.compiler.marks import MARK
 from shardc.compiler.mesh import Mesh
@@ -60,7 +60,7 @@ def _pick(node: Node) -> None:
 
 
 def _call(node: Node, ctx: Context, unknown: Counter) -> None:
-    arriving = [spec(n) for n in operands(node)]
+    arriving = [_arriving(n) for n in operands(node)]
     decision = decide_node(node, arriving, ctx.mesh)
     if call_rule(node) is None and any(not s.is_whole for s in arriving):
         unknown[target_name(node.target)] += 1
@@ -68,6 +68,15 @@ def _call(node: Node, ctx: Context, unknown: Counter) -> None:
             raise _no_rule(node)
     node.meta["wants"] = decision.operands
     set_specs(node, decision.results)
+
+
+def _arriving(value: Node) -> Spec:
+    """A value's layout as its users meet it: a pending sum travels on only where what is made of it is no larger
+    in all, since each of that would have to be summed instead."""
+    layout = spec(value)
+    if not layout.pending or sum(nbytes(user) for user in value.users) <= nbytes(value):
+        return layout
+    return Spec(layout.dims)
 
 
 def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:

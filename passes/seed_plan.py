@@ -151,7 +151,7 @@ def _gradient(gm: GraphModule, node: Node, entry: Output, source: Input, ways: i
     kept = local | (set() if ctx.reduce else set(ctx.plan.data_axes))
     order = [*layout.stored, *(a for a in ctx.mesh.names if a not in layout.stored)]
     wish = tuple((a, layout.stored.get(a, REPLICATE), False, f"gradient of {source.name}") for a in order if a not in kept)
-    new = insert(gm.graph, MARK, (node, f"gradient|out|{source.name}"), node, wish=wish)
+    new = insert(gm.graph, MARK, (node, f"|gradient|{source.name}|"), node, wish=wish)
     for axis in ctx.plan.data_axes:
         if axis in local:
             ways //= ctx.mesh[axis]

@@ -30,11 +30,11 @@ VALUES = ["compiler.mesh", "compiler.spec", "compiler.errors"]
 INFER = [*VALUES, "compiler.collectives", "compiler.infer", "compiler.graph", *FX]
 WISHES = [f"compiler.{m}" for m in "layout plan resolved borders".split()]  # what passes see of a plan
 FOURTH = [
-    *(f"compiler.{m}" for m in "pipeline verify text cost marks signature local atoms halves accounts".split()),
+    *(f"compiler.{m}" for m in "pipeline verify text cost marks signature local refine atoms halves accounts".split()),
     *WISHES,
 ]
 PASS = [*INFER, *FOURTH]
-CORE = [*PASS, "compiler.rules", "compiler.trace"]
+CORE = [*PASS, "compiler.rules", "compiler.trace", "compiler.match"]
 API = [*CORE, "compiler", "passes.pipeline", "runtime", DISTRIBUTED]
 
 LAYERS = {  # first match wins

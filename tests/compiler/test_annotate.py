@@ -160,9 +160,7 @@ def test_children_alone():
 def test_gradients_that_no_annotation_covers_are_warned_of():
     model = mlp()
     shardc.replicate(model[0])
-    with pytest.warns(
-        UserWarning, match="no annotation covers 2.weight and 1 more: gradients stay local over dp"
-    ):
+    with pytest.warns(UserWarning, match="no annotation covers 2.weight and 1 more: gradients stay local over dp"):
         found = resolve(None, model, Mesh(dp=2))
     assert found.ignored == {"dp": frozenset({"2.weight", "2.bias"})}
 

@@ -99,9 +99,7 @@ def test_a_tp_plan_of_a_published_model():
         **{f"layers.{i}.w1.{name}": Shard(0) for i in range(2) for name in ("weight", "bias")},
         **{f"layers.{i}.w2.weight": Shard(1) for i in range(2)},
     }
-    assert found.params["layers.1.norm.bias"].keys == {
-        "tp": 'tp["layers.*.norm"] = "replicated_with_grad_allreduce"'
-    }
+    assert found.params["layers.1.norm.bias"].keys == {"tp": 'tp["layers.*.norm"] = "replicated_with_grad_allreduce"'}
 
 
 # ---- which key wins
@@ -202,9 +200,7 @@ plan error: a and b are one module, with two styles
 def test_a_tied_parameter_may_be_laid_out_by_both_or_one_of_its_modules():
     both = resolve({"emb": RowwiseParallel(), "head": ColwiseParallel()}, Model(), TP)
     one = resolve({"head": ColwiseParallel()}, Model(), TP)
-    decided = resolve(
-        {"emb": ColwiseParallel(), "head": ColwiseParallel(), "emb.weight": Shard(0)}, Model(), TP
-    )
+    decided = resolve({"emb": ColwiseParallel(), "head": ColwiseParallel(), "emb.weight": Shard(0)}, Model(), TP)
     for found in (both, one, decided):
         assert split(found) == {"emb.weight": {"tp": Shard(0)}}
 

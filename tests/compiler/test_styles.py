@@ -257,12 +257,8 @@ def test_prepared_inputs_and_outputs():
         input_kwarg_layouts={"mask": Shard(1), "scale": Partial()},
         desired_input_kwarg_layouts={"mask": Replicate(), "scale": Replicate()},
     )
-    outputs = PrepareModuleOutput(
-        output_layouts=(None, Shard(0)), desired_output_layouts=(Shard(1), Replicate())
-    )
-    assert (
-        shown(one(Block(), inputs)) == " | in 0: S(0) -> R !; in mask: S(1) -> R !; in scale: P(sum) -> R !"
-    )
+    outputs = PrepareModuleOutput(output_layouts=(None, Shard(0)), desired_output_layouts=(Shard(1), Replicate()))
+    assert shown(one(Block(), inputs)) == " | in 0: S(0) -> R !; in mask: S(1) -> R !; in scale: P(sum) -> R !"
     assert shown(one(Block(), outputs)) == " | out 1: S(0) -> R !"
     both = PrepareModuleInputOutput(
         input_layouts=(Shard(0), Replicate()),
@@ -282,18 +278,13 @@ def test_values_at_borders_are_found_by_position_or_name():
         desired_input_kwarg_layouts={"mask": Replicate()},
     )
     found = one(Block(), style)
-    at = {
-        path: [b.index for b in found.at(f"m|in|{path}")]
-        for path in ("0", "0['a']", "1", "kw:x", "kw:mask", "2")
-    }
+    at = {path: [b.index for b in found.at(f"m|in|{path}")] for path in ("0", "0['a']", "1", "kw:x", "kw:mask", "2")}
     assert at == {"0": [0], "0['a']": [0], "1": [], "kw:x": [0], "kw:mask": ["mask"], "2": ["mask"]}
     assert found.at("other|in|0") == [] == found.at("m|out|")
 
 
 def test_results_at_borders_are_found_by_position():
-    several = PrepareModuleOutput(
-        output_layouts=(None, Shard(0)), desired_output_layouts=(Shard(1), Replicate())
-    )
+    several = PrepareModuleOutput(output_layouts=(None, Shard(0)), desired_output_layouts=(Shard(1), Replicate()))
     assert [len(one(Block(), several).at(f"m|out|{path}")) for path in ("0", "1", "")] == [0, 1, 0]
     found = one(nn.Linear(4, 6), ColwiseParallel())
     assert [len(found.at(f"m|out|{path}")) for path in ("", "0", "1", "['a']")] == [1, 1, 1, 1]
@@ -355,9 +346,7 @@ def test_what_a_style_cannot_do_is_refused_by_name():
         (Block(), prepare(input_layouts=wide[:1], desired_input_layouts=wide[:1])),
         (
             Block(),
-            prepare(
-                input_kwarg_layouts={"maks": Shard(0)}, desired_input_kwarg_layouts={"maks": Replicate()}
-            ),
+            prepare(input_kwarg_layouts={"maks": Shard(0)}, desired_input_kwarg_layouts={"maks": Replicate()}),
         ),
         (Block(), prepare(input_kwarg_layouts={"x": Shard(0)}, desired_input_kwarg_layouts={"y": Shard(0)})),
     ]

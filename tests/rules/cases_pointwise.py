@@ -49,7 +49,7 @@ def _pointwise() -> list[Case]:
         tensors = sum("Tensor" in str(a.type) for a in named(word)._schema.arguments)
         out += [_made_up(word, ONE_SHAPE[0], 0.0), _made_up(word, ONE_SHAPE[1 + i % 2], 1.0)]
         if tensors > 1 and "backward" not in word:
-            out += [_made_up(word, shapes, 0.0) for shapes in STRETCHED]
+            out += [_made_up(word, STRETCHED[i % 3], 0.0)]
     for name in POLYNOMIALS:
         x, n = real(3, 5, low=0, high=1), torch.tensor([2.0, 1.0, 3.0, 0.0, 4.0], dtype=F64)
         op = getattr(aten, f"special_{name}")
@@ -65,9 +65,7 @@ def _pointwise_by_hand() -> list[Case]:
         case(aten.acosh.default, real(3, 5, low=1)),
         case(aten.neg.default, x),
     ]
-    out += [
-        case(op.default, torch.complex(x, y)) for op in (aten._conj, aten._conj_physical, aten.conj_physical)
-    ]
+    out += [case(op.default, torch.complex(x, y)) for op in (aten._conj, aten._conj_physical, aten.conj_physical)]
     out += [case(aten._to_copy.default, x, dtype=t) for t in (torch.complex128, torch.int64, torch.bool, F64)]
     out += [
         case(aten._to_copy.default, x.int(), dtype=F64),

@@ -197,6 +197,7 @@ def test_a_lie_is_caught(lie: str):
 def _passed(op: Any, args: Any, pending: set[int]) -> str:
     """The result's layout where some operands, all of one shape, are pending."""
     made = rule_of(op, args, {}, op(*args))
+    assert made is not None
     mesh = Mesh(x=2)
     specs = [Spec.whole(t.shape) for t in args]
     specs = [s.with_pending({"x": "sum"}, mesh) if i in pending else s for i, s in enumerate(specs)]
@@ -224,17 +225,14 @@ def _bare(op: Any) -> Callable[..., OpRule]:
 def test_without_its_localize_function_a_rule_is_false():
     """So the cases reach what the function is there for."""
     ops = _called([c for c in cases_a.CASES if _has_localize(*c)])
-    held = [op for op in ops if not any(prove(_bare(op), op, *c) for t, *c in cases_a.CASES if t is op)]
+    held = [op for op in ops if not any(prove(_bare(op), op, a, k) for t, a, k in cases_a.CASES if t is op)]
     assert held == [aten.as_strided.default]  # there it is about memory, which the pieces here have as it was
 
 
 def test_as_strided_is_refused_where_memory_may_lie_otherwise():
     x = real(4, 6)
     for other in (x.t(), x[1:], x[:, :3]):
-        assert (
-            "does not fit"
-            in prove(TABLE[aten.as_strided.default], aten.as_strided.default, (other, [2], [1]))[0]
-        )
+        assert "does not fit" in prove(TABLE[aten.as_strided.default], aten.as_strided.default, (other, [2], [1]))[0]
 
 
 def test_a_line_that_does_not_fit_is_a_failure():

@@ -1,11 +1,22 @@
-"""Run a function of a test module on real gloo ranks, never for longer than a test may take."""
+"""Run a function of a test module on real gloo ranks, never for longer than a test may take.
 
+SHARDC_RANKS_LIMIT gives more seconds on a machine that is busy with other things: each rank imports torch.
+"""
+
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
+
 from shardc.runtime.launch import launch
 
-LIMIT = 50.0  # seconds, start included: under the 60 that pytest gives such a test
+LIMIT = float(os.environ.get("SHARDC_RANKS_LIMIT", "50"))
+
+
+def on_ranks(test: Callable) -> Callable:
+    """Marks a test that starts ranks, and gives it a little more time than they have, to see how they ended."""
+    return pytest.mark.ranks(pytest.mark.timeout(LIMIT + 10)(test))
 
 
 def run_ranks(fn: Callable[..., Any], nproc: int, args: Sequence[Any] = (), limit: float = LIMIT) -> list[Any]:

@@ -215,9 +215,7 @@ def test_a_key_error_in_a_replica_arrives_with_number_and_traceback():
         data_parallel(Calls(lookup), torch.arange(2.0), TWO)
     assert type(caught.value) is KeyError
     text = str(caught.value)
-    assert text.startswith(
-        "Caught KeyError in replica 1 on device cpu.\nOriginal Traceback (most recent call"
-    )
+    assert text.startswith("Caught KeyError in replica 1 on device cpu.\nOriginal Traceback (most recent call")
     assert "in lookup" in text and text.rstrip().endswith("KeyError: 1.0")
 
 
@@ -240,9 +238,7 @@ def test_inputs_of_different_lengths_that_would_lose_rows_are_refused():
 
 
 def test_a_module_on_another_device_than_the_first_is_refused_by_name():
-    with pytest.raises(
-        RuntimeError, match=r"on cuda:0, the first .* weight is on cpu; .*module.to\('cuda:0'\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"on cuda:0, the first .* weight is on cpu; .*module.to\('cuda:0'\)"):
         refuse_elsewhere(nn.Linear(1, 1), torch.device("cuda:0"))
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,9 +23,7 @@ from shardc.runtime.devices import _Crossing
 from shardc.runtime.replicas import replicas
 
 TWO = ["cpu", "cpu"]
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="torch's own replicate runs on CUDA only"
-)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's own replicate runs on CUDA only")
 
 
 def same_storage(a: Tensor, b: Tensor) -> bool:
@@ -200,6 +199,14 @@ def test_a_submodule_used_twice_is_one_object_inside_each_replica():
     assert first.inner is not second.inner and first.inner is not net.inner
 
 
+def test_modules_that_hold_each_other_do_so_inside_each_replica():
+    net: Any = nn.Linear(2, 2)
+    net.child = nn.Linear(2, 2)
+    net.child.parent = net
+    for replica in replicas(net, TWO):
+        assert replica.child.parent is replica and replica is not net
+
+
 def test_tied_parameters_stay_tied_inside_each_replica():
     net = nn.ModuleDict({"emb": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     net["head"].weight = net["emb"].weight
@@ -237,6 +244,8 @@ def test_exactly_the_bytes_of_the_later_replicas_are_allocated():
             return result
 
     net = norm_net()
+    net.append(nn.Linear(3, 4))
+    net[3].weight = net[0].weight  # tied: copied once
     with Allocated() as allocated:
         made = replicas(net, ["cpu"] * 3)
     source = tensors_of(net, net).values()
@@ -343,6 +352,13 @@ def test_a_buffer_that_requires_grad_gets_its_gradient_and_the_other_none():
     assert torch.autograd.gradgradcheck(f, (scale, x))
 
 
+def test_a_module_on_another_device_shares_nothing_with_replica_0():
+    with FakeTensorMode(), torch.no_grad():  # a device that this machine may lack
+        net: Any = nn.ParameterList([nn.Parameter(torch.empty(2, device="cuda:1"), requires_grad=False)])
+        (replica,) = replicas(net, ["cpu"])
+        assert replica[0].device == torch.device("cpu") and not same_storage(replica[0], net[0])
+
+
 # --- code and attributes
 
 
@@ -392,8 +408,7 @@ def test_a_recurrent_layer_uses_its_own_weight_list(kind: type[nn.RNNBase]):
     expected = net(x)[0]
     _, second = replicas(net, TWO)
     assert all(
-        a is getattr(second, name)
-        for a, name in zip(second._flat_weights, second._flat_weights_names, strict=True)
+        a is getattr(second, name) for a, name in zip(second._flat_weights, second._flat_weights_names, strict=True)
     )
     net.weight_ih_l0.data.zero_()
     assert torch.equal(second(x)[0], expected)
@@ -589,9 +604,10 @@ def test_uninitialised_tensors_are_an_error_that_names_every_one():
         assert name in str(caught.value)
 
 
-def test_a_replica_of_a_replica_is_refused():
+@pytest.mark.parametrize("make", [lambda: nn.Linear(1, 1), lambda: torch.jit.script(nn.Linear(1, 1))])
+def test_a_replica_of_a_replica_is_refused(make: Callable[[], nn.Module]):
     with pytest.raises(RuntimeError, match="Cannot replicate a replica"):
-        replicas(nn.Sequential(*replicas(nn.Linear(1, 1), ["cpu"])), TWO)
+        replicas(nn.Sequential(*replicas(make(), ["cpu"])), TWO)
 
 
 # --- beside torch's own, where that runs

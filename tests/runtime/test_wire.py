@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from datetime import timedelta
 from typing import NamedTuple
 
 import pytest
@@ -11,14 +12,17 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from shardc.compiler import collectives as c
+from shardc.compiler.collectives import Cut, cut_of
 from shardc.compiler.errors import RankFailure
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Part, Spec, canonical, restrict
 from shardc.runtime import wire
 from shardc.runtime.bind import bind_program
 from shardc.runtime.groups import Groups
+from shardc.runtime.shards import combine
+from shardc.runtime.shards import cut as cut_tensor
 from shardc.runtime.simulate import simulate
-from tests.runtime.ranks import run_ranks
+from tests.runtime.ranks import on_ranks, run_ranks
 
 DTYPES = (
     torch.float32,
@@ -176,8 +180,97 @@ def random_layouts(rank: int, nproc: int) -> None:
         compare(rank, mesh, groups, [draw(kind, mesh, seed) for kind in KINDS for seed in range(CASES)])
 
 
-@pytest.mark.ranks
-@pytest.mark.timeout(60)
+@on_ranks
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_random_layouts_equal_the_simulation_bit_for_bit_over_poisoned_memory(nproc: int):
     run_ranks(random_layouts, nproc, (nproc,))
+
+
+def summands(n: int, numel: int, dtype: torch.dtype) -> list[Tensor]:
+    return [draw_tensor((numel,), dtype, torch.Generator().manual_seed(r)) for r in range(n)]
+
+
+def large_reductions(line: wire.Line) -> None:
+    """Sizes that go in two rounds (or, for sums of two ranks, through the backend): odd, or fewer than ranks."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64):
+        pieces = summands(line.size, 150_001, dtype)
+        for op in ("sum",) if dtype.is_complex else ("sum", "max"):
+            found = wire.AllReduce(op, line)(pieces[line.index])
+            assert same_bits(found, combine(op, pieces)), (dtype, op)
+    pieces[0][7] = complex("nan")
+    real = [p.real.contiguous() for p in pieces]
+    assert wire.AllReduce("max", line)(real[line.index])[7].isnan(), "torch's maximum keeps NaN"
+
+
+def through_the_backend(line: wire.Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nccl would be given, given to gloo: the same sums up to their order."""
+    monkeypatch.setattr(wire.Line, "backend", lambda self, x: "nccl")
+    n = line.size
+    for shape, dim in [((13, 3), 0), ((3, 13), 1), ((2, 4 * n), 1), ((2 * n, 5), 0), ((1, 3), 0)]:
+        pieces = [p.view(shape) for p in summands(n, shape[0] * shape[1], torch.float64)]
+        mesh = Mesh(tp=n)
+        whole = Spec.whole(shape)
+        split = whole.split(dim, "tp", mesh)
+        coords = {"tp": line.index}
+        cut = cut_of(split, dim, "tp", mesh, coords, split)
+        local = split.local_shape(mesh, coords)
+        found = wire.ReduceScatter(cut, local, "sum", line)(pieces[line.index])
+        total = combine("sum", pieces)
+        torch.testing.assert_close(found, cut_tensor(total, split, mesh, coords))
+        torch.testing.assert_close(wire.AllReduce("sum", line)(pieces[line.index]), total)
+    monkeypatch.undo()
+
+
+def handles(line: wire.Line) -> None:
+    """Two under way at once, waited for in the other order; leaves that require gradients may be sent."""
+    n = line.size
+    pieces = summands(n, 10, torch.float32)
+    reduce = wire.AllReduce("sum", line)
+    gather = wire.AllGather(Cut((10 * n,), 0, (10,) * n), (10 * n,), line)
+    leaf = torch.nn.Parameter(pieces[line.index])
+    first, second = reduce.start(leaf), gather.start(leaf)
+    assert same_bits(gather.wait(second), torch.cat(pieces))
+    assert same_bits(reduce.wait(first), combine("sum", pieces))
+
+
+def absent_rank(rank: int) -> str:
+    """The error on rank 0 where the others never call the collective."""
+    n = dist.get_world_size()
+    line = wire.Line("tp", n, rank, dist.new_group(timeout=timedelta(seconds=1)))
+    if rank != 0:
+        return ""
+    with pytest.raises(RankFailure) as caught:
+        wire.AllReduce("sum", line, "%grad")(torch.ones(3))
+    return str(caught.value)
+
+
+def every_route(rank: int, nproc: int) -> str:
+    wire.room = poisoned
+    line = wire.Line("tp", nproc, rank, dist.group.WORLD)
+    large_reductions(line)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        through_the_backend(line, monkeypatch)
+    handles(line)
+    return absent_rank(rank)
+
+
+@on_ranks
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_large_reductions_handles_and_an_absent_rank(nproc: int):
+    told = run_ranks(every_route, nproc, (nproc,))[0]
+    ranks = ", ".join(map(str, range(nproc)))
+    assert told.startswith(f"rank 0 could not finish %grad, all_reduce over tp (ranks {ranks}): ")
+
+
+def test_a_rank_alone_gets_its_operand_back():
+    line = wire.Line("tp", 1, 0, None)
+    x = torch.arange(6.0).view(2, 3)
+    cut = Cut((2, 3), 0, (2,))
+    for call in (
+        wire.AllReduce("sum", line),
+        wire.AllGather(cut, (2, 3), line),
+        wire.ReduceScatter(cut, (2, 3), "sum", line),
+        wire.AllToAll(cut, cut, (2, 3), True, line),
+    ):
+        assert same_bits(call(x), x) and call(x).data_ptr() == x.data_ptr()
+        assert call(x.mT.contiguous().mT).is_contiguous()

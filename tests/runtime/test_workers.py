@@ -140,9 +140,7 @@ def story(error: BaseException) -> str:
 
 @pytest.mark.parametrize("make", ERRORS, ids=lambda make: type(make()).__name__)
 @pytest.mark.parametrize("alone", [False, True], ids=["in a thread", "in the caller's thread"])
-def test_an_error_keeps_its_type_and_brings_number_device_and_traceback(
-    make: Callable[[], BaseException], alone: bool
-):
+def test_an_error_keeps_its_type_and_brings_number_device_and_traceback(make: Callable[[], BaseException], alone: bool):
     error = make()
     calls = [lambda: culprit(error)] if alone else [int, lambda: culprit(error)]
     with pytest.raises(type(error)) as caught:
