@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.collectives import cut_of
-from shardc.compiler.graph import specs, tensors
+from shardc.compiler.graph import Call, local_nbytes, move_of, specs, tensors
 from shardc.compiler.halves import Halves
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import tensors_in
@@ -39,48 +39,36 @@ class Collective(NamedTuple):
 
 def collectives_of(gm: GraphModule, mesh: Mesh) -> list[Collective]:
     """The collectives of a graph, in order; a mesh dim of one rank moves nothing and is left out."""
-    found = [_entry(n, mesh) for n in gm.graph.nodes if n.op == "call_function" and n.target in c.COLLECTIVES]
+    moves = [(node, move_of(node)) for node in gm.graph.nodes]
+    found = [_entry(node, move, mesh) for node, move in moves if move is not None and move.target in c.COLLECTIVES]
     return [entry for entry in found if mesh[entry.mesh_dim] > 1]
 
 
-def axis_of(node: Node) -> str:
-    """The mesh dim of a collective or local move."""
-    return next(a for a in node.args[1:] if isinstance(a, str))
-
-
-def _entry(node: Node, mesh: Mesh) -> Collective:
-    axis, coords = axis_of(node), mesh.coords(0)
-    n, source = mesh[axis], node.args[0]
+def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
+    axis, coords = move.axis, mesh.coords(0)
+    n, source = mesh[axis], move.args[0]
     value = (tensors(node) or tensors_in(node.meta.get("local")))[0]
-    if node.target is c.all_reduce:
+    if move.target is c.all_reduce:
         shape = specs(node)[0].local_shape(mesh, coords) if specs(node) else value.shape
         numel = math.prod(shape)
         sent = 2 * (n - 1) * numel * value.element_size() // n
     else:
-        split, dim = (source, node.args[1]) if node.target in (c.all_gather, c.all_to_all) else (node, node.args[1])
+        split, dim = (source if move.target in (c.all_gather, c.all_to_all) else node), move.args[1]
         cut = cut_of(specs(split)[0], dim, axis, mesh, coords, specs(source)[0])
         pieces = [math.prod(cut.piece_view(i)) for i in range(n)]
-        numel = sum(pieces) if node.target is not c.all_to_all else pieces[0]
-        largest = max(pieces) if node.target is not c.all_to_all else -(-pieces[0] // n)
+        numel = sum(pieces) if move.target is not c.all_to_all else pieces[0]
+        largest = max(pieces) if move.target is not c.all_to_all else -(-pieces[0] // n)
         sent = (n - 1) * largest * value.element_size()
     meta = node.meta
     return Collective(
-        node.target.__name__, axis, meta.get("phase", "forward"), value.dtype, numel, sent,
+        move.target.__name__, axis, meta.get("phase", "forward"), value.dtype, numel, sent,
         meta.get("path", ""), meta.get("where", ""), node.name, meta.get("why", ""),
     )  # fmt: skip
 
 
-def node_bytes(node: Node, mesh: Mesh) -> int:
-    """Bytes rank 0, which holds the largest piece of everything, holds of a node."""
-    values, layouts = tensors(node), specs(node)
-    if layouts and len(layouts) == len(values):
-        shapes = [s.local_shape(mesh, mesh.coords(0)) for s in layouts]
-        return sum(math.prod(n) * t.element_size() for n, t in zip(shapes, values, strict=True))
-    return sum(t.numel() * t.element_size() for t in tensors_in(node.meta.get("local")))
-
-
 ALIASES = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
-           "alias", "detach", "getitem", "split", "split_with_sizes", "unbind")  # fmt: skip
+           "alias", "detach", "getitem", "split", "split_with_sizes", "unbind",
+           "wait", "unbucket")  # fmt: skip
 
 
 def _owner(node: Node) -> Node:
@@ -106,15 +94,15 @@ def _peak(gm: GraphModule, mesh: Mesh) -> int:
     for i, node in enumerate(nodes):
         for used in node.all_input_nodes:
             last[_owner(used)] = i
-    alive = sum(node_bytes(n, mesh) for n in nodes if n.op == "placeholder")
+    alive = sum(local_nbytes(n, mesh) for n in nodes if n.op == "placeholder")
     peak, ends = alive, {}
     for node, i in last.items():
         ends.setdefault(i, []).append(node)
     for i, node in enumerate(nodes):
         if node.op == "call_function" and _owner(node) is node:
-            alive += node_bytes(node, mesh)
+            alive += local_nbytes(node, mesh)
             peak = max(peak, alive)
         for dead in ends.get(i, ()):
             if dead.op != "placeholder":
-                alive -= node_bytes(dead, mesh)
+                alive -= local_nbytes(dead, mesh)
     return peak

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardc.compiler.compiled import CompiledModule
 from shardc.compiler.errors import PlanError
+from shardc.compiler.layout import Precision
 from shardc.compiler.lowering import Lowering, held
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.layout import Precision
 from shardc.compiler.program import Program
 from shardc.compiler.resolve import mesh_dims, resolve
 from shardc.compiler.resolved import Resolved

@@ -8,9 +8,11 @@ pieces those are, for whoever performs the collective.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardc.compiler.mesh import Mesh
@@ -52,8 +54,31 @@ def make_partial(x: Tensor, axis: str) -> Tensor:
     return x
 
 
+def start(x: Tensor, kind: str, *args: Any) -> Tensor:
+    """`start(x, "all_reduce", "tp")`: a collective under way. Nothing but `wait` may take what this gives."""
+    return x
+
+
+def wait(started: Tensor) -> Tensor:
+    """The result of what `start` began, when it is there."""
+    return started
+
+
+def bucket(pieces: Sequence[Tensor]) -> Tensor:
+    """Local tensors laid flat, one after another, to be reduced at once."""
+    return torch.cat([x.reshape(-1) for x in pieces])
+
+
+def unbucket(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Views of a flat tensor in these (local) shapes, one after another."""
+    pieces = flat.split([math.prod(shape) for shape in shapes])
+    return [x.view(list(shape)) for x, shape in zip(pieces, shapes, strict=True)]
+
+
 COLLECTIVES = (all_gather, reduce_scatter, all_reduce, all_to_all)
 LOCAL_MOVES = (local_slice, make_partial)
+LOCAL_STEPS = (bucket, unbucket)  # what they do is written here; no rank needs to know another
+NAMED = {move.__name__: move for move in COLLECTIVES}
 
 
 @dataclass(frozen=True)

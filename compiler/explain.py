@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import operands, specs, target_name
+from shardc.compiler.graph import specs, target_name
 from shardc.compiler.infer import call_rule
 from shardc.compiler.match import nearest
 from shardc.compiler.text import node_text
@@ -16,9 +16,9 @@ DEPTH = 12
 
 
 def explain(gm: GraphModule, before: GraphModule, name: str, names: dict[str, str]) -> str:
-    """The chain for one value, by mesh dim. `before` is the graph at global shapes, asked for what
-    localizing has taken apart. Raises ShardingError for a name that is not in the program."""
-    by_name = {n.name: n for graph in (before.graph, gm.graph) for n in graph.nodes}
+    """The chain for one value, by mesh dim. `before` is the graph at global shapes, asked first: localizing
+    takes some operators apart. Raises ShardingError for a name that is not in the program."""
+    by_name = {n.name: n for graph in (gm.graph, before.graph) for n in graph.nodes}
     if name not in by_name:
         close = nearest(name, list(by_name))
         raise ShardingError(f"no value %{name} in the program", help=f"nearest name: %{close}" if close else "")
@@ -46,7 +46,7 @@ def _chain(node: Node, axis: str, names: dict[str, str]) -> Iterator[str]:
             yield f"%{node.name} was laid out so by {reason}"
             return
         rule = call_rule(node) if hasattr(node.target, "overloadpacket") else None
-        source = next((n for n in operands(node) if any(_has(s, axis) for s in specs(n))), None)
+        source = next((n for n in node.all_input_nodes if any(_has(s, axis) for s in specs(n))), None)
         how = f" (rule {rule.text})" if rule is not None and rule.text else ""
         if source is None:
             yield f"%{node.name} = {target_name(node.target)}{how}: the split begins here"

@@ -5,16 +5,21 @@
     path     FQN of the module a node comes from      phase   "forward" | "backward"
     made_by  the pass that created the node           wish    what the plan says of a mark (seed_plan)
     why      the plan entry behind a fixed layout     recompute   run again in backward
+    local    tensor(s) on meta of what rank 0 holds   origin  the value of the global graph that this one is
+    wire     the dtype in which a value travelled
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from shardc.compiler import collectives as c
+from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec import Spec
 
@@ -109,6 +114,37 @@ def insert(graph: Graph, target: Any, args: tuple, like: Node, result: Spec | No
     if result is not None:
         node.meta["spec"] = result
     return node
+
+
+class Call(NamedTuple):
+    """A collective or local move, whether it stands in the graph as itself or is started there."""
+
+    target: Any
+    args: tuple  # the operand first
+    meta: dict[str, Any]
+
+    @property
+    def axis(self) -> str:
+        return next(a for a in self.args[1:] if isinstance(a, str))
+
+
+def move_of(node: Node) -> Call | None:
+    """What a node moves, if anything; a `wait` moves nothing."""
+    if node.target is c.start:
+        operand, kind, *rest = node.args
+        return Call(c.NAMED[kind], (operand, *rest), node.meta)  # pyright: ignore[reportArgumentType]
+    if node.op == "call_function" and node.target in (*c.COLLECTIVES, *c.LOCAL_MOVES):
+        return Call(node.target, tuple(node.args), node.meta)
+    return None
+
+
+def local_nbytes(node: Node, mesh: Mesh) -> int:
+    """Bytes rank 0, which holds the largest piece of everything, holds of a node."""
+    values, layouts = tensors(node), specs(node)
+    if layouts and len(layouts) == len(values):
+        shapes = [s.local_shape(mesh, mesh.coords(0)) for s in layouts]
+        return sum(math.prod(n) * t.element_size() for n, t in zip(shapes, values, strict=True))
+    return sum(t.numel() * t.element_size() for t in tensors_in(node.meta.get("local")))
 
 
 def call_nodes(gm: GraphModule, *targets: Any) -> Iterable[Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 
-from shardc.compiler.borders import check_counts, border_layout, input_layouts, needs_trace
+from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.carry import add_carries
 from shardc.compiler.errors import PlanError
 from shardc.compiler.graph import output_node, placeholders
@@ -29,6 +30,7 @@ from shardc.passes.pipeline import CANONICALIZE
 from shardc.runtime.engines import SimulatedRanks, ThisRank
 from shardc.runtime.executable import Executable
 from shardc.runtime.ranks import Ranks
+from shardc.runtime.simulate import is_random
 
 
 @dataclass
@@ -139,7 +141,10 @@ class Lowering:
         backward = self.ranks.bind(parts.backward) if parts.backward is not None else None
         wraps, kept = self._gradients(program)
         blank = [self.ranks.zeros(n) for n in placeholders(program.gm) if n.name in _carries(signature)]
-        return Executable(signature, ThisRank(forward, backward, results, wraps, blank), kept, self.kept)
+        draws = any(is_random(n) for n in program.gm.graph.nodes)
+        seeded = self.ranks.seeded if draws else nullcontext
+        engine = ThisRank(forward, backward, results, wraps, blank, seeded)
+        return Executable(signature, engine, kept, self.kept)
 
     def _gradients(self, program: Program) -> tuple[dict[int, Callable[[Tensor], Tensor]], dict[int, str]]:
         """Which gradients become DTensors (those of parameters held as shards), and which are kept back."""
@@ -164,7 +169,6 @@ class Lowering:
     def _trace(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
         """The traced module at global shapes. On real ranks the caller passes pieces: sizes are multiplied by
         the mesh dims that split them, for which the names (and styles on the root's border) must be known."""
-        self.plan.roots.check_call(args, kwargs)
         grad = torch.is_grad_enabled()
         infos = {fqn: held_info(x, self.plan) for fqn, x in held(self.module).items()}
         call: tuple[Any, Any] = (tuple(args), dict(kwargs))

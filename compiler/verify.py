@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import operands, spec, specs, tensors, val
+from shardc.compiler.graph import Call, move_of, operands, spec, specs, tensors, val
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec, axes_of
 from shardc.compiler.text import excerpt
@@ -63,22 +63,24 @@ def _check_layouts(node: Node, stage: Stage) -> None:
 
 
 def _check_call(node: Node, stage: Stage, mesh: Mesh) -> None:
-    if node.target in (*c.COLLECTIVES, *c.LOCAL_MOVES):
-        source = node.args[0]
+    move = move_of(node)
+    if move is not None:
+        source = move.args[0]
         if isinstance(source, Node) and specs(source) and specs(node):
-            _check_collective(node, spec(source), spec(node), mesh)
+            _check_collective(node, move, spec(source), spec(node), mesh)
+        if node.target is c.start and any(user.target is not c.wait for user in node.users):
+            raise _broken(node, "is used before it is waited for")
+    elif node.target is c.wait:
+        if getattr(node.args[0], "target", None) is not c.start:
+            raise _broken(node, "waits for what was not started")
     elif node.target is not operator.getitem and stage == Stage.RESHARDED and "wants" in node.meta:
         for i, (needed, operand) in enumerate(zip(node.meta["wants"], operands(node), strict=True)):
             if spec(operand) != needed:
                 raise _broken(node, f"needs operand {i} as {needed}, but %{operand.name} is {spec(operand)}")
 
 
-def _check_collective(node: Node, before: Spec, after: Spec, mesh: Mesh) -> None:
-    axis = node.args[2] if node.target in (c.all_gather, c.reduce_scatter, c.local_slice) else node.args[-1]
-    if node.target is c.all_reduce:
-        axis = node.args[1]
-    if node.target is c.all_to_all:
-        axis = node.args[3]
+def _check_collective(node: Node, move: Call, before: Spec, after: Spec, mesh: Mesh) -> None:
+    axis = move.axis
     was, now = _state(before, axis), _state(after, axis)
     legal = {
         c.all_gather: was == "split" and now == "whole",
@@ -88,7 +90,7 @@ def _check_collective(node: Node, before: Spec, after: Spec, mesh: Mesh) -> None
         c.local_slice: was == "whole" and now == "split",
         c.make_partial: was == "whole" and now == "pending",
     }
-    if not legal[node.target] or before.without(axis, mesh) != after.without(axis, mesh):
+    if not legal[move.target] or before.without(axis, mesh) != after.without(axis, mesh):
         raise _broken(node, f"cannot turn {before} into {after}")
 
 

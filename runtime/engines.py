@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class ThisRank:
     """Local tensors in, local tensors out: the bound halves of one rank.
 
     results: how many of forward's returns are the caller's. wrap: what labels which gradients as DTensors.
-    blank: makes the zeros that stand for each carry already consumed.
+    blank: makes the zeros that stand for each carry already consumed. seeded: the generator that forward draws from.
     """
 
     def __init__(
@@ -61,12 +62,13 @@ class ThisRank:
         results: int,
         wrap: Mapping[int, Any],
         blank: Sequence[Any],
+        seeded: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._forward, self._backward, self._results, self._wrap = forward, backward, results, wrap
-        self._blank = blank
+        self._blank, self._seeded = blank, seeded
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
-        with torch.no_grad():
+        with torch.no_grad(), self._seeded():
             found = list(self._forward(*[_local(x) for x in inputs]))
         return found[: self._results], found[self._results :]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +19,7 @@ from shardc.runtime.bind import bind_program
 from shardc.runtime.groups import Groups
 from shardc.runtime.handshake import agree
 from shardc.runtime.shards import cut
-from shardc.runtime.state import as_dtensor, gather_whole, local_of
+from shardc.runtime.state import as_dtensor, broadcast, gather_whole, local_of
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,28 @@ class Ranks:
         made = nn.Parameter(as_dtensor(cut(whole, after, self.mesh, self.coords).contiguous(), after, self.device_mesh))
         made.requires_grad_(param.requires_grad)
         torch.utils.swap_tensors(param, made)
+
+    @cached_property
+    def _seed(self) -> int:
+        """A seed that all ranks share: the first rank's."""
+        seed = torch.tensor([torch.initial_seed() % 2**62])
+        device = "cpu" if self.device_mesh.device_type == "cpu" else self.device_mesh.device_type
+        seed = seed.to(device)
+        broadcast(seed, self.device_mesh, 0)
+        return int(seed.item())
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Draw as every other rank draws in its call of the same number, whatever ranks drew outside."""
+        calls = self._calls
+        calls[0] += 1
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seed + calls[0])
+            yield
+
+    @cached_property
+    def _calls(self) -> list[int]:
+        return [0]
 
     def zeros(self, node: Node) -> Callable[[], Tensor]:
         """What makes this rank's zeros of a graph value."""

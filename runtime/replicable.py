@@ -29,13 +29,11 @@ def _refuse_python_inside_script(module: nn.Module) -> None:
 
 
 def _refuse_uninitialised(module: nn.Module) -> None:
-    held = chain(
-        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    )
     bare = [
-        f"{name} ({'lazy' if is_lazy(tensor) else 'meta'})"
-        for name, tensor in held
-        if is_lazy(tensor) or tensor.is_meta
+        f"{path}.{name} ({'lazy' if is_lazy(tensor) else 'meta'})".removeprefix(".")
+        for path, one in module.named_modules()
+        for name, tensor in chain(one._parameters.items(), one._buffers.items())
+        if tensor is not None and (is_lazy(tensor) or tensor.is_meta)
     ]
     if bare:
         raise RuntimeError(

@@ -45,7 +45,8 @@ def simulate(
         elif node.target in COLLECT:
             env[node] = COLLECT[node.target](node, env[node.args[0]], mesh, coords)
         else:
-            env[node] = [_run(node, env, mesh, at, rank) for rank, at in enumerate(coords)]
+            draws = is_random(node)
+            env[node] = [_run(node, env, mesh, at, rank, draws) for rank, at in enumerate(coords)]
         if watch is not None:
             watch(node, env[node])
         for dead in last.get(node, ()):
@@ -53,12 +54,21 @@ def simulate(
     raise AssertionError("a graph ends with its output")
 
 
-def _run(node: Node, env: dict[Node, Pieces], mesh: Mesh, coords: dict[str, int], rank: int) -> Any:
+def is_random(node: Node) -> bool:
+    """Whether a node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _run(
+    node: Node, env: dict[Node, Pieces], mesh: Mesh, coords: dict[str, int], rank: int, draws: bool
+) -> Any:
     def piece(leaf: Any) -> Any:
         return env[leaf][rank] if isinstance(leaf, Node) else leaf
 
     args, kwargs = bind((tuple(node.args), dict(node.kwargs)), mesh, coords, piece)
-    return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+    # Every rank draws the same numbers; the generator moves on once.
+    with torch.random.fork_rng(enabled=draws and rank < mesh.size - 1):
+        return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
 
 def _last_uses(gm: GraphModule) -> dict[Node, list[Node]]:

@@ -123,9 +123,7 @@ def _(x: Any, w: Any, b: Any, training: bool, momentum: float, eps: float, *, re
 
 
 @rule(aten._native_batch_norm_legit_functional.default)
-def _(
-    x: Any, w: Any, b: Any, rm: Any, rv: Any, training: bool, momentum: float, eps: float, *, results: Any
-) -> OpRule:
+def _(x: Any, w: Any, b: Any, rm: Any, rv: Any, training: bool, momentum: float, eps: float, *, results: Any) -> OpRule:
     op = aten._native_batch_norm_legit_functional.default
     return _forward(op, x, [w, b, rm, rv], training, momentum, eps, results)
 
@@ -167,30 +165,27 @@ def _backward(
         out = [affine(site, dx, w, None), *(_flat(site, s) for s in sums)]
         kinds = iter(types)
         return tuple(
-            cast(site, t, wide(x.dtype), next(kinds)) if wanted else None
-            for t, wanted in zip(out, mask, strict=True)
+            cast(site, t, wide(x.dtype), next(kinds)) if wanted else None for t, wanted in zip(out, mask, strict=True)
         )
 
     kept = len(args) > 7 and args[7].numel()  # the forward may have made it up: then no kernel may see it
+    normalised = " ".join(over.values())
     return parse(
         line([full, full, *vectors], made),
         whole=_alone(vectors),
+        sum="" if train else normalised,
+        joined=normalised if train else "",
         linear=str(order[0]),
         localize=step if kept else two_step(op, over.values(), step, fed=["c"]),
-        **{"joined" if train else "sum": " ".join(over.values())},
     )
 
 
-def _train_backward(
-    site: Site, g: Any, y: Any, rstd: Any, over: dict[int, str], count: int
-) -> tuple[Any, Any, Any]:
+def _train_backward(site: Site, g: Any, y: Any, rstd: Any, over: dict[int, str], count: int) -> tuple[Any, Any, Any]:
     dx, sums = unstandardize(site, g, y, rstd, over, count)
     return dx, *sums
 
 
-def _eval_backward(
-    site: Site, g: Any, y: Any, rstd: Any, over: dict[int, str], count: int
-) -> tuple[Any, Any, Any]:
+def _eval_backward(site: Site, g: Any, y: Any, rstd: Any, over: dict[int, str], count: int) -> tuple[Any, Any, Any]:
     """With statistics that do not depend on the batch: the sums are this rank's share."""
     gy = site.call(aten.mul.Tensor, g, y)
     return site.call(aten.mul.Tensor, g, rstd), *(local_sum(site, t, over, True) for t in (gy, g))
@@ -215,8 +210,6 @@ def _(
 
 
 @rule(aten.cudnn_batch_norm_backward.default)
-def _(
-    x: Any, g: Any, w: Any, rm: Any, rv: Any, sm: Any, si: Any, eps: float, reserve: Any, *, results: Any
-) -> OpRule:
+def _(x: Any, g: Any, w: Any, rm: Any, rv: Any, sm: Any, si: Any, eps: float, reserve: Any, *, results: Any) -> OpRule:
     op = aten.cudnn_batch_norm_backward.default
     return _backward(op, (1, 0), [x, g, w, rm, rv, sm, si, reserve], True, eps, [True] * 3, results)

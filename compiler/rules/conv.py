@@ -71,9 +71,7 @@ def _(
     def localize(site: Site) -> Any:
         g, local, w, sizes, *rest, given, mask = site.args
         sizes = None if sizes is None else [site.operand_shape(0)[1]]
-        return site.call(
-            aten.convolution_backward.default, g, local, w, sizes, *rest, call.groups(site, given), mask
-        )
+        return site.call(aten.convolution_backward.default, g, local, w, sizes, *rest, call.groups(site, given), mask)
 
     made = [t for t, wanted in zip([call.input, call.weight, call.bias], mask, strict=True) if wanted]
     text = line([call.output, call.input, call.weight], made)

@@ -36,9 +36,7 @@ rule(aten.embedding.default, "v d, ... -> ... d", sum="v", plain="v", linear="0"
 
 
 @rule(aten.embedding_dense_backward.default)
-def _(
-    grad: Any, indices: Any, rows: int, padding_idx: int, scale_grad_by_freq: bool, *, results: Any
-) -> OpRule:
+def _(grad: Any, indices: Any, rows: int, padding_idx: int, scale_grad_by_freq: bool, *, results: Any) -> OpRule:
     names = dims(indices.dim())
     # how often an index occurs is known only to a rank that sees all of them
     whole, summed = (names, []) if scale_grad_by_freq else ([], names)

@@ -45,9 +45,7 @@ def _localize(op: Any, rest: Sequence[str], inner: int, at: int, step: Callable)
 
 
 @rule(aten.native_group_norm.default)
-def _(
-    x: Any, weight: Any, bias: Any, n: int, c: int, hw: int, groups: int, eps: float, *, results: Any
-) -> OpRule:
+def _(x: Any, weight: Any, bias: Any, n: int, c: int, hw: int, groups: int, eps: float, *, results: Any) -> OpRule:
     rest, inner, acc = _rest(x), c // groups, wide(x.dtype)
     over = dict(enumerate(["i", *rest], start=FIRST_NORMALISED))
 

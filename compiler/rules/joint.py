@@ -47,10 +47,7 @@ def dense(op: Any, at: Collection[int], factors: Collection[str]) -> Callable[[S
 
 def packed(site: Site, at: Collection[int]) -> list[Any]:
     """The call's arguments, those at some positions made contiguous."""
-    return [
-        site.call(aten.contiguous.default, x) if i in at and x is not None else x
-        for i, x in enumerate(site.args)
-    ]
+    return [site.call(aten.contiguous.default, x) if i in at and x is not None else x for i, x in enumerate(site.args)]
 
 
 def any_split(site: Site, factors: Collection[str]) -> bool:

@@ -1,7 +1,7 @@
 """Negative log likelihood, with the classes split, the batch split, or both.
 
-Each rank picks the classes it owns: a pending sum, or with a mean one small collective for numerator
-and total weight. The backward needs none: a rank marks the classes it owns.
+Each rank picks the scores of the classes it owns, and one collective adds them up, the total weight with
+them. The backward needs none: a rank marks the classes it owns.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from shardc.compiler.rules.joint import (
-    any_split,
     cast,
     filled,
     get,
+    join,
     joined_sums,
     local_sum,
     two_step,
@@ -68,28 +68,27 @@ def _forward(op: Any, x: Any, weight: Any, reduction: int, ignore: int) -> OpRul
     reduction = SUM if reduction == NONE and not batch else reduction  # one score is its own sum
     acc, rows = wide(x.dtype), range(len(batch))
 
-    def localize(site: Site) -> Any:
-        if not any_split(site, full if reduction == MEAN else ["c"]):
-            return site.call(op, *site.args, **site.kwargs)
+    def step(site: Site) -> Any:
         if site.split("c"):
             parts = _picked(site, x, at, ignore)
             if reduction == NONE:
-                return parts[0], site.call(aten.new_zeros.default, parts[0], [])
+                return join(site, parts[0], ["c"]), site.call(aten.new_zeros.default, parts[0], [])
             parts = [local_sum(site, cast(site, t, x.dtype, acc), rows) for t in parts]
         else:
             scores, target, w = site.args[:3]
             scores, w = (t if t is None else cast(site, t, x.dtype, acc) for t in (scores, w))
             both = site.call(op, scores, target, w, SUM, ignore)
             parts = [get(site, both, i) for i in range(2)]
+        parts = joined_sums(site, parts, full)
         if reduction == MEAN:
-            parts = joined_sums(site, parts, full)
             parts[0] = site.call(aten.div.Tensor, *parts)
         return tuple(cast(site, t, acc, x.dtype) for t in parts)
 
     operands = [full, batch, *([["c"]] if weight is not None else [])]
-    how = {"joined" if reduction == MEAN else "sum": " ".join(full)}
     results = [batch if reduction == NONE else [], []]
-    return parse(line(operands, results), plain="c", localize=localize, **how)
+    # complete also where it could stay pending: the backward is given the total weight
+    localize = two_step(op, ["c"] if reduction == NONE else full, step)
+    return parse(line(operands, results), plain="c", joined=" ".join(full), localize=localize)
 
 
 def _backward(op: Any, x: Any, weight: Any, reduction: int, ignore: int) -> OpRule:
@@ -121,9 +120,7 @@ def _register(name: str) -> None:
         return _forward(forward, x, weight, reduction, ignore)
 
     @rule(backward)
-    def _(
-        g: Any, x: Any, target: Any, weight: Any, reduction: int, ignore: int, mass: Any, *, results: Any
-    ) -> OpRule:
+    def _(g: Any, x: Any, target: Any, weight: Any, reduction: int, ignore: int, mass: Any, *, results: Any) -> OpRule:
         return _backward(backward, x, weight, reduction, ignore)
 
 

@@ -135,9 +135,7 @@ def _layer_norm_backward(
 
 
 @rule(aten.native_layer_norm_backward.default)
-def _(
-    g: Any, x: Any, shape: Any, mean: Any, rstd: Any, weight: Any, bias: Any, mask: Any, *, results: Any
-) -> OpRule:
+def _(g: Any, x: Any, shape: Any, mean: Any, rstd: Any, weight: Any, bias: Any, mask: Any, *, results: Any) -> OpRule:
     op = aten.native_layer_norm_backward.default
     return _layer_norm_backward(op, x, shape, 2, [weight, bias], mask, results)
 

@@ -29,9 +29,7 @@ def reduced(x: Any, dim: DimArg) -> dict[int, str]:
     return {d % rank: f"d{d % rank}" for d in chosen} if rank else {}
 
 
-def reduction(
-    x: Any, gone: dict[int, str], keepdim: bool = False, results: int = 1, **options: Any
-) -> OpRule:
+def reduction(x: Any, gone: dict[int, str], keepdim: bool = False, results: int = 1, /, **options: Any) -> OpRule:
     """`d0 d1 -> d0`, or `d0 d1 -> d0 1`; `{gone}` in an option stands for the reduced factors."""
     names = dims(x.dim())
     left = [("1" if i in gone else n) for i, n in enumerate(names) if keepdim or i not in gone]
@@ -64,9 +62,7 @@ def _count(x: Any, dim: DimArg = None, *, results: Any) -> OpRule:
 
 
 def _mean(op: Any) -> Callable[..., OpRule]:
-    def build(
-        x: Any, dim: DimArg = None, keepdim: bool = False, *, dtype: Any = None, results: Any
-    ) -> OpRule:
+    def build(x: Any, dim: DimArg = None, keepdim: bool = False, *, dtype: Any = None, results: Any) -> OpRule:
         gone, out = reduced(x, dim), results[0].dtype
         count = math.prod(x.shape[d] for d in gone)
 
@@ -130,14 +126,14 @@ def _aminmax(x: Any, *, dim: int | None = None, keepdim: bool = False, results: 
         )
 
     localize = two_step(aten.aminmax.default, gone.values(), step)
-    return reduction(x, gone, keepdim, results=2, joined="{gone}", localize=localize)
+    return reduction(x, gone, keepdim, 2, joined="{gone}", localize=localize)
 
 
 # Indices would have to be found among ranks: the reduced dim stays whole.
 @rule(aten.max.dim)
 @rule(aten.min.dim)
 def _with_index(x: Any, dim: int, keepdim: bool = False, *, results: Any) -> OpRule:
-    return reduction(x, reduced(x, dim), keepdim, results=2, whole="{gone}")
+    return reduction(x, reduced(x, dim), keepdim, 2, whole="{gone}")
 
 
 @rule(aten.argmax.default)

@@ -98,9 +98,7 @@ def _(grad: Any, shape: Any, dim: int, start: Any, end: Any, step: int, *, resul
 
 
 @rule(aten.slice_scatter.default)
-def _(
-    x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1, *, results: Any
-) -> OpRule:
+def _(x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1, *, results: Any) -> OpRule:
     def local(site: Site, *bounds: Any) -> Any:
         return site.call(aten.slice_scatter.default, *site.args[:2], dim, *bounds)
 
@@ -138,9 +136,7 @@ def _(x: Any, dim: int = 0, *, results: Any) -> OpRule:
 @rule(aten.stack.default)
 def _(tensors: Sequence[Any], dim: int = 0, *, results: Any) -> OpRule:
     names = dims(tensors[0].dim())
-    return parse(
-        line([names] * len(tensors), [inserted(names, dim, "c")]), whole="c", linear=_all(len(tensors))
-    )
+    return parse(line([names] * len(tensors), [inserted(names, dim, "c")]), whole="c", linear=_all(len(tensors)))
 
 
 def _all(count: int) -> str:
@@ -199,9 +195,7 @@ def _(tensors: Sequence[Any], dim: int = 0, *, results: Any) -> OpRule:
     lengths = [t.shape[dim] if t.dim() == rank else 0 for t in tensors]
     joined = pieces(lengths)
     read = [f"z{i}" if not n else name for i, (n, name) in enumerate(zip(lengths, joined.each, strict=True))]
-    operands = [
-        dims(rank, {dim: name}) if t.dim() == rank else [name] for t, name in zip(tensors, read, strict=True)
-    ]
+    operands = [dims(rank, {dim: name}) if t.dim() == rank else [name] for t, name in zip(tensors, read, strict=True)]
     empty = {f"k{i}": f"z{i}" for i, n in enumerate(lengths) if not n}
     whole = " ".join(dict.fromkeys([*(empty.get(f, f) for f in joined.whole.split()), *empty.values()]))
     sizes = {f: n for f, n in joined.sizes.items() if f not in empty}

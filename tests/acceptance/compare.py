@@ -26,6 +26,21 @@ def counts(program: Program) -> dict[tuple[str, str, str], int]:
     return dict(Counter((c.kind, c.mesh_dim, c.phase) for c in program.collectives()))
 
 
+def forward(kind: str, n: int = 1) -> dict[tuple[str, str, str], int]:
+    """What `counts` says of n collectives over tp in forward."""
+    return {(kind, "tp", "forward"): n}
+
+
+def backward(kind: str, n: int = 1) -> dict[tuple[str, str, str], int]:
+    """What `counts` says of n collectives over tp in backward."""
+    return {(kind, "tp", "backward"): n}
+
+
+def at_most(program: Program, limits: Mapping[tuple[str, str, str], int]) -> bool:
+    """Whether a program has no more collectives of any sort than these."""
+    return all(n <= limits.get(what, 0) for what, n in counts(program).items())
+
+
 def wire_bytes(program: Program) -> int:
     """Bytes that the rank that sends most puts on the wire, forward and backward."""
     return sum(c.bytes_on_wire for c in program.collectives())

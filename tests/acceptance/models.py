@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 Attend = Literal["manual", "sdpa"]
 Heads = Literal["n_head, -1", "n_head, head_dim", "-1, head_dim"]
@@ -147,6 +148,25 @@ def transformer_tp(fused: bool = False) -> dict[str, object]:
     }
 
 
+TRANSFORMER_TP = {
+    **transformer_tp(),
+    "tokens": RowwiseParallel(),
+    "positions": RowwiseParallel(),
+    "head": ColwiseParallel(output_layouts=Replicate()),
+}
+# Norms work on slices of the sequence; what tensor parallelism sums is scattered over it.
+TRANSFORMER_SP = {
+    **TRANSFORMER_TP,
+    "tokens": RowwiseParallel(output_layouts=Shard(1)),
+    "positions": RowwiseParallel(output_layouts=Shard(0)),
+    "layers.*.norm[12]": SequenceParallel(),
+    "layers.*.attn.proj": RowwiseParallel(output_layouts=Shard(1)),
+    "layers.*.down": RowwiseParallel(output_layouts=Shard(1)),
+    "norm": SequenceParallel(),
+    "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+}
+
+
 class RMSNorm(nn.Module):
     """Written out, as Llama models do."""
 
@@ -225,6 +245,17 @@ class Llama(nn.Module):
 LLAMA_TP = {
     **{f"layers.*.{name}": ColwiseParallel() for name in ("wq", "wk", "wv", "gate", "up")},
     **{f"layers.*.{name}": RowwiseParallel() for name in ("wo", "down")},
+}
+
+
+LLAMA_SP = {
+    **LLAMA_TP,
+    "embed": RowwiseParallel(output_layouts=Shard(1)),
+    "layers.*.norm[12]": SequenceParallel(),
+    "layers.*.wo": RowwiseParallel(output_layouts=Shard(1)),
+    "layers.*.down": RowwiseParallel(output_layouts=Shard(1)),
+    "norm": SequenceParallel(),
+    "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
 }
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from shardc.runtime.replicable import refuse_elsewhere
 from shardc.runtime.replicas import data_parallel
 
 TWO = ["cpu", "cpu"]
@@ -237,9 +237,12 @@ def test_inputs_of_different_lengths_that_would_lose_rows_are_refused():
         data_parallel(Calls(torch.add), (torch.ones(4), torch.ones(1)), TWO)
 
 
-def test_a_module_on_another_device_than_the_first_is_refused_by_name():
-    with pytest.raises(RuntimeError, match=r"on cuda:0, the first .* weight is on cpu; .*module.to\('cuda:0'\)"):
-        refuse_elsewhere(nn.Linear(1, 1), torch.device("cuda:0"))
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_module_on_another_device_than_the_first_is_refused_by_name(count: int):
+    with FakeTensorMode():  # a device that this machine may lack
+        net = nn.ParameterList([nn.Parameter(torch.empty(2, device="cuda:1"), requires_grad=False)])
+    with pytest.raises(RuntimeError, match=r"on cpu, the first .* but 0 is on cuda:1; .*module.to\('cpu'\)"):
+        data_parallel(net, torch.ones(2), ["cpu"] * count)
 
 
 @needs_cuda

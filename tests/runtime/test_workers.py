@@ -209,21 +209,35 @@ def test_a_kind_other_than_replica_is_named():
         run_on_devices([lambda: culprit(ValueError())], [CPU], kind="rank")
 
 
-def test_a_caught_error_keeps_no_result_alive():
-    class Result:
-        pass
+class Value:
+    """Stands for an activation."""
 
-    kept: list[weakref.ref[Result]] = []
 
-    def succeeds() -> Result:
-        result = Result()
-        kept.append(weakref.ref(result))
-        return result
+def test_a_held_error_does_not_hold_the_values_of_the_failed_call():
+    made: list[weakref.ref[Value]] = []
 
-    gc.disable()  # reference counts alone must do it
+    def fails() -> None:
+        value = Value()
+        made.append(weakref.ref(value))
+        raise ValueError(f"with {type(value)} at hand")
+
+    with pytest.raises(ValueError, match="at hand") as caught:
+        run_on_devices([int, fails], [CPU, CPU])
+    assert made[0]() is None, caught
+
+
+def test_a_dropped_error_holds_no_result_until_the_next_collection():
+    made: list[weakref.ref[Value]] = []
+
+    def succeeds() -> Value:
+        value = Value()
+        made.append(weakref.ref(value))
+        return value
+
+    gc.disable()
     try:
         with pytest.raises(ValueError):
             run_on_devices([succeeds, lambda: culprit(ValueError())], [CPU, CPU])
-        assert kept[0]() is None
+        assert made[0]() is None
     finally:
         gc.enable()
