@@ -53,11 +53,11 @@ def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
         numel = math.prod(shape)
         sent = 2 * (n - 1) * numel * value.element_size() // n
     else:
-        split, dim = (source if move.target in (c.all_gather, c.all_to_all) else node), move.args[1]
+        split = source if move.target is c.all_gather else node
+        dim = move.args[2] if move.target is c.all_to_all else move.args[1]
         cut = cut_of(specs(split)[0], dim, axis, mesh, coords, specs(source)[0])
         pieces = [math.prod(cut.piece_view(i)) for i in range(n)]
-        numel = sum(pieces) if move.target is not c.all_to_all else pieces[0]
-        largest = max(pieces) if move.target is not c.all_to_all else -(-pieces[0] // n)
+        numel, largest = sum(pieces), max(pieces)
         sent = (n - 1) * largest * value.element_size()
     meta = node.meta
     return Collective(

@@ -12,7 +12,7 @@ from shardc.compiler.infer import call_rule
 from shardc.compiler.match import nearest
 from shardc.compiler.text import node_text
 
-DEPTH = 12
+DEPTH = 40
 
 
 def explain(gm: GraphModule, before: GraphModule, name: str, names: dict[str, str]) -> str:
@@ -34,6 +34,11 @@ def explain(gm: GraphModule, before: GraphModule, name: str, names: dict[str, st
         lines.append(f"  {axis}:")
         lines += [f"    {line}" for line in _chain(node, axis, names)]
     return "\n".join(lines)
+
+
+def cause(node: Node, axis: str, names: dict[str, str]) -> str:
+    """Where a value's split (or pending sum) over a mesh dim comes from: the end of its chain, in one line."""
+    return list(_chain(node, axis, names))[-1]
 
 
 def _chain(node: Node, axis: str, names: dict[str, str]) -> Iterator[str]:

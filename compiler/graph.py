@@ -23,7 +23,7 @@ from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec import Spec
 
-INHERITED = ("where", "file", "line", "path", "phase", "recompute")
+INHERITED = ("where", "file", "line", "path", "phase", "recompute", "regather")
 
 
 def val(node: Node) -> Any:

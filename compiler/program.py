@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from shardc.compiler.accounts import Collective, collectives_of, peak_bytes
-from shardc.compiler.explain import explain
+from shardc.compiler.explain import cause, explain
 from shardc.compiler.halves import Halves, halves
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, Record, Stage, run_passes
@@ -75,7 +75,12 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """What moves, in program order."""
-        return collectives_of(self.gm, self.mesh)
+        names, nodes = input_names(self.signature), {n.name: n for n in self.gm.graph.nodes}
+
+        def why(c: Collective) -> str:
+            return c.why or cause(nodes[c.name].args[0], c.mesh_dim, names)
+
+        return [c._replace(why=why(c)) for c in collectives_of(self.gm, self.mesh)]
 
     def peak_bytes(self) -> int:
         """Bytes alive at the worst moment of forward and backward on the rank that holds most."""

@@ -97,9 +97,7 @@ def trace(
     return Traced(gm, signature)
 
 
-def _joint(
-    module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors: Sequence[Tensor]
-) -> GraphModule:
+def _joint(module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors: Sequence[Tensor]) -> GraphModule:
     """torch's joint graph: by Dynamo where it can, else by running forward on fake tensors."""
     flat = [*fakes, *tensors]
     scripted = any(isinstance(owner, torch.jit.ScriptModule) for owner in module.modules())
@@ -114,26 +112,32 @@ def _joint(
                 if depends_on_values(error):
                     raise refusal(error) from error
                 log.info("tracing by dispatch, as Dynamo says: %s", error)
-        before = _drawn()
-        try:
-            program.call = by_dispatch(module)
-            joint = export(program, flat, None)
-        except ShardingError:
-            raise
-        except Exception as error:
-            raise refusal(error) from error
-        if _drawn() != before:
+        with _drawing_nothing():
+            try:
+                program.call = by_dispatch(module)
+                return export(program, flat, None)
+            except ShardingError:
+                raise
+            except Exception as error:
+                raise refusal(error) from error
+
+
+@contextmanager
+def _drawing_nothing() -> Iterator[None]:
+    """Refuses what draws from a generator that tracing does not see: its numbers would be the same forever."""
+    numpy = sys.modules.get("numpy")
+    python, other = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        yield
+        if random.getstate() != python or (numpy and str(numpy.random.get_state()) != str(other)):
             raise ShardingError(
                 "forward draws random numbers with Python or numpy, which a program cannot repeat",
                 help="draw them with torch, or outside forward",
             )
-        return joint
-
-
-def _drawn() -> tuple[Any, ...]:
-    """The states of the generators that tracing does not see."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), numpy and str(numpy.random.get_state(legacy=False))
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(other)
 
 
 @dataclass(frozen=True)
@@ -213,8 +217,9 @@ def argument_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     """(readable path, path in the keys of border marks) of every leaf of a call's arguments, in pytree order."""
     paths, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
     name = _argument_namer(module)
-    heads = [str(path[1].idx) if path[0].idx == 0 else f"kw:{path[1].key}" for path, _ in paths]
-    return [(name(path), head) for (path, _), head in zip(paths, heads, strict=True)]
+    keys: list[Any] = [path for path, _ in paths]
+    heads = [str(path[1].idx) if path[0].idx == 0 else f"kw:{path[1].key}" for path in keys]
+    return [(name(path), head) for path, head in zip(keys, heads, strict=True)]
 
 
 def _held_arguments(held: Sequence[Held]) -> list[Argument]:
@@ -237,7 +242,8 @@ def _refuse_mixed_scripts(module: nn.Module) -> None:
         if isinstance(owner, torch.jit.ScriptModule):
             for child in owner.children():
                 if not isinstance(child, torch.jit.ScriptModule):
-                    raise RuntimeError(f"the scripted module {fqn!r} has a Python module ({type(child).__name__}) in it")
+                    kind = type(child).__name__
+                    raise RuntimeError(f"the scripted module {fqn!r} has a Python module ({kind}) in it")
 
 
 def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signature, call: _Arguments) -> None:

@@ -36,6 +36,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.jit._fuser import optimized_execution
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -92,8 +93,7 @@ class Program:
             now = next((t for t in (p.get() for p in h.places) if t is not inputs[i]), inputs[i])
             if now is inputs[i]:
                 continue
-            same = isinstance(now, Tensor) and (now.shape, now.dtype) == (inputs[i].shape, inputs[i].dtype)
-            if h.parameter or not same:
+            if now is None or h.parameter or (now.shape, now.dtype) != (inputs[i].shape, inputs[i].dtype):
                 self.replaced.append(i)
             else:
                 after[i] = now
@@ -184,7 +184,7 @@ def by_dispatch(module: nn.Module) -> Call:
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with (
             patch.object(torch.compiler, "_is_compiling_flag", True),
-            torch.jit.optimized_execution(False),
+            optimized_execution(False),
             _Stamp(fqns),
             _Alias(),
         ):
@@ -318,4 +318,3 @@ class _Stamp(TorchDispatchMode):
                 owner = id(receiver)
             frame = frame.f_back
         return line, owner
-

@@ -84,13 +84,12 @@ class Joint:
     def _see_through_copies(self) -> None:
         entering = {*self.primals.values(), *(n for n in self.nodes if n.op == "get_attr")}
         for node in self.nodes:
-            if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
-                continue
-            copied = node.target is aten.clone.default and node.args[0] in entering
+            operands = node.all_input_nodes
+            copied = node.target is aten.clone.default and operands[0] in entering
             if copied or node.target in IDENTITIES:
-                self.stands_for[node] = self.resolve(node.args[0])
+                self.stands_for[node] = self.resolve(operands[0])
             elif _overwrites(node):
-                self.stands_for[node] = self.resolve(node.args[1])
+                self.stands_for[node] = self.resolve(operands[1])
 
     def _read_outputs(self) -> None:
         output = self.nodes[-1]
@@ -157,7 +156,7 @@ class Builder:
             if old.op != "call_function" or old not in needed or old in self.stands_for:
                 continue
             args, kwargs = torch.fx.map_arg((old.args, old.kwargs), lambda n: self.of[self.joint.resolve(n)])
-            packet = getattr(old.target, "overloadpacket", old.target)
+            packet: Any = getattr(old.target, "overloadpacket", old.target)
             new = self.graph.create_node("call_function", old.target, args, kwargs, name=packet.__name__)
             new.meta = dict(old.meta)
             self.of[old] = new
@@ -199,9 +198,7 @@ def build(
     ours.graph.output(tuple(nodes))
     named = [replace(output, node=node and node.name) for output, node in zip(outputs, nodes, strict=True)]
     placed = [Leaf(x.name, None if x.input is None else ours.position[x.input], x.constant) for x in leaves]
-    signature = Signature(
-        tuple(ours.inputs), tuple(named), out_spec=program.out_spec, leaves=tuple(placed), **about
-    )
+    signature = Signature(tuple(ours.inputs), tuple(named), out_spec=program.out_spec, leaves=tuple(placed), **about)
     return GraphModule(torch.nn.Module(), ours.graph), signature
 
 
@@ -211,9 +208,7 @@ def _outputs(
     """The entries of our output tuple, their nodes left out: results, mutations, gradients."""
     number = {at: i for i, at in enumerate(program.tensors)}
     out = [
-        Output(
-            None, OutputKind.OUTPUT, f"output{path}", constant=leaf, requires_grad=number.get(at) in joint.tangents
-        )
+        Output(None, OutputKind.OUTPUT, f"output{path}", constant=leaf, requires_grad=number.get(at) in joint.tangents)
         for at, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True))
     ]
     for i in program.mutated:
@@ -225,9 +220,7 @@ def _outputs(
     return out
 
 
-def _ends(
-    joint: Joint, program: Program, outputs: Sequence[Output], position: Mapping[int, int]
-) -> list[Node | None]:
+def _ends(joint: Joint, program: Program, outputs: Sequence[Output], position: Mapping[int, int]) -> list[Node | None]:
     """torch's node of each entry, None where it has none."""
     number = {at: i for i, at in enumerate(program.tensors)}
     primal = {at: i for i, at in position.items()}
@@ -246,9 +239,9 @@ def _ends(
 
 def _overwrites(node: Node) -> bool:
     """Whether a node is the functional form of `x.copy_(y)` that changes nothing about y."""
-    if node.target is not aten.copy.default or not isinstance(node.args[1], Node):
+    if node.target is not aten.copy.default or len(node.all_input_nodes) < 2:
         return False
-    old, new = node.args[0].meta["val"], node.args[1].meta["val"]
+    old, new = (operand.meta["val"] for operand in node.all_input_nodes)
     return (old.shape, old.dtype, old.device, old.stride()) == (new.shape, new.dtype, new.device, new.stride())
 
 
@@ -262,8 +255,7 @@ def _check_results(program: Program) -> None:
         if not isinstance(leaf, SIMPLE):
             raise ShardingError(
                 f"output{path} is a {type(leaf).__name__}, which is neither a tensor nor a plain value",
-                help="return tensors in lists, tuples, dicts, or a dataclass given to "
-                "torch.export.register_dataclass",
+                help="return tensors in lists, tuples, dicts, or a dataclass given to torch.export.register_dataclass",
             )
 
 

@@ -209,10 +209,12 @@ class Attributes:
         """FQNs of the attributes that forward set, parameters and buffers apart."""
         out = []
         for (fqn, owner), before in zip(self._modules, self._before, strict=True):
-            for name, value in vars(owner).items():
-                if name not in (*TABLES, *DERIVED) and not _same(before.get(name, Attributes), value):
-                    if not _recomputed(owner, name):
-                        out.append(f"{fqn}.{name}" if fqn else name)
+            now = vars(owner)
+            names = [n for n in now if n not in (*TABLES, *DERIVED) and not _same(before.get(n), now[n])]
+            for table in TABLES:
+                if isinstance(now.get(table), dict):
+                    names += [n for n in now[table] if n not in before[table][1]]
+            out += [f"{fqn}.{n}" if fqn else n for n in names if not _recomputed(owner, n)]
         return out
 
     def restore(self) -> None:
@@ -230,8 +232,8 @@ def _copied(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {n: (v, v.copy() if isinstance(v, (list, dict, set)) else None) for n, v in attributes.items()}
 
 
-def _same(before: Any, value: Any) -> bool:
-    if before is Attributes:
+def _same(before: tuple[Any, Any] | None, value: Any) -> bool:
+    if before is None:
         return False
     old, content = before
     if old is not value:

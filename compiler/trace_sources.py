@@ -54,7 +54,7 @@ def innermost(stack_trace: str) -> Source | None:
 
 
 def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
-    """Sets where, file, line, path, phase and recompute on every node, and drops torch's own such keys."""
+    """Sets where, file, line, path, phase, recompute and custom on every node; torch's own such keys are dropped."""
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     fqns = {str(id(owner)): fqn for fqn, owner in module.named_modules()}
     forward = _forward_by_number(nodes)
@@ -67,6 +67,7 @@ def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
         path = inherited_paths[node] or ""
         source = inherited_sources[node] or _definition(module, path)
         recompute = "RECOMPUTE" in getattr(node.meta.get("recompute"), "name", "")
+        custom = node.meta.get("custom") or _origin(node, forward).meta.get("custom")
         node.meta = {
             "val": node.meta["val"],
             "where": str(source),
@@ -75,7 +76,7 @@ def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
             "path": path,
             "phase": "backward" if node in backward else "forward",
             "recompute": recompute,
-        }
+        } | ({"custom": custom} if custom else {})
     for node, entry in zip(graph.nodes, signature.inputs, strict=False):
         held = entry.kind in (InputKind.PARAMETER, InputKind.BUFFER)
         node.meta["path"] = entry.name.rpartition(".")[0] if held else ""
@@ -201,7 +202,9 @@ def refusal_at(node: Node, what: str, help: str) -> ShardingError:
 
 def writes_to_constant(stack_trace: str | None) -> ShardingError:
     return _refusal_in(
-        stack_trace, "forward changes a tensor in place that is no parameter, buffer or input", "register it as a buffer"
+        stack_trace,
+        "forward changes a tensor in place that is no parameter, buffer or input",
+        "register it as a buffer",
     )
 
 

@@ -82,10 +82,11 @@ def _check_call(node: Node, stage: Stage, mesh: Mesh) -> None:
 def _check_collective(node: Node, move: Call, before: Spec, after: Spec, mesh: Mesh) -> None:
     axis = move.axis
     was, now = _state(before, axis), _state(after, axis)
+    reduced = before.reduction(axis) == (*move.args[move.args.index(axis) + 1 :], "sum")[0]
     legal = {
         c.all_gather: was == "split" and now == "whole",
-        c.all_reduce: was == "pending" and now == "whole",
-        c.reduce_scatter: was == "pending" and now == "split",
+        c.all_reduce: reduced and now == "whole",
+        c.reduce_scatter: reduced and now == "split",
         c.all_to_all: was == "split" and now == "split" and before.dim_of(axis) != after.dim_of(axis),
         c.local_slice: was == "whole" and now == "split",
         c.make_partial: was == "whole" and now == "pending",

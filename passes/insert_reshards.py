@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import reshard
-from shardc.compiler.graph import call_nodes, insert, map_operands, spec
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.graph import call_nodes, insert, map_operands, operands, spec
 from shardc.compiler.marks import MARK
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.spec import Spec
+from shardc.compiler.text import excerpt
 from shardc.compiler.verify import Stage
 
 
@@ -39,8 +41,23 @@ class InsertReshards:
                 _replace_mark(node, changes)
             elif "wants" in node.meta:
                 wants = node.meta["wants"]
+                if ctx.strict:
+                    _refuse_unplanned(node, wants)
                 map_operands(node, lambda i, n, at=node, w=wants: _reshard(n, w[i], at, made, changes))
         return PassResult(changes)
+
+
+def _refuse_unplanned(node: Node, wants: tuple[Spec, ...]) -> None:
+    """Summing what the plan made pending is implied by the plan, and slicing is free; a gather is neither."""
+    for value, needed in zip(operands(node), wants, strict=True):
+        lost = [a for a in spec(value).axes() if needed.dim_of(a) != spec(value).dim_of(a)]
+        if lost:
+            raise ShardingError(
+                f"%{node.name} needs %{value.name} as {needed}, and no plan entry gathers it over {', '.join(lost)}",
+                where=node.meta.get("where", ""),
+                excerpt=excerpt(node),
+                help="state the layout there (a style's layouts, or shardc.constrain), or compile without strict=True",
+            )
 
 
 def _reshard(value: Node, needed: Spec, user: Node, made: dict, changes: Counter) -> Node:
@@ -59,7 +76,7 @@ def _replace_mark(node: Node, changes: Counter) -> None:
         node.replace_all_uses_with(value)
     else:
         with node.graph.inserting_before(node):
-            why = "; ".join(wish[3] for wish in node.meta.get("wish", ()))
+            why = "; ".join(dict.fromkeys(wish[3] for wish in node.meta.get("wish", ())))
             new = insert(node.graph, reshard, (value, spec(node)), node, spec(node), why=why)
         node.replace_all_uses_with(new)
         changes["reshard"] += 1

@@ -12,6 +12,7 @@ from shardc.passes.localize import Localize
 from shardc.passes.lower_reshards import LowerReshards
 from shardc.passes.merge_equal import MergeEqual
 from shardc.passes.propagate import Propagate
+from shardc.passes.regather_in_backward import RegatherInBackward
 from shardc.passes.seed_plan import SeedPlan
 
 
@@ -23,6 +24,7 @@ def pipeline(ctx: Context) -> list[Any]:
     return [
         CANONICALIZE,  # fewer spellings, so fewer rules
         SeedPlan(),  # the user's wishes become layouts
+        RegatherInBackward(),  # memory for wire: freed parameters are gathered again
         ChooseFactors(),  # ... of whole heads where heads will be needed whole
         Propagate(),  # ... and reach every value                                    TRACED -> SHARDED
         InsertReshards(),  # disagreements become explicit                           SHARDED -> RESHARDED

@@ -86,6 +86,7 @@ def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:
         calls = forward.get(key.removesuffix("|grad"), [])
         partner = calls.pop() if len(calls) > 1 else calls[0] if calls else None
         node.meta["spec"] = _transposed(spec(x), partner, mesh) if partner is not None else spec(x)
+        node.meta["wish"] = partner.meta.get("wish", ()) if partner is not None else ()  # the reason, for reports
         return
     layout = spec(x)
     for axis, placement, open_split, _ in node.meta.get("wish", ()):

@@ -46,10 +46,12 @@ class SeedPlan:
             changes["marks"] += _wish(mark, ctx)
         for entry in ctx.signature.inputs:
             nodes[entry.node].meta["spec"] = _input_spec(nodes[entry.node], entry, ctx)
+            nodes[entry.node].meta["why"] = _reason(entry, ctx)
         outputs = _output_specs(gm, ctx)
         for entry in ctx.signature.inputs:
             if entry.kind is InputKind.TANGENT:
-                nodes[entry.node].meta["spec"] = outputs[entry.of]
+                # Each rank's summand of a pending output has the whole gradient.
+                nodes[entry.node].meta["spec"] = Spec(outputs[entry.of].dims)
             elif entry.kind is InputKind.CARRY:
                 nodes[entry.node].meta["spec"] = ctx.carries[entry.name]
         _fix_outputs(gm, outputs, ctx)
@@ -100,6 +102,15 @@ def _input_spec(node: Node, entry: Input, ctx: Context) -> Spec | None:
     return _placed(dims, input_layout(node, entry.name, ctx.plan), ctx, f"input {entry.name}")
 
 
+def _reason(entry: Input, ctx: Context) -> str:
+    """The plan entry behind an input's layout, in words."""
+    layout = ctx.plan.params.get(entry.name) if entry.kind is InputKind.PARAMETER else None
+    if layout is not None:
+        return "; ".join(layout.keys.values())
+    given = entry.kind is InputKind.BATCH and ctx.plan.roots.says_input(entry.name)
+    return "inputs=" if given else ""
+
+
 def _placed(dims: tuple[int, ...], layout: Mapping[str, Any], ctx: Context, what: str) -> Spec:
     ordered = {axis: layout[axis] for axis in ctx.mesh.names if axis in layout}
     try:
@@ -135,7 +146,7 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
             if entry.kind is OutputKind.OUTPUT:
                 returned[i] = insert(gm.graph, reshard, (node, outputs[i]), node, why="the layout of an output")
             elif entry.kind is OutputKind.MUTATION or source.kind is not InputKind.PARAMETER:
-                target = spec(nodes[source.node])
+                target = Spec(spec(nodes[source.node]).dims)  # ... and so does each summand of a pending input
                 returned[i] = insert(gm.graph, reshard, (node, target), node, why=f"the layout of {source.name}")
             else:
                 returned[i] = _gradient(gm, node, entry, source, ways, ctx)
@@ -199,23 +210,19 @@ def _divide_tangent(gm: GraphModule, nodes: dict[str, Node], i: int, layout: Spe
 
 
 def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) -> int:
-    """The gather of a parameter stored in one layout and computed with in another; again for backward if freed."""
+    """The gather of a parameter stored in one layout and computed with in another."""
     layout = ctx.plan.params[fqn]
     if layout.stored == layout.compute:
         return 0
-    target = layout.compute_spec(ctx.mesh)
-    users = sorted((u for u in node.users if u.op != "output"), key=order.__getitem__)
+    users = [u for u in node.users if u.op != "output"]
+    if not users:
+        return 0
     freed = any(ctx.plan.reshards(a, layout.unit[a]) for a in layout.stored if a not in layout.compute)
-    phases = [["forward"], ["backward"]] if freed else [["forward", "backward"]]
-    made = 0
-    for phase in phases:
-        mine = [u for u in users if u.meta.get("phase", "forward") in phase]
-        if not mine:
-            continue
-        with node.graph.inserting_before(mine[0]):
-            why = "; ".join(layout.keys.values())
-            gather = insert(node.graph, reshard, (node, target), node, why=why, regather=freed, phase=phase[0])
-        for user in mine:
-            user.replace_input_with(node, gather)
-        made += 1
-    return made
+    with node.graph.inserting_before(min(users, key=order.__getitem__)):
+        gather = insert(
+            node.graph, reshard, (node, layout.compute_spec(ctx.mesh)), node, phase="forward", regather=freed,
+            why="; ".join(layout.keys.values()),
+        )  # fmt: skip
+    for user in users:
+        user.replace_input_with(node, gather)
+    return 1

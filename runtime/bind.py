@@ -49,6 +49,7 @@ class _Binder:
         self.lines = {a: Line(a, mesh[a], coords[a], groups.get(a)) for a in mesh.names}
         self.graph = Graph()
         self.env: dict[Node, Node] = {}
+        self.started: dict[Node, Any] = {}  # the collective behind each start
 
     def bound(self) -> GraphModule:
         for node in self.gm.graph.nodes:
@@ -65,7 +66,7 @@ class _Binder:
             x, *rest = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.values()  # pyright: ignore
             target, args = MOVES[node.target](self, node, x, *rest)
             return target, (self.env[x], *args), {}
-        ours = getattr(node.target, "__module__", None) == c.__name__
+        ours = getattr(node.target, "__module__", None) == c.__name__ and node.target not in c.LOCAL_STEPS
         if ours or node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
         args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)
@@ -103,6 +104,13 @@ class _Binder:
     def make_partial(self, node: Node, x: Node, axis: str) -> Call:
         return aten.zeros_like.default if self.coords[axis] else aten.alias.default, ()
 
+    def start(self, node: Node, x: Node, kind: str, args: tuple) -> Call:
+        self.started[node], rest = MOVES[c.NAMED[kind]](self, node, x, *args)
+        return self.started[node].start, rest
+
+    def wait(self, node: Node, x: Node) -> Call:
+        return self.started[x].wait, ()
+
     def _shape(self, node: Node) -> tuple[int, ...]:
         return spec(node).local_shape(self.mesh, self.coords)
 
@@ -114,6 +122,8 @@ MOVES: dict[Any, Callable[..., Call]] = {
     c.all_to_all: _Binder.all_to_all,
     c.local_slice: _Binder.local_slice,
     c.make_partial: _Binder.make_partial,
+    c.start: _Binder.start,
+    c.wait: _Binder.wait,
 }
 
 

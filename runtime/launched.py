@@ -37,18 +37,18 @@ def run_rank(rank: int, job: Job, pipe: Connection, stacks: str) -> None:
     os.setpgid(0, 0)  # the caller ends this group, and with it whatever fn starts
     leave = threading.Event()
     threading.Thread(target=_follow, args=(pipe, leave), name="follow-caller", daemon=True).start()
-    with open(stacks, "w") as file:
-        faulthandler.enable(file)
-        faulthandler.register(signal.SIGUSR1, file, all_threads=True)
-        pipe.send(("started",))
-        try:
-            result = _run(rank, job)
-        except BaseException as error:  # sys.exit() in a rank is a failure too
-            text = "".join(traceback.format_exception(error))
-            pipe.send(("failed", time.monotonic(), f"failed: {_in_a_line(error)}", text))
-            _drop_out()
-        pipe.send(("returned", result))
-        leave.wait()
+    file = open(stacks, "w")  # never closed: faulthandler may write to it to the very end
+    faulthandler.enable(file)
+    faulthandler.register(signal.SIGUSR1, file, all_threads=True)
+    pipe.send(("started",))
+    try:
+        result = _run(rank, job)
+    except BaseException as error:  # sys.exit() in a rank is a failure too
+        text = "".join(traceback.format_exception(error))
+        pipe.send(("failed", time.monotonic(), f"failed: {_in_a_line(error)}", text))
+        _drop_out()
+    pipe.send(("returned", result))
+    leave.wait()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -74,12 +74,12 @@ def _run(rank: int, job: Job) -> bytes:
 
 
 def _follow(pipe: Connection, leave: threading.Event) -> None:
-    """Wait for the caller's word. Where the caller is gone, so is this rank, whatever it was doing."""
+    """Wait for the caller's word. Once the caller is gone, so is this rank with all that it started."""
     try:
         pipe.recv()
         leave.set()
     except (EOFError, OSError):
-        os._exit(1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.collectives import cut_of
+from shardc.compiler.graph import Call, move_of
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec
@@ -42,8 +43,8 @@ def simulate(
             env[node] = list(next(feed))
         elif node.op == "output":
             return [env[v] if isinstance(v, Node) else [v] * mesh.size for v in node.args[0]]
-        elif node.target in COLLECT:
-            env[node] = COLLECT[node.target](node, env[node.args[0]], mesh, coords)
+        elif (move := move_of(node)) is not None:
+            env[node] = COLLECT[move.target](move, env[move.args[0]], mesh, coords)
         else:
             draws = is_random(node)
             env[node] = [_run(node, env, mesh, at, rank, draws) for rank, at in enumerate(coords)]
@@ -87,12 +88,12 @@ def _groups(mesh: Mesh, axis: str) -> list[tuple[int, ...]]:
     return mesh.groups(axis)
 
 
-def _layouts(node: Node) -> tuple[Spec, Spec]:
-    return node.args[0].meta["spec"], node.meta["spec"]  # pyright: ignore
+def _layouts(move: Call) -> tuple[Spec, Spec]:
+    return move.args[0].meta["spec"], move.meta["spec"]
 
 
-def _all_reduce(node: Node, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    axis, op = node.args[1], (*node.args, "sum")[2]
+def _all_reduce(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    axis, op = move.args[1], (*move.args, "sum")[2]
     out: Pieces = [None] * mesh.size
     for group in _groups(mesh, axis):
         total = combine(op, [pieces[r] for r in group])
@@ -101,9 +102,9 @@ def _all_reduce(node: Node, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     return out
 
 
-def _all_gather(node: Node, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    before, after = _layouts(node)
-    dim, axis = node.args[1], node.args[2]
+def _all_gather(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    before, after = _layouts(move)
+    dim, axis = move.args[1], move.args[2]
     out: Pieces = [None] * mesh.size
     for group in _groups(mesh, axis):
         for r in group:
@@ -113,9 +114,9 @@ def _all_gather(node: Node, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     return out
 
 
-def _reduce_scatter(node: Node, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    _, after = _layouts(node)
-    dim, axis, op = (*node.args[1:], "sum")[:3]
+def _reduce_scatter(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    _, after = _layouts(move)
+    dim, axis, op = (*move.args[1:], "sum")[:3]
     out: Pieces = [None] * mesh.size
     for group in _groups(mesh, axis):
         total = combine(op, [pieces[r] for r in group])
@@ -124,9 +125,9 @@ def _reduce_scatter(node: Node, pieces: Pieces, mesh: Mesh, coords: list) -> Pie
     return out
 
 
-def _local_slice(node: Node, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    _, after = _layouts(node)
-    dim, axis = node.args[1], node.args[2]
+def _local_slice(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    _, after = _layouts(move)
+    dim, axis = move.args[1], move.args[2]
     return [_piece(x, after, dim, axis, mesh, at, at[axis]) for x, at in zip(pieces, coords, strict=True)]
 
 
@@ -135,9 +136,9 @@ def _piece(x: Tensor, after: Spec, dim: int, axis: str, mesh: Mesh, at: dict[str
     return dealt[i].reshape(after.local_shape(mesh, at))
 
 
-def _all_to_all(node: Node, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    before, after = _layouts(node)
-    source, dim, axis = node.args[1:]
+def _all_to_all(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    before, after = _layouts(move)
+    source, dim, axis = move.args[1:]
     out: Pieces = [None] * mesh.size
     for group in _groups(mesh, axis):
         dealt = [deal(pieces[r], cut_of(after, dim, axis, mesh, coords[r], before)) for r in group]
@@ -147,8 +148,8 @@ def _all_to_all(node: Node, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     return out
 
 
-def _make_partial(node: Node, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    axis = node.args[1]
+def _make_partial(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    axis = move.args[1]
     return [torch.zeros_like(x) if at[axis] else x for x, at in zip(pieces, coords, strict=True)]
 
 

@@ -85,7 +85,8 @@ def _train(
     local, weight, bias = site.args[:3]
     y, mean, rstd, variance = standardize(site, cast(site, local, x.dtype, acc), over, count, eps)
     y = affine(site, y, *(_per_channel(site, p, x.dim()) for p in (weight, bias)))
-    out = [cast(site, y, acc, x.dtype), *(_flat(site, t) for t in (mean, rstd))]
+    out = [cast(site, y, acc, x.dtype)]
+    out += [cast(site, _flat(site, t), acc, types[1]) for t in (mean, rstd)]
     if len(types) in (4, 6):  # what a kernel keeps for its own backward, which this call does without
         out.append(site.call(aten.new_zeros.default, local, shapes[3], dtype=types[3]))
     if len(types) in (5, 6):
@@ -93,9 +94,8 @@ def _train(
         for old, now in zip(site.args[3:5], (mean, unbiased), strict=True):
             kept = site.call(aten.mul.Scalar, old, 1 - momentum)
             new = site.call(aten.mul.Scalar, _flat(site, now), momentum)
-            out.append(site.call(aten.add.Tensor, kept, new))
-    floats = [cast(site, t, acc, types[i]) if i in (1, 2) else t for i, t in enumerate(out)]
-    return tuple(floats)
+            out.append(cast(site, site.call(aten.add.Tensor, kept, new), acc, types[-1]))
+    return tuple(out)
 
 
 def _mutating(op: Any) -> Callable[..., OpRule]:

@@ -127,7 +127,7 @@ def _leaves(module: nn.Module, args: Any, kwargs: Any, grads: bool) -> tuple[lis
         if not isinstance(x, Tensor):
             return x
         new = x.detach().clone()
-        return new.requires_grad_(grads and x.is_floating_point())
+        return new.requires_grad_(grads and (x.is_floating_point() or x.is_complex()))
 
     given, named = pytree.tree_map(fresh, (tuple(args), dict(kwargs)))
     returned = pytree.tree_leaves(module(*given, **named))

@@ -119,9 +119,7 @@ def check_gradients(traced: Traced, results: list[Any], leaves: dict[int, Tensor
             same(found[index], leaf.grad, f"gradient of {name}")
 
 
-def check_mutations(
-    traced: Traced, results: list[Any], first: dict[int, Tensor], after: dict[int, Tensor]
-) -> None:
+def check_mutations(traced: Traced, results: list[Any], first: dict[int, Tensor], after: dict[int, Tensor]) -> None:
     outputs = traced.signature.outputs
     found = {o.of: r for r, o in zip(results, outputs, strict=True) if o.kind is OutputKind.MUTATION}
     for index, value in after.items():

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from shardc.compiler.signature import InputKind, OutputKind, TensorInfo
@@ -126,12 +127,8 @@ def line_of(comment: str) -> int:
 
 def test_forward_and_backward_nodes_have_the_line_and_module_of_their_operator():
     traced = trace(Two(), (torch.randn(3, 4),))
-    places = {
-        (n.meta["phase"], str(n.target), n.meta["path"], n.meta["where"]) for n in calls(traced)
-    }
-    first, second, third = (
-        f"{HERE}:{line_of(c)} in forward" for c in ("line of a", "line of b", "line of a again")
-    )
+    places = {(n.meta["phase"], str(n.target), n.meta["path"], n.meta["where"]) for n in calls(traced)}
+    first, second, third = (f"{HERE}:{line_of(c)} in forward" for c in ("line of a", "line of b", "line of a again"))
     assert {
         ("forward", "aten.addmm.default", "a", first),
         ("forward", "aten.addmm.default", "b.0", second),
@@ -306,9 +303,9 @@ def infos(module):
 def test_given_shapes_stand_for_shards():
     module, x = Sized(), torch.randn(3, 4)
     expected, params = trace(module, (x,)).gm.code, infos(module)
-    for owner in module.modules():
-        for table in (owner._parameters, owner._buffers):
-            table.update({n: type(t)(t[:1].detach().clone()) for n, t in table.items()})
+    for fqn, tensor in held(module).items():
+        owner, name = module.get_submodule(fqn.rpartition(".")[0]), fqn.rpartition(".")[2]
+        setattr(owner, name, type(tensor)(tensor[:1].detach().clone()))
     shard = module.fc.weight
     assert trace(module, (x,), params=params).gm.code == expected
     assert module.fc.weight is shard and shard.shape == (1, 4)
@@ -317,18 +314,15 @@ def test_given_shapes_stand_for_shards():
 def test_distributed_parameters_trace_at_their_global_shape():
     module, x = Sized(), torch.randn(3, 4)
     expected = trace(module, (x,)).gm.code
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # pyright: ignore
     try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        for owner in module.modules():
-            for name, t in list(owner._parameters.items()):
-                local = DTensor.from_local(t.detach(), mesh, run_check=False)
-                owner._parameters[name] = nn.Parameter(local)
+        mesh = init_device_mesh("cpu", (1,))
+        for name, t in list(module.fc.named_parameters()):
+            setattr(module.fc, name, nn.Parameter(DTensor.from_local(t.detach(), mesh, run_check=False)))
         assert trace(module, (x,)).gm.code == expected
         assert isinstance(module.fc.weight, DTensor)
     finally:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def test_requires_grad_can_be_given():

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_a_constant_is_not_written_to_while_tracing():
     for script in (False, True):
         module = Writes()
         if script:  # traced by dispatch
-            module.fc = torch.jit.script(module.fc)
+            module.add_module("fc", torch.jit.script(module.fc))
         error = refused(module)
         assert "no parameter, buffer or input" in error.what and f":{line_of('writes')} " in error.where
         assert torch.equal(module.table, torch.zeros(4))
@@ -156,6 +157,7 @@ class Replaces(nn.Module):
     def __init__(self, grow):
         super().__init__()
         self.register_buffer("seen", torch.zeros(4))
+        self.seen: Any
         self.grow = grow
 
     def forward(self, x):
@@ -213,12 +215,24 @@ def test_a_buffer_registered_in_forward_is_reported():
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
 def test_numbers_drawn_outside_torch_are_refused(draw):
     class Skips(Base):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.jit.script(self.fc)  # traced by dispatch
+
         def forward(self, x):
             return self.fc(x) if draw() < 2 else x
 
-    state = random.getstate()
-    assert "Python or numpy" in refused(Skips()).what
-    assert random.getstate() == state
+    states = random.getstate(), str(np.random.get_state())
+    assert "with Python or numpy" in refused(Skips()).what
+    assert (random.getstate(), str(np.random.get_state())) == states
+
+
+def test_python_s_random_is_refused_where_dynamo_is_asked_first():
+    class Skips(Base):
+        def forward(self, x):
+            return self.fc(x) if random.random() < 2 else x
+
+    assert "with Python or numpy" in refused(Skips()).what
 
 
 def test_an_input_changed_in_place_and_given_twice():

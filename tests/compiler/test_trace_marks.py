@@ -128,7 +128,7 @@ class InPlace(nn.Module):
 def test_a_write_to_a_marked_tensor_reaches_all_its_names(how, scripted):
     module = InPlace(how)
     if scripted:  # traced by dispatch
-        module.fc = torch.jit.script(module.fc)
+        module.add_module("fc", torch.jit.script(module.fc))
     check(module, torch.randn(3, 4), marks=["relu", "same", ""])
 
 
@@ -160,7 +160,7 @@ def test_constrain_is_kept_with_its_layout(layout, text):
 
 def test_constrain_is_kept_when_tracing_by_dispatch():
     module = Constrained(Shard(1))
-    module.fc = torch.jit.script(module.fc)
+    module.add_module("fc", torch.jit.script(module.fc))
     assert keys(check(module, torch.randn(3, 4)), "forward") == ["constrain|S(1)", "constrain|S(0)"]
 
 
@@ -185,7 +185,7 @@ def test_other_text_is_no_placement(text):
 
 def test_a_layout_of_another_kind_is_a_type_error():
     with pytest.raises(TypeError, match="not str"):
-        layout_text("S(0)")
+        layout_text("S(0)")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Traced graphs of many kinds of modules compute what the modules compute: outputs, mutations, gradients."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ class Flexible(nn.Module):
 
 class Pair(NamedTuple):
     hidden: Tensor
-    count: int
+    rows: int
 
 
 class Structured(nn.Module):
@@ -190,7 +190,8 @@ class CustomFunction(torch.autograd.Function):
         return x.clamp(min=0)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
+        (grad,) = grads
         (x,) = ctx.saved_tensors
         return grad * (x > 0) * 2
 
@@ -214,6 +215,10 @@ class ScriptedChild(nn.Module):
         return self.block(self.fc(x)).sum(-1)
 
 
+def _plus_one(module: nn.Module, args: Any, output: Any) -> Tensor:
+    return output + 1
+
+
 class Hooked(nn.Module):
     """The user's own hooks change what goes in and out."""
 
@@ -221,7 +226,7 @@ class Hooked(nn.Module):
         super().__init__()
         self.fc = nn.Linear(4, 4)
         self.fc.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-        self.fc.register_forward_hook(lambda module, args, output: output + 1)
+        self.fc.register_forward_hook(_plus_one)
 
     def forward(self, x):
         return self.fc(x)
@@ -298,9 +303,7 @@ def test_transformer_encoder_layer(grad, norm_first):
 def test_multihead_attention(weights):
     x = torch.randn(2, 5, 8)
     mask = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
-    check(
-        nn.MultiheadAttention(8, 2, batch_first=True), x, x, x, kwargs={"attn_mask": mask, "need_weights": weights}
-    )
+    check(nn.MultiheadAttention(8, 2, batch_first=True), x, x, x, kwargs={"attn_mask": mask, "need_weights": weights})
 
 
 @pytest.mark.parametrize(
@@ -325,7 +328,7 @@ def test_nested_inputs_and_outputs():
     traced = check(Structured(), {"x": torch.randn(3, 4), "more": [torch.randn(4, requires_grad=True)]})
     assert [leaf.name for leaf in traced.signature.leaves] == ["batch['x']", "batch['more'][0]"]
     names = [o.name for o in traced.signature.outputs if o.kind is OutputKind.OUTPUT]
-    assert names[:2] == ["output['pair'].hidden", "output['pair'].count"]
+    assert names[:2] == ["output['pair'].hidden", "output['pair'].rows"]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -349,7 +352,7 @@ def test_frozen_unused_tied_and_scalar_parameters():
     gradients = {o.name: o.node for o in traced.signature.outputs if o.kind is OutputKind.GRADIENT}
     assert set(gradients) == {"a.weight", "b.bias", "scale", "unused.weight", "unused.bias"}
     assert [name for name, node in gradients.items() if node is None] == ["unused.weight", "unused.bias"]
-    constants = {i.name: i.value for i in traced.signature.inputs if i.kind is InputKind.CONSTANT}
+    constants: dict[str, Any] = {i.name: i.value for i in traced.signature.inputs if i.kind is InputKind.CONSTANT}
     assert list(constants) == ["offset", "constant1"]
     assert torch.equal(constants["constant1"], torch.tensor([1.0, 2.0, 3.0, 4.0]))
 
@@ -393,7 +396,8 @@ def test_scripted_child(mode):
 
 
 def test_traced_child_and_scripted_root():
-    check(nn.Sequential(torch.jit.trace(nn.Linear(6, 6), torch.randn(3, 6)), nn.Tanh()), torch.randn(3, 6))
+    traced: Any = torch.jit.trace(nn.Linear(6, 6), torch.randn(3, 6))
+    check(nn.Sequential(traced, nn.Tanh()), torch.randn(3, 6))
     check(torch.jit.script(nn.Linear(6, 6)), torch.randn(3, 6))
 
 

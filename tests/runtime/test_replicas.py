@@ -54,6 +54,12 @@ def test_devices_may_come_from_any_iterable():
     assert len(replicas(nn.Linear(3, 2), (name for name in ("cpu", "cpu:0", "cpu:1")))) == 3
 
 
+@pytest.mark.parametrize("name", ["cpu", "cpu:0", "cpu:1", torch.device("cpu", 3)])
+def test_every_number_of_cpu_is_the_cpu_of_the_source(name: str | torch.device):
+    net = nn.Linear(3, 2)
+    assert same_storage(replicas(net, [name])[0].weight, net.weight)
+
+
 def test_gradients_of_all_replicas_add_up_in_the_source():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     by_hand = copy.deepcopy(net)

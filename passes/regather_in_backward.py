@@ -1,0 +1,71 @@
+"""A gathered parameter that is freed after forward is gathered again for backward.
+
+    %g: f32[16, 8] = shardc.reshard(%w, [16, 8])           %w is [16@dp, 8]
+    %t: f32[8, 16] = aten.t(%g)
+    %mm: f32[4, 16] = aten.mm(%x, %t)
+    %gx: f32[4, 8] = aten.mm(%grad, %g)                    backward
+  ==>
+    %g: f32[16, 8] = shardc.reshard(%w, [16, 8])
+    ...
+    %g_1: f32[16, 8] = shardc.reshard(%w, [16, 8])         backward
+    %gx: f32[4, 8] = aten.mm(%grad, %g_1)
+
+Views and casts of the parameter that backward uses are made again from the second gather, else they would keep
+the first alive. Left alone: gathers that are kept (`reshard_after_forward=False`), and those that backward, or
+forward, does not use.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.collectives import reshard
+from shardc.compiler.graph import call_nodes
+from shardc.compiler.pipeline import Context, PassResult
+from shardc.compiler.verify import Stage
+
+aten = torch.ops.aten
+CHEAP = {  # made again rather than kept: they move no data, or as much as the gather itself
+    aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten._to_copy.default, aten.alias.default,
+    aten._unsafe_view.default, aten.detach.default,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RegatherInBackward:
+    name = "regather-in-backward"
+    takes = gives = Stage.TRACED
+    exact = True
+
+    def run(self, gm: GraphModule, ctx: Context) -> PassResult:
+        changes: Counter = Counter()
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        for gather in call_nodes(gm, reshard):
+            if gather.meta.get("regather"):
+                changes["gathers"] += _again(gather, order) is not None
+        return PassResult(changes)
+
+
+def _again(node: Node, order: dict[Node, int]) -> Node | None:
+    """A second `node` for its uses in backward, through cheap calls; None where it has none, or only such."""
+    late = [u for u in node.users if u.op != "output" and u.meta.get("phase") == "backward"]
+    through = [u for u in node.users if u not in late and u.target in CHEAP]
+    copies = [(u, copy) for u in through if (copy := _again(u, order)) is not None]
+    if not late and not copies:
+        return None
+    if len(late) == len(node.users):
+        node.meta["phase"] = "backward"
+        return None
+    users = [*late, *(copy for _, copy in copies)]
+    with node.graph.inserting_before(min(users, key=order.__getitem__)):
+        twin = node.graph.node_copy(node, lambda n: n)
+    twin.meta = {**node.meta, "phase": "backward"}
+    order[twin] = min(order[u] for u in users)
+    for user in users:
+        user.replace_input_with(node, twin)
+    return twin
