@@ -92,8 +92,8 @@ def one_round(net: nn.Module, rank: int) -> dict[str, float]:
     }
     taken = {name: seconds(run) for name, run in alone.items()} if rank == 0 else {}
     tensors = [p.detach() for p in net.parameters()]
-    group = dist.distributed_c10d._get_default_group()
-    broadcast = seconds(lambda: dist._broadcast_coalesced(group, tensors, DDP_BUCKET, 0), dist.barrier)
+    world = dist.group.WORLD
+    broadcast = seconds(lambda: dist._broadcast_coalesced(world, tensors, DDP_BUCKET, 0), dist.barrier)
     taken["broadcast"] = slowest_rank(broadcast)
     return taken
 

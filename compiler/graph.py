@@ -6,7 +6,7 @@
     made_by  the pass that created the node           wish    what the plan says of a mark (seed_plan)
     why      the plan entry behind a fixed layout     recompute   run again in backward
     local    tensor(s) on meta of what rank 0 holds   origin  the value of the global graph that this one is
-    wire     the dtype in which a value travelled
+    wire     the dtype in which a value travelled     custom  what `torch.fx.traceback.annotate` said of its region
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec import Spec
 
-INHERITED = ("where", "file", "line", "path", "phase", "recompute", "regather")
+INHERITED = ("where", "file", "line", "path", "phase", "recompute", "regather", "custom")
 
 
 def val(node: Node) -> Any:

@@ -165,7 +165,8 @@ def _check(
         worst = _difference(join(pieces, layout, mesh), want)
     else:
         worst = max(_difference(p, cut(want, layout, mesh, mesh.coords(r))) for r, p in enumerate(pieces))
-    if worst > _allowed(want, scale):
+    travelled = want.to(node.meta.get("wire", want.dtype))
+    if worst > _allowed(travelled, scale):
         raise _differs(node, f"differs from one device by {worst:.1e}, its largest value being {_largest(want):.1e}")
     return worst / max(scale, 1e-30)
 

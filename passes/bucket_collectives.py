@@ -200,6 +200,8 @@ def _give_back(tail: Tail, views: Node, i: int, divided: bool) -> None:
 
 def _cast_alone(tail: Tail, steps: Sequence[Node], ctx: Context) -> bool:
     """Let what is reduced outside buckets travel in the plan's dtype."""
+    if not steps:
+        return False
     own = tensors(tail.computed)[0].dtype
     if all(_wire(step, own, ctx) is own for step in steps):
         return False

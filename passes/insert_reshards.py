@@ -64,8 +64,7 @@ def _reshard(value: Node, needed: Spec, user: Node, made: dict, changes: Counter
     if spec(value) == needed:
         return value
     if (value, needed) not in made:
-        with user.graph.inserting_before(user):
-            made[value, needed] = insert(user.graph, reshard, (value, needed), user, needed, val=value.meta["val"])
+        made[value, needed] = _insert(value, needed, user)
         changes["reshard"] += 1
     return made[value, needed]
 
@@ -75,9 +74,15 @@ def _replace_mark(node: Node, changes: Counter) -> None:
     if spec(value) == spec(node):
         node.replace_all_uses_with(value)
     else:
-        with node.graph.inserting_before(node):
-            why = "; ".join(dict.fromkeys(wish[3] for wish in node.meta.get("wish", ())))
-            new = insert(node.graph, reshard, (value, spec(node)), node, spec(node), why=why)
-        node.replace_all_uses_with(new)
+        why = "; ".join(dict.fromkeys(wish[3] for wish in node.meta.get("wish", ())))
+        node.replace_all_uses_with(_insert(value, spec(node), node, why=why))
         changes["reshard"] += 1
     node.graph.erase_node(node)
+
+
+def _insert(value: Node, needed: Spec, user: Node, **meta: str) -> Node:
+    """A reshard in front of a user. A sum belongs to the module that left it pending, all else to its user's."""
+    like = value if spec(value).pending else user
+    with user.graph.inserting_before(user):
+        meta = {"phase": user.meta.get("phase", "forward"), **meta}
+        return insert(user.graph, reshard, (value, needed), like, needed, val=value.meta["val"], **meta)

@@ -40,6 +40,10 @@ class Localize:
     exact = True
 
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
+        return PassResult(self.run_on(gm, ctx.mesh))
+
+    def run_on(self, gm: GraphModule, mesh: Mesh) -> Counter:
+        """Localize a graph whose nodes have layouts; all it needs to know is the mesh."""
         changes: Counter = Counter()
         for node in call_nodes(gm):
             if node.target in VIEWS:
@@ -47,8 +51,8 @@ class Localize:
             rule = call_rule(node) if hasattr(node.target, "overloadpacket") else None
             if rule is None or not _differs(node):
                 continue
-            changes["localized"] += _localize(gm, node, rule, ctx.mesh)
-        return PassResult(changes)
+            changes["localized"] += _localize(gm, node, rule, mesh)
+        return changes
 
 
 def _differs(node: Node) -> bool:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from shardc.compiler.pipeline import Context
+from shardc.passes.bucket_collectives import BucketCollectives
 from shardc.passes.canonicalize import Canonicalize
 from shardc.passes.choose_factors import ChooseFactors
 from shardc.passes.insert_reshards import InsertReshards
 from shardc.passes.localize import Localize
 from shardc.passes.lower_reshards import LowerReshards
 from shardc.passes.merge_equal import MergeEqual
+from shardc.passes.overlap import Overlap
 from shardc.passes.propagate import Propagate
 from shardc.passes.regather_in_backward import RegatherInBackward
 from shardc.passes.seed_plan import SeedPlan
 
 
+LOCALIZE = Localize()  # also what proves a user's rule
 CANONICALIZE = Canonicalize()  # also what the compiler looks at before it settles how parameters are stored
 
 
@@ -31,7 +34,9 @@ def pipeline(ctx: Context) -> list[Any]:
         MergeEqual(),  # before lowering: one reshard per value and layout
         LowerReshards(),  # ... and cost something
         MergeEqual(),  # the first legs of two ways may be the same
-        Localize(),  # global shapes end here                                        RESHARDED -> LOCAL
+        LOCALIZE,  # global shapes end here                                        RESHARDED -> LOCAL
+        BucketCollectives(),  # latency: few large reductions of gradients
+        Overlap(),  # last: it fixes the order                                       LOCAL -> SCHEDULED
     ]
 
 

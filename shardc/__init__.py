@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardc.compiler.annotate import fully_shard, replicate
     from shardc.compiler.api import CompiledModule, Program, compile
+    from shardc.compiler.check_rule import check_rule, discover_rule
     from shardc.compiler.errors import PlanError, RankFailure, RankMismatchError, ShardingError
     from shardc.compiler.marks import constrain
     from shardc.compiler.mesh import Mesh
@@ -29,9 +30,11 @@ __all__ = [
     "RankMismatchError",
     "Replicated",
     "ShardingError",
+    "check_rule",
     "compile",
     "constrain",
     "data_parallel",
+    "discover_rule",
     "fully_shard",
     "launch",
     "replicas",
@@ -52,9 +55,11 @@ _HOME = {
     "RankMismatchError": "shardc.compiler.errors",
     "Replicated": "shardc.compiler.plan",
     "ShardingError": "shardc.compiler.errors",
+    "check_rule": "shardc.compiler.check_rule",
     "compile": "shardc.compiler.api",
     "constrain": "shardc.compiler.marks",
     "data_parallel": "shardc.runtime.replicas",
+    "discover_rule": "shardc.compiler.check_rule",
     "fully_shard": "shardc.compiler.annotate",
     "launch": "shardc.runtime.launch",
     "replicas": "shardc.runtime.replicas",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -145,6 +146,18 @@ def _is_double(module: nn.Module) -> bool:
 
 def _says(what: str) -> Callable[[str], str]:
     return lambda text: f"{what}: {text}"
+
+
+def held_numel(program: Program) -> int:
+    """Elements of all parameters that rank 0, which holds most, holds."""
+    mesh = program.mesh
+    layouts = [layout.stored_spec(mesh) for layout in program.plan.params.values()]
+    return sum(math.prod(spec.local_shape(mesh, mesh.coords(0))) for spec in layouts)
+
+
+def moved_numel(program: Program, mesh_dim: str) -> int:
+    """Elements that the collectives over a mesh dim are called with."""
+    return sum(c.numel for c in program.collectives() if c.mesh_dim == mesh_dim)
 
 
 def output_shape(program: Program, i: int = 0) -> tuple[int, ...]:

@@ -19,7 +19,18 @@ from torch.distributed.tensor.parallel import (
 
 import shardc
 from shardc import Mesh, Plan, PlanError, Replicated
-from tests.acceptance.compare import ADAM, at_most, backward, compare, counts, forward, output_shape, wire_bytes
+from tests.acceptance.compare import (
+    ADAM,
+    at_most,
+    backward,
+    compare,
+    counts,
+    forward,
+    held_numel,
+    moved_numel,
+    output_shape,
+    wire_bytes,
+)
 from tests.acceptance.models import (
     LLAMA_TP,
     MLP,
@@ -137,7 +148,8 @@ def test_an_mlp_on_several_mesh_dims_reduces_each_gradient_once_per_data_dim(mes
     found = counts(program)
     assert found.pop(("all_reduce", "tp", "forward")) == 1
     assert found.pop(("all_reduce", "tp", "backward")) == 1
-    assert found == {("all_reduce", name, "backward"): 4 for name in data}
+    assert set(found) == {("all_reduce", name, "backward") for name in data}
+    assert all(moved_numel(program, name) == held_numel(program) for name in data)
 
 
 def test_a_weight_split_both_ways_is_right():
@@ -494,7 +506,8 @@ def test_a_transformer_under_tensor_and_data_parallelism_moves_no_activation_bet
         found = counts(program)
         assert found.pop(("all_reduce", "tp", "forward")) == 2
         assert found.pop(("all_reduce", "tp", "backward")) == 2
-        assert found == {("all_reduce", name, "backward"): len(list(model.parameters())) for name in data}
+        assert set(found) == {("all_reduce", name, "backward") for name in data}
+        assert all(moved_numel(program, name) == held_numel(program) for name in data)
 
 
 @pytest.mark.parametrize("attend", ["manual", "sdpa"])

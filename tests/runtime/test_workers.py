@@ -4,8 +4,8 @@ import contextvars
 import gc
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -87,6 +87,29 @@ def test_context_variables_of_the_caller_are_seen_and_not_changed():
     variable.set("caller's")
     assert in_threads(lambda: (variable.get(), variable.set("call's"))[0]) == ["caller's"] * 2
     assert variable.get() == "caller's"
+
+
+def test_each_call_has_its_accelerator_current_and_the_callers_stream_there(monkeypatch: pytest.MonkeyPatch):
+    entered: dict[str, list[str]] = {}
+
+    @contextmanager
+    def entering(what: str) -> Iterator[None]:
+        entered.setdefault(threading.current_thread().name, []).append(what)
+        yield
+
+    monkeypatch.setattr(torch.accelerator, "device_index", lambda index: entering(f"device {index}"))
+    caller = threading.current_thread()
+
+    def current_stream(device: torch.device) -> AbstractContextManager[None]:
+        assert threading.current_thread() is caller  # a new thread would have the default stream
+        return entering(f"stream on {device}")
+
+    monkeypatch.setattr(torch.accelerator, "current_stream", current_stream)
+    run_on_devices([int, int, int], [torch.device("cuda", 0), torch.device("cuda", 1), CPU])
+    assert entered == {
+        "replica-0": ["device 0", "stream on cuda:0"],
+        "replica-1": ["device 1", "stream on cuda:1"],
+    }
 
 
 # --- errors

@@ -1,0 +1,536 @@
+"""Random programs with plans and meshes, small and odd, each written as the Python that says it.
+
+A draw is text: what fails can be pasted into a test and cut down by hand.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleInputOutput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+)
+
+import shardc
+from shardc import FullyShard, Layout, Mesh, Plan, Replicated
+
+WORDS = {
+    w.__name__: w
+    for w in (
+        Partial, Replicate, Shard, ColwiseParallel, PrepareModuleInput, PrepareModuleInputOutput, PrepareModuleOutput,
+        RowwiseParallel, SequenceParallel, FullyShard, Layout, Mesh, Plan, Replicated,
+    )
+} | {"torch": torch, "nn": nn, "F": F, "shardc": shardc}  # fmt: skip
+MESHES = {
+    "Mesh(tp=2)": ("tp",), "Mesh(tp=3)": ("tp",), "Mesh(tp=4)": ("tp",), "Mesh(dp=2, tp=2)": ("dp", "tp"),
+}  # fmt: skip
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
+LARGEST = 1500  # elements of one value
+VOCAB = 7
+
+
+@dataclass(frozen=True)
+class Child:
+    """A module or parameter of the drawn model. `ndims`: of what each of its calls was given."""
+
+    name: str
+    kind: str
+    code: str
+    ndim: int = 0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A model as source text, and the shapes of what it is called with: of integers below VOCAB where `ids`."""
+
+    source: str
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    children: tuple[Child, ...]
+    outputs: tuple[int, ...]  # how many dims each has
+
+    def model(self) -> nn.Module:
+        """The model with the weights of one seed, in double precision."""
+        torch.manual_seed(0)
+        return model_of(self.source).double()
+
+    def tensors(self) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(1)
+        return [
+            torch.randint(VOCAB, shape, generator=draw)
+            if name == "ids"
+            else torch.randn(shape, generator=draw, dtype=torch.double, requires_grad=True)
+            for name, shape in self.inputs
+        ]
+
+    def __repr__(self) -> str:
+        return f"\n{self.source}\ninputs: {', '.join(f'{n}{list(s)}' for n, s in self.inputs)}\n"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What compile is told, as source text."""
+
+    mesh: str
+    plan: str
+    options: tuple[tuple[str, str], ...]
+
+    def values(self) -> tuple[Mesh, Any, dict[str, Any]]:
+        options = {name: eval(code, WORDS) for name, code in self.options}
+        return eval(self.mesh, WORDS), eval(self.plan, WORDS), options
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={code}" for name, code in self.options)
+        return f"compile(model, {self.plan}, mesh={self.mesh}{options})"
+
+
+def model_of(source: str) -> nn.Module:
+    """The `Model` that a source text defines."""
+    path = "drawn_model.py"
+    linecache.cache[path] = (len(source), None, source.splitlines(True), path)
+    names = dict(WORDS)
+    exec(compile(source, path, "exec"), names)
+    return names["Model"]()  # pyright: ignore
+
+
+# --- programs
+
+
+@st.composite
+def programs(draw: Callable[[Any], Any], most: int = 7) -> Drawn:
+    """A model of a few operators over one or two tensors, and perhaps integers."""
+    w = _Writer(draw)
+    for name in ("x", "y")[: draw(st.sampled_from([1, 1, 2]))]:
+        w.values[name] = torch.empty(w.shape(w.one(2, 2, 3, 3, 1, 4)), device="meta", requires_grad=True)
+    if w.one(False, False, True):
+        w.values["ids"] = torch.empty(w.shape(w.one(1, 2)), device="meta", dtype=torch.int64)
+    w.inputs = tuple((name, tuple(v.shape)) for name, v in w.values.items())
+    for _ in range(draw(st.integers(3, most))):
+        w.step()
+    return w.finish()
+
+
+class _Writer:
+    """Writes a forward line by line, each run on meta tensors at once to know what it gives."""
+
+    def __init__(self, draw: Callable[[Any], Any]) -> None:
+        self.draw = draw
+        self.values: dict[str, Tensor] = {}
+        self.inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
+        self.children: list[Child] = []
+        self.lines: list[str] = []
+        self.root = nn.Module()
+
+    def one(self, *options: Any) -> Any:
+        return self.draw(st.sampled_from(options))
+
+    def shape(self, ndim: int) -> tuple[int, ...]:
+        sizes = SIZES if ndim < 4 else SIZES[:5]
+        return tuple(self.one(*sizes) for _ in range(ndim))
+
+    def floats(self, least: int = 0, most: int = 4) -> list[str]:
+        """Values of so many dims, the newest first: it is the likeliest to be drawn when a case is cut down."""
+        found = [n for n, v in self.values.items() if v.is_floating_point() and least <= v.dim() <= most]
+        return found[::-1]
+
+    def step(self) -> None:
+        kind = self.one(*STEPS)
+        code = kind(self)
+        if code is None:
+            code = f"torch.tanh({self.floats()[0]})"
+        with torch.device("meta"):
+            value = eval(code, WORDS, {"self": self.root, **self.values})
+        if value.numel() > LARGEST:
+            return
+        name = f"v{len(self.lines)}"
+        self.lines.append(f"{name} = {code}")
+        self.values[name] = value
+
+    def child(self, kind: str, code: str, ndim: int) -> str:
+        """The name of a new module or parameter."""
+        name = f"{kind}{sum(c.kind == kind for c in self.children)}"
+        self.children.append(Child(name, kind, code, ndim))
+        with torch.device("meta"):
+            setattr(self.root, name, eval(code, WORDS))
+        return name
+
+    def finish(self) -> Drawn:
+        newest = self.floats()
+        returned = [newest[0]]
+        if self.one(False, False, True) and len(newest) > 1:
+            returned.append(self.one(*newest[1:]))
+        body = "".join(f"        {line}\n" for line in self.lines)
+        made = "".join(f"        self.{c.name} = {c.code}\n" for c in self.children)
+        source = (
+            "class Model(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+            f"{made}\n    def forward(self, {', '.join(n for n, _ in self.inputs)}):\n{body}"
+            f"        return {', '.join(returned)}\n"
+        )
+        ndims = tuple(self.values[n].dim() for n in returned)
+        return Drawn(source, self.inputs, tuple(self.children), ndims)
+
+
+def _linear(w: _Writer) -> str | None:
+    x = w.one(*(w.floats(1) or [None]))
+    if x is None:
+        return None
+    ndim, width = w.values[x].dim(), w.values[x].shape[-1]
+    fitting = [c for c in w.children if c.kind == "linear" and getattr(w.root, c.name).in_features == width]
+    if fitting and w.one(False, False, True):
+        again = w.one(*fitting)
+        w.children[w.children.index(again)] = Child(again.name, again.kind, again.code, min(again.ndim, ndim))
+        return f"self.{again.name}({x})"
+    bias = w.one("", "", ", bias=False")
+    return f"self.{w.child('linear', f'nn.Linear({width}, {w.one(*SIZES)}{bias})', ndim)}({x})"
+
+
+def _norm(w: _Writer) -> str | None:
+    x = w.one(*(w.floats(1) or [None]))
+    if x is None:
+        return None
+    v = w.values[x]
+    codes = [f"nn.LayerNorm({v.shape[-1]})", f"nn.LayerNorm({v.shape[-1]}, elementwise_affine=False)",
+             f"nn.RMSNorm({v.shape[-1]})"]  # fmt: skip
+    if v.dim() > 1:
+        codes.append(f"nn.LayerNorm({tuple(v.shape[-2:])})")
+    if v.dim() == 3 and v.shape[0] * v.shape[2] > 1:
+        codes.append(f"nn.BatchNorm1d({v.shape[1]})")
+        codes.append(f"nn.GroupNorm({_divisor(w, v.shape[1])}, {v.shape[1]})")
+    return f"self.{w.child('norm', w.one(*codes), v.dim())}({x})"
+
+
+def _conv(w: _Writer) -> str | None:
+    found = [n for n in w.floats(3, 3) if w.values[n].shape[-1] >= 2]
+    if not found:
+        return None
+    x = w.one(*found)
+    code = f"nn.Conv1d({w.values[x].shape[1]}, {w.one(1, 2, 3, 5)}, {w.one(1, 2, 3)}, padding=1)"
+    return f"self.{w.child('conv', code, 3)}({x})"
+
+
+def _embedding(w: _Writer) -> str | None:
+    if "ids" not in w.values:
+        return None
+    ndim = w.values["ids"].dim()
+    padding = w.one("", "", ", padding_idx=2")
+    return f"self.{w.child('emb', f'nn.Embedding({VOCAB}, {w.one(*SIZES)}{padding})', ndim)}(ids)"
+
+
+def _parameter(w: _Writer) -> str | None:
+    x = w.one(*w.floats())
+    shape = tuple(w.values[x].shape)
+    shape = shape[w.draw(st.integers(0, len(shape))) :]
+    shape = tuple(n if w.one(True, True, False) else 1 for n in shape)
+    name = w.child("weight", f"nn.Parameter(torch.randn({shape}))", len(shape))
+    return w.one(f"{x} * self.{name}", f"{x} + self.{name}", f"self.{name} - {x}")
+
+
+def _shared_weight(w: _Writer) -> str | None:
+    """A weight used outside of its module."""
+    linears = {c.name: getattr(w.root, c.name) for c in w.children if c.kind in ("linear", "emb")}
+    pairs = [
+        (x, name, m.weight.shape.index(w.values[x].shape[-1]))
+        for x in w.floats(1)
+        for name, m in linears.items()
+        if w.values[x].shape[-1] in m.weight.shape
+    ]
+    if not pairs:
+        return None
+    x, name, at = w.one(*pairs)
+    return f"F.linear({x}, self.{name}.weight{'.t()' if at == 0 else ''})"
+
+
+def _pointwise(w: _Writer) -> str:
+    x = w.one(*w.floats())
+    return w.one(
+        f"F.relu({x})", f"F.gelu({x})", f"torch.tanh({x})", f"F.silu({x})", f"{x}.sigmoid() * {x}", f"{x} * 0.5",
+        f"{x} + 1.5", f"{x}.pow(2)", f"{x}.clamp(-1.0, 0.5)", f"F.dropout({x}, 0.0)", f"{x}.detach() * {x}",
+        f"torch.where({x} > 0.1, {x}, -0.3)", f"1.0 / ({x}.pow(2) + 1)", f"{x}.contiguous()", f"{x} / 3 + {x}",
+    )  # fmt: skip
+
+
+def _binary(w: _Writer) -> str | None:
+    pairs = [(a, b) for a in w.floats() for b in w.floats() if _together(w.values[a].shape, w.values[b].shape)]
+    if not pairs:
+        return None
+    a, b = w.one(*pairs)
+    return w.one(f"{a} + {b}", f"{a} * {b}", f"{a} - {b}", f"torch.where({a} > 0, {a}, {b})", f"torch.add({a}, {b}, alpha=2)",
+                 f"{a} / ({b}.pow(2) + 1)")  # fmt: skip
+
+
+def _together(a: Sequence[int], b: Sequence[int]) -> bool:
+    try:
+        return math.prod(torch.broadcast_shapes(a, b)) <= LARGEST
+    except RuntimeError:
+        return False
+
+
+def _matmul(w: _Writer) -> str | None:
+    floats, found = w.floats(1), []
+    for a in floats:
+        for b in floats:
+            s, t = w.values[a].shape, w.values[b].shape
+            if len(t) >= 2 and s[-1] == t[-1] and (len(s) == 1 or _together(s[:-2], t[:-2])):
+                found.append(f"{a} @ {b}.transpose(-1, -2)")
+            if len(t) >= 2 and s[-1] == t[-2] and (len(s) == 1 or _together(s[:-2], t[:-2])):
+                found.append(f"{a} @ {b}")
+            if len(t) == 1 and s[-1] == t[0]:
+                found.append(f"{a} @ {b}")
+            if len(s) == len(t) == 3 and s[:2] == t[:2]:
+                found.append(f'torch.einsum("btd,bte->bde", {a}, {b})')
+            if len(s) == len(t) == 2 and s[0] == t[0]:
+                found.append(f'torch.einsum("bi,bj->ij", {a}, {b})')
+    return w.one(*found) if found else None
+
+
+def _attention(w: _Writer) -> str | None:
+    found = w.floats(3, 4)
+    if not found:
+        return None
+    x = w.one(*found)
+    return f"F.scaled_dot_product_attention({x}, {x}, {x}, is_causal={w.one(True, False)})"
+
+
+def _reduction(w: _Writer) -> str | None:
+    found = w.floats(1)
+    if not found:
+        return None
+    x = w.one(*found)
+    n = w.values[x].dim()
+    dims = sorted({w.draw(st.integers(0, n - 1)) for _ in range(w.one(1, 1, 2))})
+    many, keep = w.one(dims, [d - n for d in dims]), w.one("", ", keepdim=True")
+    return w.one(
+        f"{x}.sum({many}{keep})", f"{x}.mean({many}{keep})", f"{x}.amax({many}{keep})", f"{x}.sum()", f"{x}.mean()",
+        f"{x}.var({many}, correction=0{keep})", f"torch.logsumexp({x}, {many}{keep})", f"{x}.cumsum({dims[0]})",
+        f"torch.linalg.vector_norm({x} + 3, 2, {many}{keep})",
+    )  # fmt: skip
+
+
+def _softmax(w: _Writer) -> str | None:
+    found = w.floats(1)
+    if not found:
+        return None
+    x = w.one(*found)
+    d = w.draw(st.integers(-1, w.values[x].dim() - 1))
+    return w.one(f"F.softmax({x}, {d})", f"F.log_softmax({x}, {d})")
+
+
+def _loss(w: _Writer) -> str | None:
+    x = w.one(*(w.floats(2, 3) or [None]))
+    if x is None:
+        return None
+    n, c, *rest = w.values[x].shape
+    labels = f"torch.arange({n * math.prod(rest)}).reshape({[n, *rest]}) % {c}"
+    how = w.one("", ', reduction="sum"', ', reduction="none"', ", label_smoothing=0.1", ", ignore_index=0")
+    if c == 1 and how == ", ignore_index=0":
+        how = ""
+    return f"F.cross_entropy({x}, {labels}{how})"
+
+
+def _swap(w: _Writer) -> str | None:
+    found = w.floats(2)
+    if not found:
+        return None
+    x = w.one(*found)
+    n = w.values[x].dim()
+    order = w.draw(st.permutations(range(n)))
+    a, b = w.draw(st.integers(0, n - 1)), w.draw(st.integers(0, n - 1))
+    return w.one(f"{x}.transpose({a}, {b - n})", f"{x}.permute({order})", f"{x}.movedim({a}, {b})")
+
+
+def _reshape(w: _Writer) -> str | None:
+    x = w.one(*w.floats())
+    shape = list(w.values[x].shape)
+    kind = w.one("merge", "split", "split", "ones", "refold")
+    if kind == "merge" and len(shape) > 1:
+        at = w.draw(st.integers(0, len(shape) - 2))
+        return w.one(f"{x}.flatten({at}, {at + 1})", f"{x}.reshape({[*shape[:at], -1, *shape[at + 2 :]]})")
+    if kind == "split" and shape and len(shape) < 4:
+        at = w.draw(st.integers(0, len(shape) - 1))
+        first = _divisor(w, shape[at])
+        new = [*shape[:at], first, shape[at] // first, *shape[at + 1 :]]
+        return w.one(f"{x}.reshape({new})", f"{x}.unflatten({at}, {(first, -1)})")
+    if kind == "refold" and len(shape) > 1:
+        size = math.prod(shape)
+        first = _divisor(w, size)
+        return f"{x}.reshape({[first, size // first]})"
+    if len(shape) > 3:
+        return f"{x}.flatten()"
+    at = w.draw(st.integers(0, len(shape)))
+    return w.one(f"{x}.unsqueeze({at})", f"{x}.unsqueeze({at}).expand({[*shape[:at], 3, *shape[at:]]})", f"{x}.squeeze()")
+
+
+def _divisor(w: _Writer, n: int) -> int:
+    return w.one(*[d for d in range(1, n + 1) if n % d == 0])
+
+
+def _piece(w: _Writer) -> str | None:
+    found = w.floats(1)
+    if not found:
+        return None
+    x = w.one(*found)
+    d = w.draw(st.integers(0, w.values[x].dim() - 1))
+    n = w.values[x].shape[d]
+    start = w.draw(st.integers(0, n - 1))
+    length = w.draw(st.integers(1, n - start))
+    ways = [
+        f"{x}.narrow({d}, {start}, {length})", f"{x}.select({d}, {start})", f"{x}.flip([{d}])", f"{x}.roll(1, {d})",
+        f"{x}.repeat_interleave(2, {d})", f"F.pad({x}, (1, 2))", f"{x}[{':, ' * d}{start}::2]",
+    ]  # fmt: skip
+    if n > 1:
+        part = -(-n // 2)
+        ways += [
+            f"{x}.chunk(2, {d})[{w.one(0, 1)}]",
+            f"torch.cat({x}.split({part}, {d})[::-1], {d})",
+            f"{x}.unbind({d})[{start}]",
+        ]
+    if w.values[x].dim() > 1:
+        ways.append(f"{x}.tril()")
+        ways.append(f"{x}.masked_fill(torch.ones({n}, dtype=torch.bool).view({[n, *[1] * (w.values[x].dim() - d - 1)]}), 0.5)")
+    return w.one(*ways)
+
+
+def _join(w: _Writer) -> str | None:
+    found = []
+    for a in w.floats(1):
+        for b in w.floats(1):
+            s, t = w.values[a].shape, w.values[b].shape
+            if len(s) == len(t):
+                fits = [d for d in range(len(s)) if s[:d] + s[d + 1 :] == t[:d] + t[d + 1 :]]
+                found += [f"torch.cat([{a}, {b}], {d})" for d in fits]
+            if s == t and len(s) < 4:
+                found.append(f"torch.stack([{a}, {b}], {len(s) - 1})")
+    return w.one(*found) if found else None
+
+
+def _lookup(w: _Writer) -> str | None:
+    found = [n for n in w.floats(1) if w.values[n].dim() < 4]
+    if not found or "ids" not in w.values:
+        return None
+    x = w.one(*found)
+    d = w.draw(st.integers(0, w.values[x].dim() - 1))
+    n = w.values[x].shape[d]
+    return w.one(f"{x}.index_select({d}, ids.flatten() % {n})", f"{x}[ids % {w.values[x].shape[0]}]")
+
+
+def _constrain(w: _Writer) -> str | None:
+    x = w.one(*w.floats())
+    n = w.values[x].dim()
+    layout = f"Shard({w.draw(st.integers(-n, n - 1))})" if n and w.one(True, True, False) else "Replicate()"
+    return f"shardc.constrain({x}, Layout(tp={layout}))"
+
+
+STEPS = (
+    _linear, _linear, _linear, _linear, _norm, _norm, _embedding, _parameter, _shared_weight, _pointwise, _pointwise,
+    _pointwise, _binary, _binary, _binary, _matmul, _matmul, _attention, _reduction, _reduction, _softmax, _loss, _swap,
+    _swap, _reshape, _reshape, _reshape, _piece, _piece, _join, _lookup, _constrain, _conv,
+)  # fmt: skip
+
+
+# --- plans
+
+
+@st.composite
+def asked(draw: Callable[[Any], Any], drawn: Drawn) -> Asked:
+    """A mesh, a plan that makes sense for a program on it, and now and then an option."""
+    mesh = draw(st.sampled_from(list(MESHES)))
+    names = MESHES[mesh]
+    entries = ", ".join(f"{axis}={draw(_entries(drawn))}" for axis in names)
+    options = []
+    for side, ndims in (("inputs", [len(s) for _, s in drawn.inputs]), ("outputs", list(drawn.outputs))):
+        if draw(st.sampled_from([False, False, True])):
+            options.append((side, _layouts(draw, ndims, names, side)))
+    if drawn.children and draw(st.sampled_from([False] * 5 + [True])):
+        options.append(("recompute", repr([draw(st.sampled_from(drawn.children)).name])))
+    return Asked(mesh, f"Plan({entries})", tuple(options))
+
+
+def _layouts(draw: Callable[[Any], Any], ndims: Sequence[int], names: Sequence[str], side: str) -> str:
+    """One layout for each input, or output; several outputs are a tuple, one is itself."""
+    found = []
+    for ndim in ndims:
+        parts = ", ".join(f"{axis}={draw(_placements(ndim))}" for axis in names)
+        found.append(draw(st.sampled_from([f"Layout({parts})", f"Layout({parts})", "None"])))
+    if side == "outputs" and len(ndims) == 1:
+        return found[0]
+    return f"({', '.join(found)},)"
+
+
+def _placements(ndim: int) -> st.SearchStrategy[str]:
+    if ndim == 0:
+        return st.just("Replicate()")
+    splits = st.integers(-ndim, ndim - 1).map(lambda d: f"Shard({d})")
+    return st.one_of(st.just("Replicate()"), splits, splits)
+
+
+@st.composite
+def _entries(draw: Callable[[Any], Any], drawn: Drawn) -> str:
+    kind = draw(st.sampled_from(["keys", "keys", "keys", "Replicated", "FullyShard"]))
+    if kind == "Replicated":
+        return "Replicated()"
+    if kind == "FullyShard":
+        modules = [f'"{c.name}"' for c in drawn.children if c.kind != "weight"]
+        units = draw(st.lists(st.sampled_from(modules), unique=True, max_size=2)) if modules else []
+        after = draw(st.sampled_from([[], [], ["reshard_after_forward=False"]]))
+        return f"FullyShard({', '.join([*units, *after])})"
+    keys = {}
+    for child in drawn.children:
+        keys |= draw(_wishes(child))
+    return "{" + ", ".join(f'"{k}": {v}' for k, v in keys.items()) + "}"
+
+
+@st.composite
+def _wishes(draw: Callable[[Any], Any], child: Child) -> Mapping[str, str]:
+    """What a plan says of one child: nothing, a style, or placements of its parameters."""
+    if child.kind == "weight":
+        return {child.name: draw(_placements(child.ndim))} if child.ndim and draw(st.booleans()) else {}
+    ways = {"linear": ["style", "style", "style", "placed"], "emb": ["style", "style", "placed"], "conv": ["style", "placed"]}
+    way = draw(st.sampled_from([*ways.get(child.kind, ["borders", "placed"]), "borders", "none"]))
+    if way == "none":
+        return {}
+    if way == "borders":
+        return {child.name: draw(_borders(child))}
+    if way == "placed":
+        made = eval(child.code, WORDS)
+        return {
+            f"{child.name}.{name}": draw(_placements(p.dim()))
+            for name, p in made.named_parameters()
+            if draw(st.booleans())
+        }
+    style = draw(st.sampled_from(["ColwiseParallel", "RowwiseParallel"]))
+    out = child.ndim + (child.kind == "emb")
+    options = []
+    if draw(st.sampled_from([False, False, True])):
+        options.append(f"input_layouts={draw(_placements(child.ndim))}")
+    if draw(st.sampled_from([False, False, True])):
+        options.append(f"output_layouts={draw(_placements(out))}")
+    return {child.name: f"{style}({', '.join(options)})"}
+
+
+@st.composite
+def _borders(draw: Callable[[Any], Any], child: Child) -> str:
+    out = child.ndim + (child.kind == "emb")
+    a, b = draw(_placements(child.ndim)), draw(_placements(child.ndim))
+    c, d = draw(_placements(out)), draw(_placements(out))
+    ways = [
+        f"PrepareModuleInput(input_layouts={a}, desired_input_layouts={b})",
+        f"PrepareModuleOutput(output_layouts={c}, desired_output_layouts={d})",
+        f"PrepareModuleInputOutput(input_layouts={a}, desired_input_layouts={b}, "
+        f"output_layouts={c}, desired_output_layouts={d})",
+    ]
+    if child.kind == "norm" and child.ndim > 1:
+        ways += [f"SequenceParallel(sequence_dim={draw(st.integers(0, child.ndim - 1))})"] * 2
+    return draw(st.sampled_from(ways))
