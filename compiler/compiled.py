@@ -140,26 +140,32 @@ class _Owners:
 
     def __init__(self, model: nn.Module) -> None:
         self._places: dict[str, tuple[dict[str, Any], str]] = {}
-        self._tables: list[tuple[str, dict[str, Any], int]] = []
+        self._tables: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         for prefix, module in model.named_modules(remove_duplicate=False):
             for table in (module._parameters, module._buffers):
                 for name, value in table.items():
                     if value is not None:
                         self._places[f"{prefix}.{name}" if prefix else name] = (table, name)
-            self._tables.append((prefix, module._parameters, len(module._parameters)))
-            self._tables.append((prefix, module._modules, len(module._modules)))
+            for table in (module._parameters, module._modules):
+                self._tables.append((prefix, table, _outline(table)))
 
     def get(self, fqn: str) -> Tensor:
         table, name = self._places[fqn]
         return table[name]
 
     def check(self) -> None:
-        """Raises ShardingError where a parameter or submodule was added or removed since compile."""
-        for prefix, table, count in self._tables:
-            if len(table) != count:
-                known = {n for t, n in self._places.values() if t is table}
-                added = [f"{prefix}.{n}".lstrip(".") for n in table if n not in known] or [prefix or "the root module"]
+        """Raises ShardingError where a parameter or submodule was added, removed or replaced since compile."""
+        for prefix, table, before in self._tables:
+            now = _outline(table)
+            if now != before:
+                changed = [n for n in {**before, **now} if n not in now or n not in before or now[n] != before[n]]
+                names = ", ".join(f"{prefix}.{n}".lstrip(".") for n in changed)
                 raise ShardingError(
-                    f"the module changed after compile: {', '.join(added[-3:])}",
+                    f"the module changed after compile: {names}",
                     help="add parameters (adapters, LoRA) before compile, so that they are laid out and reduced",
                 )
+
+
+def _outline(table: dict[str, Any]) -> dict[str, Any]:
+    """What must stay as it is: a submodule itself, and of a parameter its kind and global shape."""
+    return {name: (type(x), x.shape) if isinstance(x, Tensor) else x for name, x in table.items()}

@@ -8,7 +8,6 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import specs, target_name
-from shardc.compiler.infer import call_rule
 from shardc.compiler.match import nearest
 from shardc.compiler.text import node_text
 
@@ -50,7 +49,7 @@ def _chain(node: Node, axis: str, names: dict[str, str]) -> Iterator[str]:
         if reason:
             yield f"%{node.name} was laid out so by {reason}"
             return
-        rule = call_rule(node) if hasattr(node.target, "overloadpacket") else None
+        rule = node.meta.get("rule")
         source = next((n for n in node.all_input_nodes if any(_has(s, axis) for s in specs(n))), None)
         how = f" (rule {rule.text})" if rule is not None and rule.text else ""
         if source is None:

@@ -4,7 +4,8 @@
     backward(saved, tangents, carries)             -> (gradients)
 
 A value that forward marked for recomputation is not saved: backward computes it again, just before its
-first use. Random draws are always saved, so that both halves see the same.
+first use. Saved all the same are random draws, so that both halves see the same, and what is made from a
+buffer that forward changes, whose old value is gone by then.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.graph import output_node
+from shardc.compiler.graph import move_of, output_node
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 
@@ -41,7 +42,9 @@ def halves(gm: GraphModule, signature: Signature) -> Halves:
     tangents = {signature.inputs[i].node for i in late}
     if not tangents:
         return Halves(_forward(gm, forward, [returned[i] for i in first], tangents), None, ())
-    body, saved = _backward_nodes(gradients, forward, tangents)
+    changed = {signature.inputs[signature.outputs[i].of or 0].node for i in signature.indices(OutputKind.MUTATION)}
+    again = {n for n in forward if _may_run_again(n, changed)}
+    body, saved = _backward_nodes(gradients, forward, again, tangents)
     front = _forward(gm, forward, [*(returned[i] for i in first), *saved], tangents)
     back = _graph(gm, [*saved, *(n for n in gm.graph.nodes if n.name in tangents)], body, gradients)
     return Halves(front, back, tuple(n.name for n in saved))
@@ -58,11 +61,14 @@ def _ancestors(roots: list) -> set[Node]:
     return seen
 
 
-def _backward_nodes(gradients: list, forward: set[Node], tangents: set[str]) -> tuple[list[Node], list[Node]]:
-    """What backward computes, in order, and what it must be handed."""
-    needed = _reached(gradients, forward)
+def _backward_nodes(
+    gradients: list, forward: set[Node], again: set[Node], tangents: set[str]
+) -> tuple[list[Node], list[Node]]:
+    """What backward computes, in order, and what it must be handed. again: of forward, what is not saved."""
+    kept = forward - again
+    needed = _reached(gradients, kept)
     order = {n: i for i, n in enumerate(next(iter(needed)).graph.nodes)} if needed else {}
-    saved = sorted((n for n in needed if _is_saved(n, forward) and n.name not in tangents), key=order.__getitem__)
+    saved = sorted((n for n in needed if _is_saved(n, kept) and n.name not in tangents), key=order.__getitem__)
     body: list[Node] = []
     placed: set[Node] = set()
 
@@ -84,7 +90,7 @@ def _backward_nodes(gradients: list, forward: set[Node], tangents: set[str]) -> 
     return body, saved
 
 
-def _reached(gradients: list, forward: set[Node]) -> set[Node]:
+def _reached(gradients: list, kept: set[Node]) -> set[Node]:
     seen: set[Node] = set()
     stack = [n for n in gradients if isinstance(n, Node)]
     while stack:
@@ -92,15 +98,29 @@ def _reached(gradients: list, forward: set[Node]) -> set[Node]:
         if node in seen:
             continue
         seen.add(node)
-        if not _is_saved(node, forward):
+        if not _is_saved(node, kept):
             stack += node.all_input_nodes
     return seen
 
 
-def _is_saved(node: Node, forward: set[Node]) -> bool:
-    if node.op == "placeholder":
-        return True
-    return node in forward and not (node.meta.get("recompute") and not _is_random(node))
+def _is_saved(node: Node, kept: set[Node]) -> bool:
+    return node.op == "placeholder" or node in kept
+
+
+def _may_run_again(node: Node, changed: set[str]) -> bool:
+    """Whether a forward value is recomputed in backward; a result of a call, where the call is."""
+    if node.target is operator.getitem:
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    if not node.meta.get("recompute") or _is_random(node):
+        return False
+    return not any(_reads(used, changed) for used in node.all_input_nodes)
+
+
+def _reads(node: Node, changed: set[str]) -> bool:
+    """Whether a value is one of these inputs, if only a piece or another layout of it."""
+    while (move := move_of(node)) is not None:
+        node = move.args[0]
+    return node.name in changed
 
 
 def _is_random(node: Node) -> bool:

@@ -80,7 +80,7 @@ def trace(
     with ExitStack() as stack:
         for context in (unset_fake_temporarily(), torch.inference_mode(False), torch.set_grad_enabled(grad)):
             stack.enter_context(context)
-        stack.enter_context(_one_attention_path())
+        stack.enter_context(_plain_operators())
         stack.callback(Attributes(module).restore)
         fakes = [stand_in(h.info, mode, device, h.tensor) for h in held]
         tensors = [stand_in(info, mode, device, torch.empty(0)) for info in call.infos if info is not None]
@@ -278,11 +278,12 @@ def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signatu
 
 
 @contextmanager
-def _one_attention_path() -> Iterator[None]:
-    """Keeps nn.MultiheadAttention from its fused inference operators: one set of operators in every mode."""
+def _plain_operators() -> Iterator[None]:
+    """Keeps attention and LSTM from fused inference operators, so that every mode has the same few operators."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)

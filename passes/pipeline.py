@@ -8,6 +8,7 @@ from shardc.compiler.pipeline import Context
 from shardc.passes.bucket_collectives import BucketCollectives
 from shardc.passes.canonicalize import Canonicalize
 from shardc.passes.choose_factors import ChooseFactors
+from shardc.passes.fuse_cross_entropy import FuseCrossEntropy
 from shardc.passes.insert_reshards import InsertReshards
 from shardc.passes.localize import Localize
 from shardc.passes.lower_reshards import LowerReshards
@@ -26,6 +27,7 @@ def pipeline(ctx: Context) -> list[Any]:
     """Every pass of one compilation."""
     return [
         CANONICALIZE,  # fewer spellings, so fewer rules
+        FuseCrossEntropy(),  # split classes then need no reduction in backward
         SeedPlan(),  # the user's wishes become layouts
         RegatherInBackward(),  # memory for wire: freed parameters are gathered again
         ChooseFactors(),  # ... of whole heads where heads will be needed whole

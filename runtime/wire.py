@@ -215,7 +215,7 @@ class ReduceScatter(Collective):
             return self._by_backend(x, mine)
         flat = self.pieces.dealt(x)
         work, got = self._exchange(flat, self.pieces.numels, [mine] * n)
-        return Issued(work, lambda: combine(self.op, got.view(n, mine).unbind()[::-1]).view(self.shape), flat)
+        return Issued(work, lambda: combine(self.op, got.view(n, mine).unbind()).view(self.shape), flat)
 
     def _by_backend(self, x: Tensor, mine: int) -> Issued:
         flat = self.pieces.dealt(x, self.pieces.longest)

@@ -1,4 +1,4 @@
-"""Random programs with plans and meshes, small and odd, each written as the Python that says it.
+"""Random programs, small and odd, each written as the Python that says it.
 
 A draw is text: what fails can be pasted into a test and cut down by hand.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import linecache
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -35,10 +36,7 @@ WORDS = {
         RowwiseParallel, SequenceParallel, FullyShard, Layout, Mesh, Plan, Replicated,
     )
 } | {"torch": torch, "nn": nn, "F": F, "shardc": shardc}  # fmt: skip
-MESHES = {
-    "Mesh(tp=2)": ("tp",), "Mesh(tp=3)": ("tp",), "Mesh(tp=4)": ("tp",), "Mesh(dp=2, tp=2)": ("dp", "tp"),
-}  # fmt: skip
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
+SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 12, 1)
 LARGEST = 1500  # elements of one value
 VOCAB = 7
 
@@ -80,23 +78,6 @@ class Drawn:
         return f"\n{self.source}\ninputs: {', '.join(f'{n}{list(s)}' for n, s in self.inputs)}\n"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What compile is told, as source text."""
-
-    mesh: str
-    plan: str
-    options: tuple[tuple[str, str], ...]
-
-    def values(self) -> tuple[Mesh, Any, dict[str, Any]]:
-        options = {name: eval(code, WORDS) for name, code in self.options}
-        return eval(self.mesh, WORDS), eval(self.plan, WORDS), options
-
-    def __repr__(self) -> str:
-        options = "".join(f", {name}={code}" for name, code in self.options)
-        return f"compile(model, {self.plan}, mesh={self.mesh}{options})"
-
-
 def model_of(source: str) -> nn.Module:
     """The `Model` that a source text defines."""
     path = "drawn_model.py"
@@ -109,16 +90,15 @@ def model_of(source: str) -> nn.Module:
 # --- programs
 
 
-@st.composite
-def programs(draw: Callable[[Any], Any], most: int = 7) -> Drawn:
+def program(random: Random, most: int = 8) -> Drawn:
     """A model of a few operators over one or two tensors, and perhaps integers."""
-    w = _Writer(draw)
-    for name in ("x", "y")[: draw(st.sampled_from([1, 1, 2]))]:
+    w = _Writer(random)
+    for name in ("x", "y")[: w.one(1, 1, 2)]:
         w.values[name] = torch.empty(w.shape(w.one(2, 2, 3, 3, 1, 4)), device="meta", requires_grad=True)
     if w.one(False, False, True):
         w.values["ids"] = torch.empty(w.shape(w.one(1, 2)), device="meta", dtype=torch.int64)
     w.inputs = tuple((name, tuple(v.shape)) for name, v in w.values.items())
-    for _ in range(draw(st.integers(3, most))):
+    for _ in range(w.number(3, most)):
         w.step()
     return w.finish()
 
@@ -126,37 +106,45 @@ def programs(draw: Callable[[Any], Any], most: int = 7) -> Drawn:
 class _Writer:
     """Writes a forward line by line, each run on meta tensors at once to know what it gives."""
 
-    def __init__(self, draw: Callable[[Any], Any]) -> None:
-        self.draw = draw
+    def __init__(self, random: Random) -> None:
+        self.random = random
         self.values: dict[str, Tensor] = {}
         self.inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
         self.children: list[Child] = []
         self.lines: list[str] = []
+        self.used: set[str] = set()
         self.root = nn.Module()
 
     def one(self, *options: Any) -> Any:
-        return self.draw(st.sampled_from(options))
+        return self.random.choice(options)
+
+    def number(self, low: int, high: int) -> int:
+        return self.random.randint(low, high)
 
     def shape(self, ndim: int) -> tuple[int, ...]:
         sizes = SIZES if ndim < 4 else SIZES[:5]
         return tuple(self.one(*sizes) for _ in range(ndim))
 
     def floats(self, least: int = 0, most: int = 4) -> list[str]:
-        """Values of so many dims, the newest first: it is the likeliest to be drawn when a case is cut down."""
+        """Values of so many dims, the newest first."""
         found = [n for n, v in self.values.items() if v.is_floating_point() and least <= v.dim() <= most]
         return found[::-1]
 
+    def value(self, least: int = 0, most: int = 4) -> str | None:
+        """One of them; what nothing uses yet more often than others."""
+        found = self.floats(least, most)
+        fresh = [n for n in found if n not in self.used]
+        return self.one(*found, *fresh, *fresh) if found else None
+
     def step(self) -> None:
-        kind = self.one(*STEPS)
-        code = kind(self)
-        if code is None:
-            code = f"torch.tanh({self.floats()[0]})"
+        code = self.one(*STEPS)(self) or f"torch.tanh({self.value()})"
         with torch.device("meta"):
             value = eval(code, WORDS, {"self": self.root, **self.values})
         if value.numel() > LARGEST:
             return
         name = f"v{len(self.lines)}"
         self.lines.append(f"{name} = {code}")
+        self.used |= set(re.findall(r"\w+", code))
         self.values[name] = value
 
     def child(self, kind: str, code: str, ndim: int) -> str:
@@ -168,10 +156,10 @@ class _Writer:
         return name
 
     def finish(self) -> Drawn:
-        newest = self.floats()
-        returned = [newest[0]]
-        if self.one(False, False, True) and len(newest) > 1:
-            returned.append(self.one(*newest[1:]))
+        """What nothing uses is returned, up to three values, and now and then one that something does use."""
+        returned = [n for n in self.floats() if n not in self.used][:3] or self.floats()[:1]
+        if self.one(False, False, False, True):
+            returned.append(self.one(*self.floats()))
         body = "".join(f"        {line}\n" for line in self.lines)
         made = "".join(f"        self.{c.name} = {c.code}\n" for c in self.children)
         source = (
@@ -184,7 +172,7 @@ class _Writer:
 
 
 def _linear(w: _Writer) -> str | None:
-    x = w.one(*(w.floats(1) or [None]))
+    x = w.value(1)
     if x is None:
         return None
     ndim, width = w.values[x].dim(), w.values[x].shape[-1]
@@ -198,7 +186,7 @@ def _linear(w: _Writer) -> str | None:
 
 
 def _norm(w: _Writer) -> str | None:
-    x = w.one(*(w.floats(1) or [None]))
+    x = w.value(1)
     if x is None:
         return None
     v = w.values[x]
@@ -230,9 +218,9 @@ def _embedding(w: _Writer) -> str | None:
 
 
 def _parameter(w: _Writer) -> str | None:
-    x = w.one(*w.floats())
+    x = w.value()
     shape = tuple(w.values[x].shape)
-    shape = shape[w.draw(st.integers(0, len(shape))) :]
+    shape = shape[w.number(0, len(shape)) :]
     shape = tuple(n if w.one(True, True, False) else 1 for n in shape)
     name = w.child("weight", f"nn.Parameter(torch.randn({shape}))", len(shape))
     return w.one(f"{x} * self.{name}", f"{x} + self.{name}", f"self.{name} - {x}")
@@ -254,7 +242,7 @@ def _shared_weight(w: _Writer) -> str | None:
 
 
 def _pointwise(w: _Writer) -> str:
-    x = w.one(*w.floats())
+    x = w.value()
     return w.one(
         f"F.relu({x})", f"F.gelu({x})", f"torch.tanh({x})", f"F.silu({x})", f"{x}.sigmoid() * {x}", f"{x} * 0.5",
         f"{x} + 1.5", f"{x}.pow(2)", f"{x}.clamp(-1.0, 0.5)", f"F.dropout({x}, 0.0)", f"{x}.detach() * {x}",
@@ -297,20 +285,18 @@ def _matmul(w: _Writer) -> str | None:
 
 
 def _attention(w: _Writer) -> str | None:
-    found = w.floats(3, 4)
-    if not found:
+    x = w.value(3, 4)
+    if x is None:
         return None
-    x = w.one(*found)
     return f"F.scaled_dot_product_attention({x}, {x}, {x}, is_causal={w.one(True, False)})"
 
 
 def _reduction(w: _Writer) -> str | None:
-    found = w.floats(1)
-    if not found:
+    x = w.value(1)
+    if x is None:
         return None
-    x = w.one(*found)
     n = w.values[x].dim()
-    dims = sorted({w.draw(st.integers(0, n - 1)) for _ in range(w.one(1, 1, 2))})
+    dims = sorted({w.number(0, n - 1) for _ in range(w.one(1, 1, 2))})
     many, keep = w.one(dims, [d - n for d in dims]), w.one("", ", keepdim=True")
     return w.one(
         f"{x}.sum({many}{keep})", f"{x}.mean({many}{keep})", f"{x}.amax({many}{keep})", f"{x}.sum()", f"{x}.mean()",
@@ -320,16 +306,15 @@ def _reduction(w: _Writer) -> str | None:
 
 
 def _softmax(w: _Writer) -> str | None:
-    found = w.floats(1)
-    if not found:
+    x = w.value(1)
+    if x is None:
         return None
-    x = w.one(*found)
-    d = w.draw(st.integers(-1, w.values[x].dim() - 1))
+    d = w.number(-1, w.values[x].dim() - 1)
     return w.one(f"F.softmax({x}, {d})", f"F.log_softmax({x}, {d})")
 
 
 def _loss(w: _Writer) -> str | None:
-    x = w.one(*(w.floats(2, 3) or [None]))
+    x = w.value(2, 3)
     if x is None:
         return None
     n, c, *rest = w.values[x].shape
@@ -341,25 +326,24 @@ def _loss(w: _Writer) -> str | None:
 
 
 def _swap(w: _Writer) -> str | None:
-    found = w.floats(2)
-    if not found:
+    x = w.value(2)
+    if x is None:
         return None
-    x = w.one(*found)
     n = w.values[x].dim()
-    order = w.draw(st.permutations(range(n)))
-    a, b = w.draw(st.integers(0, n - 1)), w.draw(st.integers(0, n - 1))
+    order = w.random.sample(range(n), n)
+    a, b = w.number(0, n - 1), w.number(0, n - 1)
     return w.one(f"{x}.transpose({a}, {b - n})", f"{x}.permute({order})", f"{x}.movedim({a}, {b})")
 
 
 def _reshape(w: _Writer) -> str | None:
-    x = w.one(*w.floats())
+    x = w.value()
     shape = list(w.values[x].shape)
     kind = w.one("merge", "split", "split", "ones", "refold")
     if kind == "merge" and len(shape) > 1:
-        at = w.draw(st.integers(0, len(shape) - 2))
+        at = w.number(0, len(shape) - 2)
         return w.one(f"{x}.flatten({at}, {at + 1})", f"{x}.reshape({[*shape[:at], -1, *shape[at + 2 :]]})")
     if kind == "split" and shape and len(shape) < 4:
-        at = w.draw(st.integers(0, len(shape) - 1))
+        at = w.number(0, len(shape) - 1)
         first = _divisor(w, shape[at])
         new = [*shape[:at], first, shape[at] // first, *shape[at + 1 :]]
         return w.one(f"{x}.reshape({new})", f"{x}.unflatten({at}, {(first, -1)})")
@@ -369,7 +353,7 @@ def _reshape(w: _Writer) -> str | None:
         return f"{x}.reshape({[first, size // first]})"
     if len(shape) > 3:
         return f"{x}.flatten()"
-    at = w.draw(st.integers(0, len(shape)))
+    at = w.number(0, len(shape))
     return w.one(f"{x}.unsqueeze({at})", f"{x}.unsqueeze({at}).expand({[*shape[:at], 3, *shape[at:]]})", f"{x}.squeeze()")
 
 
@@ -378,14 +362,13 @@ def _divisor(w: _Writer, n: int) -> int:
 
 
 def _piece(w: _Writer) -> str | None:
-    found = w.floats(1)
-    if not found:
+    x = w.value(1)
+    if x is None:
         return None
-    x = w.one(*found)
-    d = w.draw(st.integers(0, w.values[x].dim() - 1))
+    d = w.number(0, w.values[x].dim() - 1)
     n = w.values[x].shape[d]
-    start = w.draw(st.integers(0, n - 1))
-    length = w.draw(st.integers(1, n - start))
+    start = w.number(0, n - 1)
+    length = w.number(1, n - start)
     ways = [
         f"{x}.narrow({d}, {start}, {length})", f"{x}.select({d}, {start})", f"{x}.flip([{d}])", f"{x}.roll(1, {d})",
         f"{x}.repeat_interleave(2, {d})", f"F.pad({x}, (1, 2))", f"{x}[{':, ' * d}{start}::2]",
@@ -421,15 +404,15 @@ def _lookup(w: _Writer) -> str | None:
     if not found or "ids" not in w.values:
         return None
     x = w.one(*found)
-    d = w.draw(st.integers(0, w.values[x].dim() - 1))
+    d = w.number(0, w.values[x].dim() - 1)
     n = w.values[x].shape[d]
     return w.one(f"{x}.index_select({d}, ids.flatten() % {n})", f"{x}[ids % {w.values[x].shape[0]}]")
 
 
 def _constrain(w: _Writer) -> str | None:
-    x = w.one(*w.floats())
+    x = w.value()
     n = w.values[x].dim()
-    layout = f"Shard({w.draw(st.integers(-n, n - 1))})" if n and w.one(True, True, False) else "Replicate()"
+    layout = f"Shard({w.number(-n, n - 1)})" if n and w.one(True, True, False) else "Replicate()"
     return f"shardc.constrain({x}, Layout(tp={layout}))"
 
 
@@ -438,99 +421,3 @@ STEPS = (
     _pointwise, _binary, _binary, _binary, _matmul, _matmul, _attention, _reduction, _reduction, _softmax, _loss, _swap,
     _swap, _reshape, _reshape, _reshape, _piece, _piece, _join, _lookup, _constrain, _conv,
 )  # fmt: skip
-
-
-# --- plans
-
-
-@st.composite
-def asked(draw: Callable[[Any], Any], drawn: Drawn) -> Asked:
-    """A mesh, a plan that makes sense for a program on it, and now and then an option."""
-    mesh = draw(st.sampled_from(list(MESHES)))
-    names = MESHES[mesh]
-    entries = ", ".join(f"{axis}={draw(_entries(drawn))}" for axis in names)
-    options = []
-    for side, ndims in (("inputs", [len(s) for _, s in drawn.inputs]), ("outputs", list(drawn.outputs))):
-        if draw(st.sampled_from([False, False, True])):
-            options.append((side, _layouts(draw, ndims, names, side)))
-    if drawn.children and draw(st.sampled_from([False] * 5 + [True])):
-        options.append(("recompute", repr([draw(st.sampled_from(drawn.children)).name])))
-    return Asked(mesh, f"Plan({entries})", tuple(options))
-
-
-def _layouts(draw: Callable[[Any], Any], ndims: Sequence[int], names: Sequence[str], side: str) -> str:
-    """One layout for each input, or output; several outputs are a tuple, one is itself."""
-    found = []
-    for ndim in ndims:
-        parts = ", ".join(f"{axis}={draw(_placements(ndim))}" for axis in names)
-        found.append(draw(st.sampled_from([f"Layout({parts})", f"Layout({parts})", "None"])))
-    if side == "outputs" and len(ndims) == 1:
-        return found[0]
-    return f"({', '.join(found)},)"
-
-
-def _placements(ndim: int) -> st.SearchStrategy[str]:
-    if ndim == 0:
-        return st.just("Replicate()")
-    splits = st.integers(-ndim, ndim - 1).map(lambda d: f"Shard({d})")
-    return st.one_of(st.just("Replicate()"), splits, splits)
-
-
-@st.composite
-def _entries(draw: Callable[[Any], Any], drawn: Drawn) -> str:
-    kind = draw(st.sampled_from(["keys", "keys", "keys", "Replicated", "FullyShard"]))
-    if kind == "Replicated":
-        return "Replicated()"
-    if kind == "FullyShard":
-        modules = [f'"{c.name}"' for c in drawn.children if c.kind != "weight"]
-        units = draw(st.lists(st.sampled_from(modules), unique=True, max_size=2)) if modules else []
-        after = draw(st.sampled_from([[], [], ["reshard_after_forward=False"]]))
-        return f"FullyShard({', '.join([*units, *after])})"
-    keys = {}
-    for child in drawn.children:
-        keys |= draw(_wishes(child))
-    return "{" + ", ".join(f'"{k}": {v}' for k, v in keys.items()) + "}"
-
-
-@st.composite
-def _wishes(draw: Callable[[Any], Any], child: Child) -> Mapping[str, str]:
-    """What a plan says of one child: nothing, a style, or placements of its parameters."""
-    if child.kind == "weight":
-        return {child.name: draw(_placements(child.ndim))} if child.ndim and draw(st.booleans()) else {}
-    ways = {"linear": ["style", "style", "style", "placed"], "emb": ["style", "style", "placed"], "conv": ["style", "placed"]}
-    way = draw(st.sampled_from([*ways.get(child.kind, ["borders", "placed"]), "borders", "none"]))
-    if way == "none":
-        return {}
-    if way == "borders":
-        return {child.name: draw(_borders(child))}
-    if way == "placed":
-        made = eval(child.code, WORDS)
-        return {
-            f"{child.name}.{name}": draw(_placements(p.dim()))
-            for name, p in made.named_parameters()
-            if draw(st.booleans())
-        }
-    style = draw(st.sampled_from(["ColwiseParallel", "RowwiseParallel"]))
-    out = child.ndim + (child.kind == "emb")
-    options = []
-    if draw(st.sampled_from([False, False, True])):
-        options.append(f"input_layouts={draw(_placements(child.ndim))}")
-    if draw(st.sampled_from([False, False, True])):
-        options.append(f"output_layouts={draw(_placements(out))}")
-    return {child.name: f"{style}({', '.join(options)})"}
-
-
-@st.composite
-def _borders(draw: Callable[[Any], Any], child: Child) -> str:
-    out = child.ndim + (child.kind == "emb")
-    a, b = draw(_placements(child.ndim)), draw(_placements(child.ndim))
-    c, d = draw(_placements(out)), draw(_placements(out))
-    ways = [
-        f"PrepareModuleInput(input_layouts={a}, desired_input_layouts={b})",
-        f"PrepareModuleOutput(output_layouts={c}, desired_output_layouts={d})",
-        f"PrepareModuleInputOutput(input_layouts={a}, desired_input_layouts={b}, "
-        f"output_layouts={c}, desired_output_layouts={d})",
-    ]
-    if child.kind == "norm" and child.ndim > 1:
-        ways += [f"SequenceParallel(sequence_dim={draw(st.integers(0, child.ndim - 1))})"] * 2
-    return draw(st.sampled_from(ways))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, given, note, settings
 from hypothesis import strategies as st
 
 from tests.agree import Refused, agrees, traced_once
 from tests.conftest import FUZZ
-from tests.draws import asked, programs
+from tests.draw_plans import ask
+from tests.draws import program
 
 PLANS = 3  # tracing takes longest: each program is traced once and compiled for so many plans
 
@@ -18,13 +21,15 @@ PLANS = 3  # tracing takes longest: each program is traced once and compiled for
     max_examples=FUZZ or 70,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
-@given(st.data())
-def test_a_random_program_equals_one_device(data: st.DataObject):
-    drawn = data.draw(programs())
+@given(st.randoms(use_true_random=False))
+def test_a_random_program_equals_one_device(random: Random):
+    drawn = program(random)
+    note(drawn)
     with traced_once():
         for _ in range(PLANS):
-            what = data.draw(asked(drawn))
+            asked = ask(random, drawn)
+            note(asked)
             try:
-                agrees(drawn.model(), drawn.tensors(), *what.values())
+                agrees(drawn.model(), drawn.tensors(), *asked.values())
             except Refused as refused:
                 event(f"refused: {refused}")

@@ -274,3 +274,17 @@ def test_a_rank_alone_gets_its_operand_back():
     ):
         assert same_bits(call(x), x) and call(x).data_ptr() == x.data_ptr()
         assert call(x.mT.contiguous().mT).is_contiguous()
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 1), (3, 0), (1, 3, 1), (0, 2)])
+@pytest.mark.parametrize("leading", [1, 2])
+def test_pieces_are_dealt_and_joined_whichever_rank_holds_less(sizes: tuple[int, ...], leading: int):
+    pieces = wire.Pieces(Cut((leading, sum(sizes), 2), 1, sizes))
+    x = torch.arange(leading * sum(sizes) * 2.0)
+    shape = pieces.cut.view
+    dealt = pieces.dealt(x)
+    assert torch.equal(pieces.joined(dealt).view(shape), x.view(shape))
+    rows = pieces.dealt(x, pieces.longest).view(len(sizes), pieces.longest)
+    assert torch.equal(pieces.joined_rows(rows).view(shape), x.view(shape))
+    for row, flat in zip(rows, dealt.split_with_sizes(pieces.numels), strict=True):
+        assert torch.equal(row[: flat.numel()], flat)

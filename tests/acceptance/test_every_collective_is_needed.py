@@ -1,0 +1,162 @@
+"""Row 214: a program with any one collective left out, done twice or aimed elsewhere is refused, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.fx import GraphModule, Node
+
+import shardc
+from shardc import Layout, Mesh, Plan, Program, Replicated, ShardingError
+from shardc.compiler import collectives as c
+from shardc.compiler.program import copy_graph
+from tests.acceptance.models import MLP, MLP_TP, TRANSFORMER_TP, Block, Transformer
+from tests.acceptance.test_sequence_parallel import BLOCK_SP
+
+Edit = Callable[[Node], list[Node]]  # changes the graph around a collective; returns the nodes that are now wrong
+
+
+def collectives(gm: GraphModule) -> list[Node]:
+    """The nodes that hold a collective's result: the call, or the wait for it."""
+    called = [n for n in gm.graph.nodes if n.op == "call_function"]
+    return [n for n in called if n.target is c.wait or n.target in c.COLLECTIVES]
+
+
+def call_of(node: Node) -> Node:
+    """The node that says what a collective does: itself, or the start that a wait is for."""
+    return node.args[0] if node.target is c.wait else node  # pyright: ignore
+
+
+def leave_out(node: Node) -> list[Node]:
+    operand, users = call_of(node).args[0], list(node.users)
+    node.replace_all_uses_with(operand)  # pyright: ignore
+    call = call_of(node)
+    node.graph.erase_node(node)
+    if call is not node:
+        call.graph.erase_node(call)
+    return users
+
+
+def do_twice(node: Node) -> list[Node]:
+    call, users = call_of(node), list(node.users)
+    kind = call.args[1] if node.target is c.wait else call.target.__name__  # pyright: ignore
+    rest = call.args[2:] if node.target is c.wait else call.args[1:]
+    with node.graph.inserting_after(node):
+        again = node.graph.call_function(c.NAMED[kind], (node, *rest))  # pyright: ignore
+    again.meta = dict(node.meta)
+    for user in users:
+        user.replace_input_with(node, again)
+    return [node, again, *users]
+
+
+def aim(change: Callable[[Any], Any]) -> Edit:
+    """Rewrite those arguments of a collective that `change` says otherwise of."""
+
+    def edit(node: Node) -> list[Node]:
+        call = call_of(node)
+        skip = 2 if call.target is c.start else 1
+        call.args = (*call.args[:skip], *(change(a) for a in call.args[skip:]))
+        return [call, node, *node.users]
+
+    return edit
+
+
+def edits(program: Program) -> Iterator[tuple[str, Edit]]:
+    yield "left out", leave_out
+    yield "done twice", do_twice
+    for axis in program.mesh.names:
+        yield f"aimed at {axis}", aim(lambda a, axis=axis: axis if a in program.mesh.names else a)
+    for shift in (1, 2):
+        yield f"dim {shift} on", aim(lambda a, shift=shift: a + shift if isinstance(a, int) else a)
+
+
+def faults(program: Program) -> Iterator[tuple[str, str, Program, set[str]]]:
+    """(collective, what was done to it, the edited program, names that an error may give)."""
+    for name in [n.name for n in collectives(program.gm)]:
+        for what, edit in edits(program):
+            gm = copy_graph(program.gm)
+            node = next(n for n in gm.graph.nodes if n.name == name)
+            before = call_of(node).args
+            near = edit(node)
+            if what[0] in "ad" and what != "done twice" and call_of(node).args == before:
+                continue  # it says so already
+            yield name, what, replace(program, gm=gm), {name, *_told(near)}
+
+
+def _told(nodes: list[Node]) -> set[str]:
+    """Names of the nodes, and of the first values behind those that are steps inside one operator's local form."""
+    out: set[str] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        out.add(node.name)
+        if "spec" not in node.meta:
+            stack += [n for n in node.users if n.name not in out]
+    return out
+
+
+def tried(program: Program, *inputs: Any) -> tuple[int, list[str]]:
+    """How many faults were tried, and those that verify let pass or blamed on another node."""
+    count, missed = 0, []
+    program.verify(*inputs)
+    for name, what, edited, near in faults(program):
+        count += 1
+        try:
+            edited.verify(*inputs)
+            missed.append(f"%{name} {what}: not found")
+        except ShardingError as error:
+            named = set(re.findall(r"%(\w+)", str(error).splitlines()[0]))
+            if not named & near:
+                missed.append(f"%{name} {what}: {str(error).splitlines()[0]}, not one of {sorted(near)}")
+    return count, missed
+
+
+BOTH = Layout(dp=Shard(0), tp=Shard(1))
+PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Any, Mesh, dict[str, Any], Callable[[], torch.Tensor]]] = {
+    "an MLP under tensor parallelism": (
+        MLP, MLP_TP, Mesh(tp=4), {}, lambda: torch.randn(8, 16),
+    ),
+    "an MLP between slices": (
+        MLP,
+        {"net1": ColwiseParallel(input_layouts=Shard(0)), "net2": RowwiseParallel(output_layouts=Shard(0))},
+        Mesh(tp=2), {}, lambda: torch.randn(6, 16),
+    ),
+    "data parallelism": (
+        MLP, Plan(dp=Replicated()), Mesh(dp=2), {}, lambda: torch.randn(8, 16),
+    ),
+    "data parallelism, a bucket for each": (
+        MLP, Plan(dp=Replicated(bucket_mb=1e-6)), Mesh(dp=2), {}, lambda: torch.randn(8, 16),
+    ),
+    "a block under sequence and data parallelism": (
+        Block, Plan(dp=Replicated(), tp=BLOCK_SP), Mesh(dp=2, tp=2), {"inputs": BOTH, "outputs": BOTH},
+        lambda: torch.randn(4, 6, 16),
+    ),
+    "a transformer on three mesh dims": (
+        lambda: Transformer(layers=1), Plan(pod=Replicated(), dp=Replicated(), tp=TRANSFORMER_TP),
+        Mesh(pod=2, dp=2, tp=2), {}, lambda: torch.randint(16, (8, 6)),
+    ),
+}  # fmt: skip
+TOTAL: dict[str, tuple[int, int]] = {}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_any_one_fault_of_a_collective_is_found_and_named(name: str):
+    """Row 214: 99 of 100 at least, and of a small program every one."""
+    make, plan, mesh, options, inputs = PROGRAMS[name]
+    x = inputs()
+    if x.is_floating_point():
+        x.requires_grad_()
+    program = shardc.compile(make().double(), plan, mesh=mesh, **options).lower(
+        x.double() if x.is_floating_point() else x
+    )
+    count, missed = tried(program, x.double() if x.is_floating_point() else x)
+    assert count >= 2 * len(program.collectives())
+    assert len(missed) <= count // 100, "\n".join([f"{len(missed)} of {count}", *missed])
