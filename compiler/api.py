@@ -53,10 +53,10 @@ def compile(
     the first call or `lower`, for a module that cannot be traced or sharded so.
     """
     _check_options(model, precision, rng, backend, dynamic, init)
-    integers, device_mesh = _mesh(mesh, plan, model)
-    resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
     if model in _COMPILED:
         raise PlanError("this module is compiled already", help="keep what the first compile returned and call that")
+    integers, device_mesh = _mesh(mesh, plan, model)
+    resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
     _refuse_meta(model)
     ranks = Ranks(device_mesh) if device_mesh is not None else None
     if ranks is not None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from shardc.compiler.errors import ShardingError
@@ -35,6 +36,9 @@ class CompiledModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._owners.check()
+        device = self._lowering.plan.device_id
+        if device is not None:
+            args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
         entry = self._lowering.entry(args, kwargs, self._variant())
         return self._call(entry, args, kwargs)
 

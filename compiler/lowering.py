@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.carry import add_carries
@@ -189,6 +189,17 @@ class Lowering:
         prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
         return any(find(pattern, prefixes) for pattern in self.recompute)
 
+    def _check_label(self, x: Tensor, name: str, layout: Mapping[str, Any]) -> None:
+        """A DTensor says itself how it lies; that must be what the program was told."""
+        if not isinstance(x, DTensor):
+            return
+        told = tuple(layout.get(axis, Replicate()) for axis in self.mesh.names)
+        if Mesh.of(x.device_mesh) != self.mesh or tuple(x.placements) != told:
+            raise PlanError(
+                f"input {name} is a DTensor laid out {tuple(x.placements)}, and the program expects {told}",
+                help=f"say so: compile(..., inputs={{{name!r}: Layout(...)}}), or redistribute it before the call",
+            )
+
     def _traced_layouts(self, traced: Traced) -> list[dict[str, Any] | None]:
         """Per leaf of the arguments, the layout it is passed in, as the graph shows it."""
         found = input_layouts(traced.gm, traced.signature, self.plan)
@@ -202,10 +213,16 @@ class Lowering:
             if not isinstance(x, Tensor):
                 continue
             layout = layouts[i] if layouts is not None else border_layout(name, head, x.dim(), self.plan)
+            self._check_label(x, name, layout or {})
             shape = global_shape(x, layout or {}, self.mesh)
             if shape != tuple(x.shape):
                 leaves[i] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)
         return pytree.tree_unflatten(leaves, structure)
+
+
+def _label(x: Tensor) -> str | None:
+    """The placements a DTensor bears; plain tensors bear none."""
+    return str(getattr(x, "placements", "")) or None
 
 
 def _carries(signature: Signature) -> set[str]:
@@ -215,8 +232,8 @@ def _carries(signature: Signature) -> set[str]:
 def global_shape(x: Tensor, layout: Mapping[str, Any], mesh: Mesh) -> tuple[int, ...]:
     """The shape of which a plain tensor is one rank's piece: s rows here are s x w rows in all."""
     shape = list(x.shape)
-    if hasattr(x, "placements"):
-        return tuple(shape)  # a DTensor knows
+    if isinstance(x, DTensor):
+        return tuple(shape)  # it knows
     for axis, placement in layout.items():
         if getattr(placement, "dim", None) is not None:
             shape[placement.dim] *= mesh[axis]
@@ -238,7 +255,8 @@ def call_key(module: nn.Module, args: Any, kwargs: Any) -> tuple:
     """What decides whether two calls share a program."""
     leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
     described = tuple(
-        (tuple(x.shape), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else _constant(x) for x in leaves
+        (tuple(x.shape), x.dtype, x.device, x.requires_grad, _label(x)) if isinstance(x, Tensor) else _constant(x)
+        for x in leaves
     )
     flags = tuple(m.training for m in module.modules())
     params = tuple((p.requires_grad, p.dtype) for p in module.parameters())

@@ -130,7 +130,7 @@ def _compare_ranks(
 
     try:
         with torch.no_grad():
-            simulate(program.gm, mesh, inputs, watch)
+            found = simulate(program.gm, mesh, inputs, watch)
     except (RuntimeError, IndexError, TypeError) as error:
         last = next((n for n in program.gm.graph.nodes if n.op == "call_function" and n.name not in origin), None)
         raise ShardingError(
@@ -138,7 +138,19 @@ def _compare_ranks(
             where=last.meta.get("where", "") if last else "",
             excerpt=excerpt(last) if last else "",
         ) from error
+    _compare_returned(program, found, reference, scales)
     return worst
+
+
+def _compare_returned(
+    program: Program, found: list[Any], reference: dict[str, Any], scales: dict[str, float]
+) -> None:
+    """What leaves the program is laid out as it was decided, whatever the last steps are now."""
+    ends = [output_node(gm).args[0] for gm in (program.global_gm, program.gm)]
+    for want, have, pieces in zip(*ends, found, strict=True):  # pyright: ignore[reportArgumentType]
+        if isinstance(want, Node) and isinstance(have, Node):
+            layout, name = specs(want)[0], f"%{want.name}, as it is returned,"
+            _check(have, pieces, reference[want.name], layout, program, scales[want.name], name)
 
 
 def _origin(node: Node, origin: dict[str, str], reference: dict[str, Any]) -> str:
@@ -153,26 +165,27 @@ def _origin(node: Node, origin: dict[str, str], reference: dict[str, Any]) -> st
 
 
 def _check(
-    node: Node, pieces: list[Tensor], want: Tensor, layout: Spec, program: Program, scale: float
+    node: Node, pieces: list[Tensor], want: Tensor, layout: Spec, program: Program, scale: float, name: str = ""
 ) -> float:
     """The largest difference on any rank, as a part of the largest value on the way."""
-    mesh = program.mesh
+    mesh, name = program.mesh, name or f"%{node.name}"
     shapes = [layout.local_shape(mesh, mesh.coords(r)) for r in range(mesh.size)]
     wrong = next((r for r, (p, s) in enumerate(zip(pieces, shapes, strict=True)) if tuple(p.shape) != s), None)
     if wrong is not None:
-        raise _differs(node, f"has shape {tuple(pieces[wrong].shape)} on rank {wrong}, not {shapes[wrong]}")
+        raise _differs(node, f"{name} has shape {tuple(pieces[wrong].shape)} on rank {wrong}, not {shapes[wrong]}")
     if layout.pending:
         worst = _difference(join(pieces, layout, mesh), want)
     else:
         worst = max(_difference(p, cut(want, layout, mesh, mesh.coords(r))) for r, p in enumerate(pieces))
     travelled = want.to(node.meta.get("wire", want.dtype))
     if worst > _allowed(travelled, scale):
-        raise _differs(node, f"differs from one device by {worst:.1e}, its largest value being {_largest(want):.1e}")
+        largest = f"its largest value being {_largest(want):.1e}"
+        raise _differs(node, f"{name} differs from one device by {worst:.1e}, {largest}")
     return worst / max(scale, 1e-30)
 
 
 def _differs(node: Node, what: str) -> ShardingError:
-    return ShardingError(f"%{node.name} {what}", where=node.meta.get("where", ""), excerpt=excerpt(node))
+    return ShardingError(what, where=node.meta.get("where", ""), excerpt=excerpt(node))
 
 
 def _difference(have: Tensor, want: Tensor) -> float:

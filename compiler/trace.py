@@ -280,10 +280,11 @@ def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signatu
 @contextmanager
 def _plain_operators() -> Iterator[None]:
     """Keeps attention and LSTM from fused inference operators, so that every mode has the same few operators."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
+    attention, rnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags also sets TF32, which warns
     try:
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        torch.backends.mha.set_fastpath_enabled(attention)
+        torch._C._set_mkldnn_enabled(rnn)

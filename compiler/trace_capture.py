@@ -198,8 +198,9 @@ def export(program: Program, flat: Sequence[Tensor], context: TracingContext | N
     with ExitStack() as stack:
         # Else torch takes unused random operators out, and eager would draw other numbers from then on.
         stack.enter_context(inductor_config.patch(fallback_random=True))
+        from torch._subclasses.fake_tensor import FakeTensorMode
         if context is not None:
-            stack.enter_context(tracing(context))
+            stack.enter_context(tracing(TracingContext(flat[0].fake_mode)))
         joint = aot_export_joint_with_descriptors(stack, _Flat(program.run), tuple(flat), {}, decompositions={})
         return joint.graph_module
 

@@ -107,9 +107,7 @@ class _Round:
         camps: dict[str, list[int]] = {}
         for rank, note in notes.items():
             camps.setdefault(note, []).append(rank)
-        most, *others = sorted(
-            camps.values(), key=len, reverse=True
-        )  # stable: equal camps stay in rank order
+        most, *others = sorted(camps.values(), key=len, reverse=True)  # stable: equal camps stay in rank order
         odd = sorted(r for camp in others for r in camp)
         lines = [f"{self.what} differs between ranks: {_ranks(odd)} against {_ranks(most)}"]
         lines += [f"  {_ranks(camp)}: {notes[camp[0]]}" for camp in (most, *others)]
@@ -171,6 +169,4 @@ def _window(line: str, at: int) -> str:
     if len(line) <= WIDTH:
         return line
     start = max(0, min(at - WIDTH // 3, len(line) - WIDTH))
-    return (
-        ("..." if start else "") + line[start : start + WIDTH] + ("..." if start + WIDTH < len(line) else "")
-    )
+    return ("..." if start else "") + line[start : start + WIDTH] + ("..." if start + WIDTH < len(line) else "")

@@ -185,9 +185,7 @@ def _loopback_store() -> tuple[TCPStore, int]:
     """A store served by this process on 127.0.0.1, and its port."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     port = listener.getsockname()[1]
-    store = TCPStore(
-        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     return store, port
 
 

@@ -27,9 +27,7 @@ _gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into
 _reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 SUMMED = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
-SMALL = (
-    256 * 1024
-)  # bytes: all summands gathered in one round beat two rounds up to about here (gloo, measured)
+SMALL = 256 * 1024  # bytes: all summands gathered in one round beat two rounds up to about here (gloo, measured)
 
 
 class Line:
@@ -196,9 +194,7 @@ class AllGather(Collective):
 class ReduceScatter(Collective):
     """[n]+axis -> [n@axis]. cut: how the axis deals the reduced whole; shape: of this rank's piece of it."""
 
-    def __init__(
-        self, cut: Cut, shape: Sequence[int], op: str, line: Line, node: str = "reduce_scatter"
-    ) -> None:
+    def __init__(self, cut: Cut, shape: Sequence[int], op: str, line: Line, node: str = "reduce_scatter") -> None:
         pieces = Pieces(cut)
         super().__init__("reduce_scatter", line, node, moves=any(pieces.numels))
         self.pieces, self.shape, self.op = pieces, tuple(shape), op

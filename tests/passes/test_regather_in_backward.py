@@ -1,0 +1,86 @@
+"""passes/regather_in_backward.py: freed parameters are gathered twice; kept ones, and one-sided uses, once."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import shardc
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+class Scaled(nn.Module):
+    """Backward does not need the parameter itself: the gradient of a sum is the other operand's."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+def compiled(model, **options):
+    plan = shardc.Plan(dp=shardc.FullyShard(**options))
+    return shardc.compile(model, plan, mesh=shardc.Mesh(dp=2))
+
+
+def gathers(model, x, **options):
+    program = compiled(model, **options).lower(x)
+    program.verify(x)
+    found = [c for c in program.collectives() if c.kind == "all_gather"]
+    return sum(c.phase == "forward" for c in found), sum(c.phase == "backward" for c in found)
+
+
+def test_a_freed_weight_is_gathered_again_and_the_bias_is_not():
+    # the second layer's weight alone is needed for a gradient that goes on (the input needs none)
+    assert gathers(Stack(), torch.randn(4, 6)) == (4, 1)
+
+
+def test_every_weight_is_gathered_again_where_the_input_needs_its_gradient():
+    assert gathers(Stack(), torch.randn(4, 6).requires_grad_()) == (4, 2)
+
+
+def test_left_alone_where_parameters_are_kept():
+    assert gathers(Stack(), torch.randn(4, 6).requires_grad_(), reshard_after_forward=False) == (4, 0)
+
+
+def test_left_alone_where_backward_does_not_use_it():
+    assert gathers(Scaled(), torch.randn(4, 6).requires_grad_()) == (1, 0)
+
+
+def test_nothing_gathered_for_forward_is_handed_to_backward():
+    program = compiled(Stack()).lower(torch.randn(4, 6).requires_grad_())
+    joint = {n.name: n for n in program.gm.graph.nodes}
+    held = [joint[name] for name in program.halves.saved]
+
+    def from_gather(node):
+        while node.op == "call_function" and node.all_input_nodes:
+            if node.target.__name__ == "all_gather":
+                return True
+            if not str(node.target).startswith(("aten.t.", "aten.view", "aten.reshape")):
+                return False
+            node = node.all_input_nodes[0]
+        return False
+
+    assert held and not any(from_gather(n) for n in held)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_gradients_equal_one_device(keep):
+    model = Stack()
+    alone, x = copy.deepcopy(model), torch.randn(4, 6)
+    made = compiled(model, reshard_after_forward=keep)
+    made(x).square().sum().backward()
+    alone(x).square().sum().backward()
+    for name, p in made.named_parameters():
+        torch.testing.assert_close(p.grad, alone.get_parameter(name).grad)
