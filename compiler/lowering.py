@@ -77,9 +77,14 @@ class Lowering:
     kept: Kept = field(default_factory=Kept)
     _entries: dict[Any, Entry] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Looked at in every call; a module that changes after compile is refused, so they stay what they are.
+        self._modules = list(self.module.modules())
+        self._params = [(m._parameters, n) for m in self._modules for n, p in m._parameters.items() if p is not None]
+
     def entry(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
         """The program for a call like this one, lowered now if it is the first such call."""
-        key = (call_key(self.module, args, kwargs), variant)
+        key = (call_key(self._modules, [table[name] for table, name in self._params], args, kwargs), variant)
         if key not in self._entries:
             self._entries[key] = self.lower(args, kwargs, variant)
         return self._entries[key]
@@ -251,16 +256,16 @@ def held_info(x: Tensor, plan: Resolved) -> TensorInfo:
     return TensorInfo.of(x)
 
 
-def call_key(module: nn.Module, args: Any, kwargs: Any) -> tuple:
+def call_key(modules: Sequence[nn.Module], params: Sequence[Tensor], args: Any, kwargs: Any) -> tuple:
     """What decides whether two calls share a program."""
     leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
     described = tuple(
         (tuple(x.shape), x.dtype, x.device, x.requires_grad, _label(x)) if isinstance(x, Tensor) else _constant(x)
         for x in leaves
     )
-    flags = tuple(m.training for m in module.modules())
-    params = tuple((p.requires_grad, p.dtype) for p in module.parameters())
-    return described, structure, flags, params, torch.is_grad_enabled()
+    flags = tuple(m.training for m in modules)
+    kinds = tuple((p.requires_grad, p.dtype) for p in params)
+    return described, structure, flags, kinds, torch.is_grad_enabled()
 
 
 def _constant(x: Any) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._decomp.decompositions as decompositions
 import torch._inductor.config as inductor_config
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
@@ -193,14 +194,20 @@ def by_dispatch(module: nn.Module) -> Call:
     return call
 
 
+def _one_layer_lstm(*args: Any, original: Any = decompositions.one_layer_lstm) -> Any:
+    """torch 2.11 leaves a dim of size 1 on the last states of an LSTM when there is more than one sequence."""
+    out, states = original(*args)
+    return out, tuple(state.squeeze(0) if state.dim() == 3 else state for state in states)
+
+
 def export(program: Program, flat: Sequence[Tensor], context: TracingContext | None) -> GraphModule:
     """The joint graph, descriptors in `meta["desc"]` of its placeholders and output; nothing is decomposed."""
     with ExitStack() as stack:
         # Else torch takes unused random operators out, and eager would draw other numbers from then on.
         stack.enter_context(inductor_config.patch(fallback_random=True))
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        stack.enter_context(patch.object(decompositions, "one_layer_lstm", _one_layer_lstm))
         if context is not None:
-            stack.enter_context(tracing(TracingContext(flat[0].fake_mode)))
+            stack.enter_context(tracing(context))
         joint = aot_export_joint_with_descriptors(stack, _Flat(program.run), tuple(flat), {}, decompositions={})
         return joint.graph_module
 

@@ -163,7 +163,7 @@ def _as_one(members: Sequence[Tail], ctx: Context) -> None:
     sources = [tail.source for tail in members]
     order = {node: i for i, node in enumerate(graph.nodes)}
     pieces = [_local_piece(n, ctx) for n in sources]
-    meta = {"phase": "backward", "why": f"gradients of {', '.join(tail.name for tail in members)}"}
+    meta = {"phase": "backward", "why": f"gradients of {_listed([tail.name for tail in members])}"}
     with graph.inserting_before(_behind(max(sources, key=order.__getitem__)).next):
         flat = _call(graph, bucket, (sources,), {**meta, "local": bucket(pieces)})
         flat = _reduced(flat, members[0].reductions, ctx)
@@ -177,6 +177,10 @@ def _as_one(members: Sequence[Tail], ctx: Context) -> None:
         views = _call(graph, unbucket, (flat, sizes), {**flat.meta, "local": pieces})
         for i, tail in enumerate(members):
             _give_back(tail, views, i, shared is not None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 5 else f"{names[0]} to {names[-1]}, {len(names)} parameters"
 
 
 def _local_piece(node: Node, ctx: Context) -> torch.Tensor:

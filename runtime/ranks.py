@@ -57,10 +57,14 @@ class Ranks:
             raise ValueError(f"torch has no placements for {spec}")
         shape = torch.Size(spec.shape)
         stride = torch.empty(spec.shape, device="meta").stride()
-        mesh = self.device_mesh
+        mesh, label = self.device_mesh, None
 
         def wrap(local: Tensor) -> Tensor:
-            return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+            # from_local costs several operator calls; its label can be put on the next tensors as it is.
+            nonlocal label
+            if label is None:
+                label = DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)._spec
+            return DTensor(local, label, requires_grad=False)  # pyright: ignore[reportCallIssue]
 
         return wrap
 

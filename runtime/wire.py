@@ -4,8 +4,11 @@ Two things move: pieces gathered from all ranks, and pieces exchanged with all r
 every dtype travels. Uneven pieces travel padded where the wire needs equal ones, and are trimmed here.
 
 Values are reduced in rank order by the ranks themselves, which gives the bits that a simulation of all ranks
-gives, and every dtype and NaN as torch has them. Where a backend reduces faster and means the same (plain
-sums on nccl, large ones of two ranks on gloo) it does.
+gives, and every dtype and NaN as torch has them. The backend does it where that means the same: sums of two
+ranks, and on nccl all sums of floats and integers, save for their order.
+
+Best of 25 on gloo, 4 ranks on 2 cores: exchange and add takes half the time of reduce_scatter at any size; an
+all-reduce here takes half that of all_reduce for 256 bytes, about the same for 1 MiB and 1.3 times for 16 MiB.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ _gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into
 _reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 SUMMED = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
-SMALL = 256 * 1024  # bytes: all summands gathered in one round beat two rounds up to about here (gloo, measured)
+SMALL = 1 << 20  # bytes: all summands gathered in one round beat two rounds up to about here (gloo, measured)
 
 
 class Line:
@@ -144,15 +147,13 @@ class AllReduce(Collective):
         if x.numel() == 0:
             return Issued(None, lambda: room(x, 0).view(x.shape), x)
         flat, n = _flat(x), self.line.size
-        backend = self.line.backend(x)
-        summed = self.op == "sum" and x.dtype in SUMMED
-        if not (summed and backend == "nccl") and flat.nbytes * n <= SMALL:
-            work, rows = self._gather(flat, flat.numel())
-            return Issued(work, lambda: combine(self.op, rows.unbind()).view(x.shape), flat)
-        if summed and (backend == "nccl" or n == 2):
+        if self.op == "sum" and x.dtype in SUMMED and (n == 2 or self.line.backend(x) == "nccl"):
             total = flat.clone()
             work = self._issue(dist.all_reduce, total, dist.ReduceOp.SUM)
             return Issued(work, lambda: total.view(x.shape), flat)
+        if flat.nbytes * n <= SMALL:
+            work, rows = self._gather(flat, flat.numel())
+            return Issued(work, lambda: combine(self.op, rows.unbind()).view(x.shape), flat)
         return self._in_two_rounds(flat, x.shape)
 
     def _in_two_rounds(self, flat: Tensor, shape: torch.Size) -> Issued:

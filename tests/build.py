@@ -28,10 +28,15 @@ from shardc.compiler import collectives
 from shardc.compiler.graph import operands, placeholders, set_specs, spec, specs, tensors, val
 from shardc.compiler.infer import decide_node
 from shardc.compiler.mesh import Mesh
+from shardc.compiler.pipeline import Context, Record, run_passes
+from shardc.compiler.resolved import ParamLayout, Resolved
+from shardc.compiler.roots import RootLayouts
 from shardc.compiler.rules import all_rules as _rules  # noqa: F401  fills the rule table
 from shardc.compiler.rules.table import tensors_in
+from shardc.compiler.signature import Input, InputKind, Output, OutputKind, Signature
 from shardc.compiler.spec import DTYPES, Part, Spec, axes_of, canonical
-from shardc.compiler.verify import Stage
+from shardc.compiler.text import text
+from shardc.compiler.verify import Stage, verify
 from shardc.runtime.shards import cut, join
 from shardc.runtime.simulate import simulate
 
@@ -166,6 +171,50 @@ def moved(node: Node, mesh: Mesh) -> Spec:
         case "make_partial":
             return before.with_pending({**dict(before.pending), args[0]: "sum"}, mesh)
     raise AssertionError(node.target)
+
+
+def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), average: bool = False, **plan: Any) -> Context:
+    """A context in which the graph's last outputs are the gradients of the named inputs, its parameters.
+
+    plan: fields of `Resolved`, such as data_axes or bucket_bytes; parameters not in `params` are plain and whole.
+    Inputs named `tangent...` are the tangents of the first output.
+    """
+    nodes, returned = placeholders(gm), gm.graph.output_node().args[0]
+    params = {name: param(n) for n in nodes if (name := n.name) in gradients} | plan.pop("params", {})
+    inputs = []
+    for node in nodes:
+        late = node.name.startswith("tangent")
+        kind = InputKind.TANGENT if late else InputKind.PARAMETER if node.name in params else InputKind.BATCH
+        inputs.append(Input(node.name, kind, node.name, not late, of=0 if late else None))
+    order = [n.name for n in nodes]
+    results = len(returned) - len(gradients)  # pyright: ignore[reportArgumentType]
+    outputs = [Output(str(n), OutputKind.OUTPUT, f"[{i}]", requires_grad=True) for i, n in enumerate(returned[:results])]
+    outputs += [Output(None, OutputKind.GRADIENT, name, of=order.index(name)) for name in gradients]
+    axes = plan.setdefault("data_axes", ())
+    roots = RootLayouts(plan.pop("inputs", None), plan.pop("outputs", None), lambda x: x, mesh.names, axes)
+    fields: dict[str, Any] = dict(
+        mesh=mesh, params=params, buffers={}, boundaries=(), marked=(), positional={}, counts={}, ignored={},
+        bucket_bytes={}, reduce_dtype={}, reshard_after={}, unit_reshard={}, roots=roots, order=mesh.names,
+    )  # fmt: skip
+    options = {k: plan.pop(k) for k in ("reduce", "strict", "carries") if k in plan}
+    signature = Signature(tuple(inputs), tuple(outputs), None, None, (), 0, (), {})
+    return Context(mesh, Resolved(**fields | plan), signature, average, **options)
+
+
+def param(node: Node, stored: Any = None, compute: Any = None, open: Sequence[str] = (), **more: Any) -> ParamLayout:
+    """The layout of a parameter: by default whole, or computed with as it is stored."""
+    (x,) = tensors(node)
+    stored = stored or {}
+    compute = stored if compute is None else compute
+    size = x.numel() * x.element_size()
+    return ParamLayout(node.name, tuple(x.shape), x.dtype, size, True, stored, compute, frozenset(open), **more)
+
+
+def apply(step: Any, gm: GraphModule, ctx: Context) -> Record:
+    """Run one pass on a graph of the stage that it takes; the graph is verified before and after."""
+    verify(gm, step.takes, ctx.mesh)
+    before = Record("", step.takes, "", text(gm, ctx.mesh), {}, (), 0.0)
+    return run_passes(gm, [step], ctx, {}, before)[0]
 
 
 def random_inputs(gm: GraphModule) -> list[Tensor]:

@@ -366,7 +366,7 @@ def test_many_shapes_and_modes_neither_fail_nor_pile_up():
         if i % 12 == 11:
             gc.collect()
             alive[i] = sum(type(o) is FakeTensorMode for o in gc.get_objects())
-    assert alive[23] == alive[11]
+    assert alive[23] <= alive[11]
 
 
 def test_numbers_are_constants_however_often_they_change():

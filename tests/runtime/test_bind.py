@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler import collectives as c
@@ -125,7 +125,7 @@ def test_what_is_not_local_is_refused():
 
 
 def run_bound(rank: int) -> None:
-    groups = Groups(dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+    groups = Groups(init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, 6, generator=generator) for n in (5, 7))
     gm = bind_program(program(), groups.mesh, groups.coords, groups)

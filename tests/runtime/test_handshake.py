@@ -7,6 +7,8 @@ from threading import Thread
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.device_mesh import init_device_mesh
 
 from shardc.compiler.errors import RankMismatchError
 from shardc.runtime import handshake
@@ -22,7 +24,7 @@ class Hall:
     """Ranks as threads around one store: the protocol without processes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        store = dist.HashStore()
+        store = HashStore()
         monkeypatch.setattr(handshake, "_store", lambda: store)
 
     def round(
@@ -158,7 +160,7 @@ def talk(rank: int) -> list[str]:
             return str(error)
         return ""
 
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     told = [
         heard(PROGRAM, None, "the program"),
         heard(OTHER if rank == 3 else PROGRAM, Groups(mesh), "the program"),

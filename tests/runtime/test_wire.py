@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.fx import Graph, GraphModule
 
 from shardc.compiler import collectives as c
@@ -176,7 +177,7 @@ def compare(rank: int, mesh: Mesh, groups: Groups, cases: list[Case]) -> None:
 def random_layouts(rank: int, nproc: int) -> None:
     wire.room = poisoned
     for mesh in {2: [Mesh(tp=2)], 4: [Mesh(tp=4), Mesh(dp=2, tp=2)]}[nproc]:
-        groups = Groups(dist.init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.names))
+        groups = Groups(init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.names))
         compare(rank, mesh, groups, [draw(kind, mesh, seed) for kind in KINDS for seed in range(CASES)])
 
 
@@ -191,14 +192,14 @@ def summands(n: int, numel: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def large_reductions(line: wire.Line) -> None:
-    """Sizes that go in two rounds (or, for sums of two ranks, through the backend): odd, or fewer than ranks."""
+    """Sizes that go in two rounds, or for sums of two ranks through the backend; no multiple of the ranks."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64):
-        pieces = summands(line.size, 150_001, dtype)
+        pieces = summands(line.size, 600_001, dtype)
         for op in ("sum",) if dtype.is_complex else ("sum", "max"):
             found = wire.AllReduce(op, line)(pieces[line.index])
             assert same_bits(found, combine(op, pieces)), (dtype, op)
-    pieces[0][7] = complex("nan")
     real = [p.real.contiguous() for p in pieces]
+    real[0][7] = float("nan")
     assert wire.AllReduce("max", line)(real[line.index])[7].isnan(), "torch's maximum keeps NaN"
 
 
@@ -236,7 +237,9 @@ def handles(line: wire.Line) -> None:
 def absent_rank(rank: int) -> str:
     """The error on rank 0 where the others never call the collective."""
     n = dist.get_world_size()
-    line = wire.Line("tp", n, rank, dist.new_group(timeout=timedelta(seconds=1)))
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    assert isinstance(group, dist.ProcessGroup)
+    line = wire.Line("tp", n, rank, group)
     if rank != 0:
         return ""
     with pytest.raises(RankFailure) as caught:
@@ -246,7 +249,9 @@ def absent_rank(rank: int) -> str:
 
 def every_route(rank: int, nproc: int) -> str:
     wire.room = poisoned
-    line = wire.Line("tp", nproc, rank, dist.group.WORLD)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    line = wire.Line("tp", nproc, rank, everyone)
     large_reductions(line)
     with pytest.MonkeyPatch.context() as monkeypatch:
         through_the_backend(line, monkeypatch)
