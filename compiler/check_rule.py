@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import operands, set_specs
-from shardc.compiler.infer import call_rule, decide_node
+from shardc.compiler.infer import decide_node
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules import all_rules as _rules  # noqa: F401  fills the rule table
 from shardc.compiler.rules.table import OpRule, overload, rule_of, tensors_in

@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 from shardc.compiler.mesh import Mesh
@@ -46,7 +46,7 @@ def local_elements(spec: Spec, mesh: Mesh) -> float:
     return math.prod(spec.shape) / math.prod(mesh[a] for a in spec.axes())
 
 
-@lru_cache(maxsize=None)
+@cache
 def ways(source: Spec, target: Spec, itemsize: int, mesh: Mesh) -> tuple[Move, ...]:
     """The cheapest sequence of moves from one layout to another (Dijkstra over layouts)."""
     tie = itertools.count()

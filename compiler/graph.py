@@ -153,6 +153,15 @@ def call_nodes(gm: GraphModule, *targets: Any) -> Iterable[Node]:
     return [n for n in nodes if n.target in targets] if targets else nodes
 
 
+def is_random(node: Node) -> bool:
+    """Whether a call draws random numbers; attention without dropout is tagged so but does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [a.name for a in node.target._schema.arguments]  # pyright: ignore
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return given.get("dropout_p", None) != 0
+
+
 def output_node(gm: GraphModule) -> Node:
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
 

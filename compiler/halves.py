@@ -13,7 +13,6 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.graph import move_of, output_node
@@ -111,7 +110,7 @@ def _may_run_again(node: Node, changed: set[str]) -> bool:
     """Whether a forward value is recomputed in backward; a result of a call, where the call is."""
     if node.target is operator.getitem:
         node = node.args[0]  # pyright: ignore[reportAssignmentType]
-    if not node.meta.get("recompute") or _is_random(node):
+    if not node.meta.get("recompute") or is_random(node):
         return False
     return not any(_reads(used, changed) for used in node.all_input_nodes)
 
@@ -121,10 +120,6 @@ def _reads(node: Node, changed: set[str]) -> bool:
     while (move := move_of(node)) is not None:
         node = move.args[0]
     return node.name in changed
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _forward(gm: GraphModule, keep: set[Node], returned: list, tangents: set[str]) -> GraphModule:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.carry import add_carries
 from shardc.compiler.errors import PlanError
-from shardc.compiler.graph import output_node, placeholders
+from shardc.compiler.graph import is_random, output_node, placeholders
 from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.original import Original
@@ -30,7 +30,6 @@ from shardc.passes.pipeline import CANONICALIZE
 from shardc.runtime.engines import SimulatedRanks, ThisRank
 from shardc.runtime.executable import Executable
 from shardc.runtime.ranks import Ranks
-from shardc.runtime.simulate import is_random
 
 
 @dataclass

@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -58,7 +58,7 @@ def chunk(size: int, mesh: Mesh, axes: Iterable[str], coords: Mapping[str, int])
     return start, size
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mergeable(a: Part, b: Part, mesh: Mesh) -> bool:
     """Whether (a b) names the same indices on every rank as the one part of size a*b over all their mesh dims."""
     if not b.axes and not a.axes:
@@ -77,7 +77,7 @@ def _mergeable(a: Part, b: Part, mesh: Mesh) -> bool:
     return True
 
 
-@lru_cache(maxsize=None)
+@cache
 def canonical(dim: Dim, mesh: Mesh) -> Dim:
     """The one way to write this dim: parts merged wherever the plain split means the same."""
     out: list[Part] = []
@@ -105,7 +105,7 @@ def _coarser(a: Part, b: Part, mesh: Mesh) -> tuple[Part, Part]:
     return a, b
 
 
-@lru_cache(maxsize=None)
+@cache
 def regroup(dim: Dim, sizes: tuple[int, ...], mesh: Mesh) -> tuple[Dim, ...] | None:
     """The same dim as consecutive dims of the given sizes, or None where a split crosses a boundary."""
     if len(sizes) == 1:

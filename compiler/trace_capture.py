@@ -194,9 +194,12 @@ def by_dispatch(module: nn.Module) -> Call:
     return call
 
 
-def _one_layer_lstm(*args: Any, original: Any = decompositions.one_layer_lstm) -> Any:
+_torch_lstm = decompositions.one_layer_lstm
+
+
+def _one_layer_lstm(*args: Any, **kwargs: Any) -> Any:
     """torch 2.11 leaves a dim of size 1 on the last states of an LSTM when there is more than one sequence."""
-    out, states = original(*args)
+    out, states = _torch_lstm(*args, **kwargs)
     return out, tuple(state.squeeze(0) if state.dim() == 3 else state for state in states)
 
 

@@ -15,10 +15,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.graph import call_nodes
+from shardc.compiler.graph import call_nodes, is_random
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.verify import Stage
 
@@ -42,7 +41,7 @@ class MergeEqual:
         changes: Counter = Counter()
         known: dict[Any, Node] = {}
         for node in call_nodes(gm):
-            if _is_random(node):
+            if is_random(node):
                 continue
             key = _key(node)
             twin = known.setdefault(key, node)
@@ -51,10 +50,6 @@ class MergeEqual:
                 gm.graph.erase_node(node)
                 changes["merged"] += 1
         return PassResult(changes)
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _key(node: Node) -> Any:

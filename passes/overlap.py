@@ -146,6 +146,8 @@ class _Schedule:
         begin = end
         while begin > ready and self._flying[begin - 1] + size <= self.window:
             begin -= 1
+        while begin < end and not _computes(self.nodes[begin]):
+            begin += 1  # not in the way of what is needed sooner
         return begin
 
     def order(self) -> list[Node]:

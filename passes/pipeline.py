@@ -18,7 +18,6 @@ from shardc.passes.propagate import Propagate
 from shardc.passes.regather_in_backward import RegatherInBackward
 from shardc.passes.seed_plan import SeedPlan
 
-
 LOCALIZE = Localize()  # also what proves a user's rule
 CANONICALIZE = Canonicalize()  # also what the compiler looks at before it settles how parameters are stored
 

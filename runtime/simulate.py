@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.collectives import cut_of
-from shardc.compiler.graph import Call, move_of
+from shardc.compiler.graph import Call, is_random, move_of
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec
@@ -53,11 +53,6 @@ def simulate(
         for dead in last.get(node, ()):
             del env[dead]
     raise AssertionError("a graph ends with its output")
-
-
-def is_random(node: Node) -> bool:
-    """Whether a node draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _run(

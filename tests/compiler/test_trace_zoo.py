@@ -287,9 +287,12 @@ def test_lstm():
     check(Recurrent(), torch.randn(2, 3, 4, requires_grad=True))
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
-def test_other_recurrent_modules(kind):
-    check(kind(4, 5), torch.randn(3, 2, 4))
+@pytest.mark.parametrize(
+    "kind, options", [(nn.GRU, {}), (nn.RNN, {}), (nn.LSTM, {"bidirectional": True}), (nn.LSTM, {"proj_size": 2})]
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_other_recurrent_modules(kind, options, grad):
+    check(kind(4, 5, **options).train(grad), torch.randn(3, 2, 4), grad=grad)
 
 
 @pytest.mark.parametrize("grad", [True, False])
