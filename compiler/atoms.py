@@ -106,9 +106,7 @@ class Atoms:
             for dim_names, dim in zip(names, self._dims[operand][0], strict=True):
                 if dim_names:
                     unify(dim, [factors[n] for n in dim_names])
-        return [
-            [[factors[n] for n in dim_names] or [Atom(1)] for dim_names in names] for names in rule.results
-        ]
+        return [[[factors[n] for n in dim_names] or [Atom(1)] for dim_names in names] for names in rule.results]
 
 
 def _keep_whole(dim: list[Atom]) -> None:

@@ -1,7 +1,7 @@
 """Gradients kept back at unsynchronised steps come in again as inputs of the next synchronised backward.
 
-    %carry_w: f32[24, 16]+dp = carry net1.weight
-    %add: f32[24, 16]+dp = aten.add.Tensor(%grad_w, %carry_w)      one reduction serves all steps
+%carry_w: f32[24, 16]+dp = carry net1.weight
+%add: f32[24, 16]+dp = aten.add.Tensor(%grad_w, %carry_w)      one reduction serves all steps
 """
 
 from __future__ import annotations

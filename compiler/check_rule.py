@@ -1,8 +1,8 @@
 """Proves a sharding rule by running its operator, and finds one by running it: for users' own operators.
 
-    shardc.rule("mylib::scale_rows", "n d, n -> n d", linear="0 | 1")
-    shardc.check_rule("mylib::scale_rows", torch.randn(5, 3), torch.randn(5))
-    shardc.discover_rule("mylib::scale_rows", torch.randn(5, 3), torch.randn(5))
+shardc.rule("mylib::scale_rows", "n d, n -> n d", linear="0 | 1")
+shardc.check_rule("mylib::scale_rows", torch.randn(5, 3), torch.randn(5))
+shardc.discover_rule("mylib::scale_rows", torch.randn(5, 3), torch.randn(5))
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def check_rule(op: Any, *args: Any, **kwargs: Any) -> list[str]:
     result = target(*args, **kwargs)
     rule = rule_of(target, args, kwargs, result)
     if rule is None:
-        raise ShardingError(f"{target} has no sharding rule", help=f'register one: shardc.rule("{target}", "... -> ...")')
+        line = f'shardc.rule("{target}", "... -> ...")'
+        raise ShardingError(f"{target} has no sharding rule", help=f"register one: {line}")
     proved, failed = [], []
     for what, layouts, ranks in _claims(rule, args, kwargs):
         fault = _fault(target, args, kwargs, layouts, Mesh(x=ranks), result)
@@ -77,14 +78,10 @@ def _fault(target: Any, args: Any, kwargs: Any, layouts: list[Spec], mesh: Mesh,
     LOCALIZE.run_on(gm, mesh)
     values = tensors_in(args, kwargs)
     coords = [mesh.coords(r) for r in range(mesh.size)]
-    pieces = [
-        [_piece(x, spec, mesh, at) for at in coords] for x, spec in zip(values, decision.operands, strict=True)
-    ]
+    pieces = [[_piece(x, spec, mesh, at) for at in coords] for x, spec in zip(values, decision.operands, strict=True)]
     try:
         found = simulate(gm, mesh, pieces)[0]
-        joined = [
-            join([tensors_in(p)[i] for p in found], spec, mesh) for i, spec in enumerate(decision.results)
-        ]
+        joined = [join([tensors_in(p)[i] for p in found], spec, mesh) for i, spec in enumerate(decision.results)]
     except (RuntimeError, IndexError, TypeError) as error:
         return f"does not run on the pieces: {error}"
     for i, (have, expected) in enumerate(zip(joined, tensors_in(want), strict=True)):

@@ -113,7 +113,5 @@ def cut_of(split: Spec, dim: int, axis: str, mesh: Mesh, coords: Mapping[str, in
                 continue
             at = len(view)
             view.append(chunk(part.size, mesh, part.axes[:-1], coords)[1])
-            sizes = tuple(
-                chunk(part.size, mesh, part.axes, {**coords, axis: i})[1] for i in range(mesh[axis])
-            )
+            sizes = tuple(chunk(part.size, mesh, part.axes, {**coords, axis: i})[1] for i in range(mesh[axis]))
     return Cut(tuple(view), at, sizes)

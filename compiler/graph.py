@@ -1,12 +1,12 @@
 """The graph as every pass sees it: the one place that knows what `node.meta` holds.
 
-    val      fake tensor(s) at global shape           spec    Spec, or a tuple of Specs for several results
-    wants    layouts a node needs of its operands     where   "file.py:23 in forward", the user's line
-    path     FQN of the module a node comes from      phase   "forward" | "backward"
-    made_by  the pass that created the node           wish    what the plan says of a mark (seed_plan)
-    why      the plan entry behind a fixed layout     recompute   run again in backward
-    local    tensor(s) on meta of what rank 0 holds   origin  the value of the global graph that this one is
-    wire     the dtype in which a value travelled     custom  what `torch.fx.traceback.annotate` said of its region
+val      fake tensor(s) at global shape           spec    Spec, or a tuple of Specs for several results
+wants    layouts a node needs of its operands     where   "file.py:23 in forward", the user's line
+path     FQN of the module a node comes from      phase   "forward" | "backward"
+made_by  the pass that created the node           wish    what the plan says of a mark (seed_plan)
+why      the plan entry behind a fixed layout     recompute   region run again in backward
+local    tensor(s) on meta of what rank 0 holds   origin  the value of the global graph that this one is
+wire     the dtype in which a value travelled     custom  what `torch.fx.traceback.annotate` said of its region
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     backward(saved, tangents, carries)             -> (gradients)
 
 A value that forward marked for recomputation is not saved: backward computes it again, just before its
-first use. Saved all the same are random draws, so that both halves see the same, and what is made from a
-buffer that forward changes, whose old value is gone by then.
+first use. Saved all the same are random draws, so that both halves see the same, what is made from a buffer
+that forward changes, whose old value is gone by then, and what leaves a recomputed region.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.graph import move_of, output_node
+from shardc.compiler.graph import is_random, output_node
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 
@@ -42,7 +42,7 @@ def halves(gm: GraphModule, signature: Signature) -> Halves:
     if not tangents:
         return Halves(_forward(gm, forward, [returned[i] for i in first], tangents), None, ())
     changed = {signature.inputs[signature.outputs[i].of or 0].node for i in signature.indices(OutputKind.MUTATION)}
-    again = {n for n in forward if _may_run_again(n, changed)}
+    again = {n for n in forward if _may_run_again(n, changed) and not _leaves_region(n, forward)}
     body, saved = _backward_nodes(gradients, forward, again, tangents)
     front = _forward(gm, forward, [*(returned[i] for i in first), *saved], tangents)
     back = _graph(gm, [*saved, *(n for n in gm.graph.nodes if n.name in tangents)], body, gradients)

@@ -217,8 +217,7 @@ def _merge(
 
 def _lay_out(names: tuple, factors: dict[str, Dim], mesh: Mesh) -> Spec:
     dims = tuple(
-        canonical(tuple(part for name in dim for part in factors[name]), mesh) if dim else (Part(1),)
-        for dim in names
+        canonical(tuple(part for name in dim for part in factors[name]), mesh) if dim else (Part(1),) for dim in names
     )
     return Spec(dims)
 

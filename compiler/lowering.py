@@ -185,13 +185,15 @@ class Lowering:
         check_counts(traced.gm, self.plan)
         for node in traced.gm.graph.nodes:
             if node.op == "call_function" and node.meta.get("phase") == "forward":
-                node.meta["recompute"] = node.meta.get("recompute") or self._is_recomputed(node.meta.get("path", ""))
+                node.meta["recompute"] = node.meta.get("recompute") or self._recomputed_as(node.meta.get("path", ""))
         return traced
 
-    def _is_recomputed(self, path: str) -> bool:
+    def _recomputed_as(self, path: str) -> str:
+        """The outermost module around a path that the user asked to recompute, if any: a region of its own."""
         parts = path.split(".")
         prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return any(find(pattern, prefixes) for pattern in self.recompute)
+        found = (prefix for prefix in ["", *prefixes] if any(find(pattern, [prefix]) for pattern in self.recompute))
+        return next(("the root" if prefix == "" else prefix for prefix in found), "")
 
     def _check_label(self, x: Tensor, name: str, layout: Mapping[str, Any]) -> None:
         """A DTensor says itself how it lies; that must be what the program was told."""

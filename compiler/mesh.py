@@ -24,9 +24,7 @@ class Mesh:
     def __init__(self, **sizes: int) -> None:
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise PlanError(
-                    f"mesh dim {name} has size {size!r}", help="a mesh dim's size is a positive integer"
-                )
+                raise PlanError(f"mesh dim {name} has size {size!r}", help="a mesh dim's size is a positive integer")
         self._sizes = tuple(sizes.items())
 
     @classmethod

@@ -88,7 +88,5 @@ def run_passes(
         verify(gm, stage, ctx.mesh)
         shown = text(gm, ctx.mesh, names)
         seconds = time.perf_counter() - begin
-        records.append(
-            Record(step.name, stage, before, shown, dict(result.changes), result.notes, seconds)
-        )
+        records.append(Record(step.name, stage, before, shown, dict(result.changes), result.notes, seconds))
     return records

@@ -121,5 +121,3 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     for old, new in env.items():
         new.meta = dict(old.meta)
     return GraphModule(gm, graph)
-
-

@@ -106,9 +106,7 @@ def _compare_ends(
             )
 
 
-def _compare_ranks(
-    program: Program, flat: list[Tensor], reference: dict[str, Any], scales: dict[str, float]
-) -> float:
+def _compare_ranks(program: Program, flat: list[Tensor], reference: dict[str, Any], scales: dict[str, float]) -> float:
     """All ranks, simulated, against the graph at global shapes; value by value, in program order."""
     mesh, worst = program.mesh, 0.0
     coords = [mesh.coords(r) for r in range(mesh.size)]
@@ -142,9 +140,7 @@ def _compare_ranks(
     return worst
 
 
-def _compare_returned(
-    program: Program, found: list[Any], reference: dict[str, Any], scales: dict[str, float]
-) -> None:
+def _compare_returned(program: Program, found: list[Any], reference: dict[str, Any], scales: dict[str, float]) -> None:
     """What leaves the program is laid out as it was decided, whatever the last steps are now."""
     ends = [output_node(gm).args[0] for gm in (program.global_gm, program.gm)]
     for want, have, pieces in zip(*ends, found, strict=True):  # pyright: ignore[reportArgumentType]

@@ -215,8 +215,7 @@ class Spec:
     def without(self, axis: str, mesh: Mesh) -> Spec:
         """Whole over one mesh dim: neither split nor pending."""
         dims = tuple(
-            restrict(d, [a for a in axes_of(d) if a != axis], mesh) if axis in axes_of(d) else d
-            for d in self.dims
+            restrict(d, [a for a in axes_of(d) if a != axis], mesh) if axis in axes_of(d) else d for d in self.dims
         )
         return Spec(dims, tuple(p for p in self.pending if p[0] != axis))
 

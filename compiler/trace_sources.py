@@ -66,7 +66,7 @@ def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
     for node in nodes:
         path = inherited_paths[node] or ""
         source = inherited_sources[node] or _definition(module, path)
-        recompute = "RECOMPUTE" in getattr(node.meta.get("recompute"), "name", "")
+        recompute = _region(node)
         custom = node.meta.get("custom") or _origin(node, forward).meta.get("custom")
         node.meta = {
             "val": node.meta["val"],
@@ -81,6 +81,12 @@ def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
         held = entry.kind in (InputKind.PARAMETER, InputKind.BUFFER)
         node.meta["path"] = entry.name.rpartition(".")[0] if held else ""
         node.meta["phase"] = "backward" if entry.kind is InputKind.TANGENT else "forward"
+
+
+def _region(node: Node) -> str:
+    """Which of torch's checkpoints computes a node again in backward; "" for none."""
+    again = "RECOMPUTE" in getattr(node.meta.get("recompute"), "name", "")
+    return f"checkpoint {node.meta.get('ac_graph_id', '')}" if again else ""
 
 
 def _forward_by_number(nodes: Iterable[Node]) -> dict[int, Node]:

@@ -1,11 +1,11 @@
 """What must hold of a graph at each stage; a pass that breaks it is named at once.
 
-    TRACED      every call has a value, a phase and a place in the source; no layouts yet
-    SHARDED     every value has a layout of its own shape; every operator call has the layouts it needs
-    RESHARDED   every operand arrives in exactly the layout needed, and the operator gives exactly the layout
-                recorded; a collective changes the layout as its name says
-    LOCAL       as RESHARDED for what still has a layout; sizes in arguments are the rank's own
-    SCHEDULED   as LOCAL; the order is final
+TRACED      every call has a value, a phase and a place in the source; no layouts yet
+SHARDED     every value has a layout of its own shape; every operator call has the layouts it needs
+RESHARDED   every operand arrives in exactly the layout needed, and the operator gives exactly the layout
+            recorded; a collective changes the layout as its name says
+LOCAL       as RESHARDED for what still has a layout; sizes in arguments are the rank's own
+SCHEDULED   as LOCAL; the order is final
 """
 
 from __future__ import annotations
@@ -108,5 +108,3 @@ def _broken(node: Node, what: str) -> ShardingError:
         excerpt=excerpt(node),
         help="this is a fault of the compiler, or of an edited program: a value would be wrong",
     )
-
-

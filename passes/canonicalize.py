@@ -22,7 +22,11 @@ from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.verify import Stage
 
 aten = torch.ops.aten
-PRODUCTS = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default, aten.addmv.default: aten.mv.default}
+PRODUCTS = {
+    aten.addmm.default: aten.mm.default,
+    aten.baddbmm.default: aten.bmm.default,
+    aten.addmv.default: aten.mv.default,
+}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Each reshard becomes the cheapest sequence of collectives and local moves between its two layouts.
 
-    %reshard: f32[8, 16@tp] = shardc.reshard(%mm, [8, 16@tp])          %mm is [8, 16]+tp
-  ==>
-    %reduce_scatter: f32[8, 16@tp] = shardc.reduce_scatter(%mm, 1, tp)
+  %reshard: f32[8, 16@tp] = shardc.reshard(%mm, [8, 16@tp])          %mm is [8, 16]+tp
+==>
+  %reduce_scatter: f32[8, 16@tp] = shardc.reduce_scatter(%mm, 1, tp)
 """
 
 from __future__ import annotations

@@ -39,5 +39,3 @@ def pipeline(ctx: Context) -> list[Any]:
         BucketCollectives(),  # latency: few large reductions of gradients
         Overlap(),  # last: it fixes the order                                       LOCAL -> SCHEDULED
     ]
-
-

@@ -161,7 +161,8 @@ def _gradient(gm: GraphModule, node: Node, entry: Output, source: Input, ways: i
     local = {a for a in ctx.plan.data_axes if source.name in ctx.plan.ignored.get(a, ())} if ctx.average else set()
     kept = local | (set() if ctx.reduce else set(ctx.plan.data_axes))
     order = [*layout.stored, *(a for a in ctx.mesh.names if a not in layout.stored)]
-    wish = tuple((a, layout.stored.get(a, REPLICATE), False, f"gradient of {source.name}") for a in order if a not in kept)
+    why = f"gradient of {source.name}"
+    wish = tuple((a, layout.stored.get(a, REPLICATE), False, why) for a in order if a not in kept)
     new = insert(gm.graph, MARK, (node, f"|gradient|{source.name}|"), node, wish=wish)
     for axis in ctx.plan.data_axes:
         if axis in local:

@@ -25,9 +25,7 @@ class Engine(Protocol):
         """(outputs and mutations as the caller sees them, values saved for backward)."""
         ...
 
-    def backward(
-        self, saved: Sequence[Any], tangents: Flat, carries: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
+    def backward(self, saved: Sequence[Any], tangents: Flat, carries: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients in the order of the signature's GRADIENT outputs; a carry that is None is zero."""
         ...
 

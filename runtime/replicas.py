@@ -72,9 +72,7 @@ def data_parallel(
     shares = scatter((positional, keywords), places)
     used = places[: len(shares)]
     copies = _replicas(module, used, detach=False)
-    calls: list[Callable[[], Any]] = [
-        partial(_call, one, *share) for one, share in zip(copies, shares, strict=True)
-    ]
+    calls: list[Callable[[], Any]] = [partial(_call, one, *share) for one, share in zip(copies, shares, strict=True)]
     return gather(run_on_devices(calls, used), places[0])
 
 

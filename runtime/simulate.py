@@ -55,9 +55,7 @@ def simulate(
     raise AssertionError("a graph ends with its output")
 
 
-def _run(
-    node: Node, env: dict[Node, Pieces], mesh: Mesh, coords: dict[str, int], rank: int, draws: bool
-) -> Any:
+def _run(node: Node, env: dict[Node, Pieces], mesh: Mesh, coords: dict[str, int], rank: int, draws: bool) -> Any:
     def piece(leaf: Any) -> Any:
         return env[leaf][rank] if isinstance(leaf, Node) else leaf
 

@@ -24,7 +24,9 @@ def broadcast(x: Tensor, device_mesh: DeviceMesh, source: int) -> None:
             dist.broadcast(x, group_src=coordinate, group=group)
 
 
-def shard_parameter(param: nn.Parameter, spec: Spec, device_mesh: DeviceMesh, coords: Mapping[str, int]) -> nn.Parameter:
+def shard_parameter(
+    param: nn.Parameter, spec: Spec, device_mesh: DeviceMesh, coords: Mapping[str, int]
+) -> nn.Parameter:
     """This rank's piece of a whole parameter, as a DTensor parameter of the same global shape and stride."""
     mesh = Mesh.of(device_mesh)
     local = cut(param.detach(), spec, mesh, coords).clone(memory_format=torch.contiguous_format)
@@ -56,8 +58,6 @@ def as_held(value: Tensor, held: Tensor, spec: Spec, device_mesh: DeviceMesh, co
     if value.shape != held.shape:
         return value  # nn.Module's own message about shapes is the right one
     return as_dtensor(cut(value, spec, Mesh.of(device_mesh), coords).contiguous(), spec, device_mesh)
-
-
 
 
 def gather_whole(local: Tensor, spec: Spec, device_mesh: DeviceMesh, coords: Mapping[str, int]) -> Tensor:

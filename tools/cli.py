@@ -25,16 +25,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="train a small GPT on 4 local ranks and compare with one device")
     demo.add_argument("--steps", type=int, default=80)
-    demo.add_argument(
-        "-o", "--output", type=Path, default=Path("demo.png"), help="picture of the loss curves"
-    )
+    demo.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="picture of the loss curves")
     demo.set_defaults(run=_demo)
-    explain = commands.add_parser(
-        "explain", help="plan, collectives and memory of a program; or why a value lies so"
-    )
-    explain.add_argument(
-        "target", help="file.py:function or package.module:function -> (model, plan, inputs)"
-    )
+    explain = commands.add_parser("explain", help="plan, collectives and memory of a program; or why a value lies so")
+    explain.add_argument("target", help="file.py:function or package.module:function -> (model, plan, inputs)")
     explain.add_argument("value", nargs="?", help="a value's name in the program's text")
     explain.add_argument("--mesh", required=True, help="such as dp=2,tp=4; no devices are needed")
     explain.add_argument("--json", action="store_true")

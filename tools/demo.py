@@ -89,9 +89,7 @@ def train_alone(steps: int, console: Console) -> Run:
     """The same model, seed and batches on one device, without shardc."""
     torch.manual_seed(SEED)
     model, begin = GPT(), time.perf_counter()
-    losses, before, after = _train(
-        model, standard_library(), steps, slice(0, ROWS), _bar("1 device", True), None
-    )
+    losses, before, after = _train(model, standard_library(), steps, slice(0, ROWS), _bar("1 device", True), None)
     return Run(losses, before, after, model.state_dict(), [], [], time.perf_counter() - begin)
 
 

@@ -20,10 +20,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, length, width = x.shape
-        q, k, v = (
-            part.view(rows, length, HEADS, width // HEADS).transpose(1, 2)
-            for part in self.qkv(x).chunk(3, -1)
-        )
+        q, k, v = (part.view(rows, length, HEADS, width // HEADS).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(rows, length, width))
 

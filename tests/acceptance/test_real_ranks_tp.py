@@ -198,9 +198,6 @@ def uneven_inputs_are_refused(rank: int, mesh: DeviceMesh) -> None:
     mine = x.chunk(2)[rank]
     with pytest.raises((RankMismatchError, ValueError), match="size|shape"):
         compiled(mine)
-    with pytest.raises((RankMismatchError, ValueError), match="size|shape"):  # after a call that was right too
-        compiled(x.chunk(2)[0])
-        compiled(mine)
     given = DTensor.from_local(mine, mesh, (Shard(0),), run_check=False, shape=x.shape, stride=x.stride())
     close(compiled(given), alone(x).chunk(2)[rank], **CLOSE)
 
