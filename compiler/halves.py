@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.graph import is_random, output_node
+from shardc.compiler.graph import is_random, move_of, output_node
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 
@@ -113,6 +113,13 @@ def _may_run_again(node: Node, changed: set[str]) -> bool:
     if not node.meta.get("recompute") or is_random(node):
         return False
     return not any(_reads(used, changed) for used in node.all_input_nodes)
+
+
+def _leaves_region(node: Node, forward: set[Node]) -> bool:
+    """Whether forward uses a value outside of the region that is recomputed with it: regions begin with what is
+    saved, else the last one would have to wait for all before it."""
+    region = node.meta.get("recompute")
+    return any(user in forward and user.meta.get("recompute") != region for user in node.users)
 
 
 def _reads(node: Node, changed: set[str]) -> bool:

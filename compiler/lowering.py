@@ -28,7 +28,7 @@ from shardc.compiler.spec import Spec, to_placements
 from shardc.compiler.trace import Traced, argument_names, trace
 from shardc.passes.pipeline import CANONICALIZE
 from shardc.runtime.engines import SimulatedRanks, ThisRank
-from shardc.runtime.executable import Executable
+from shardc.runtime.executable import Executable, autocast_state
 from shardc.runtime.ranks import Ranks
 
 
@@ -104,7 +104,8 @@ class Lowering:
             self.mesh, self.plan, traced.signature, average=self.ranks is not None, reduce=variant != "keep",
             carries=dict(carries), strict=self.strict,
         )  # fmt: skip
-        original = Original(self.module, traced.signature, self.values)
+        training = tuple(m.training for m in self._modules)
+        original = Original(self.module, traced.signature, self.values, training, autocast_state())
         program = Program.build(traced, ctx, original)
         if self.ranks is not None:
             self.ranks.agree(str(program), "the compiled program")
@@ -266,7 +267,7 @@ def call_key(modules: Sequence[nn.Module], params: Sequence[Tensor], args: Any, 
     )
     flags = tuple(m.training for m in modules)
     kinds = tuple((p.requires_grad, p.dtype) for p in params)
-    return described, structure, flags, kinds, torch.is_grad_enabled()
+    return described, structure, flags, kinds, torch.is_grad_enabled(), autocast_state()
 
 
 def _constant(x: Any) -> Any:

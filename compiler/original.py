@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,14 @@ from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 @dataclass(frozen=True)
 class Original:
-    """`values()` gives parameters and buffers whole, by FQN."""
+    """`values()` gives parameters and buffers whole, by FQN. training, casts: the modes it was traced in, by
+    module in `modules()` order, and by device kind for autocast."""
 
     module: nn.Module
     signature: Signature
     values: Callable[[], Mapping[str, Tensor]]
+    training: tuple[bool, ...] = ()
+    casts: tuple[tuple[str, torch.dtype], ...] = ()
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The program's inputs at global shapes, tangents left out."""
@@ -42,12 +46,27 @@ class Original:
         entries = [e for e in self.signature.inputs if e.kind is not InputKind.TANGENT]
         leaves = [x.detach().clone().requires_grad_(e.requires_grad) for x, e in zip(flat, entries, strict=True)]
         needs = any(e.requires_grad for e in entries) and self.signature.indices(InputKind.TANGENT)
-        with torch.set_grad_enabled(bool(needs)):
+        with torch.set_grad_enabled(bool(needs)), self._modes():
             args, kwargs = self._arguments(leaves)
             result = functional_call(self.module, self._held(leaves), args, kwargs)
         outputs = pytree.tree_leaves(result)
         tangents = self._tangents(outputs)
         return outputs, tangents, self._gradients(leaves, outputs, tangents)
+
+    @contextmanager
+    def _modes(self) -> Iterator[None]:
+        modules = list(self.module.modules())
+        before = [m.training for m in modules]
+        try:
+            for module, mode in zip(modules, self.training, strict=False):
+                module.training = mode
+            with ExitStack() as stack:
+                for kind, dtype in self.casts:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype))
+                yield
+        finally:
+            for module, mode in zip(modules, before, strict=True):
+                module.training = mode
 
     def _arguments(self, leaves: list[Tensor]) -> tuple[tuple, dict]:
         flat = [leaf.constant if leaf.input is None else leaves[leaf.input] for leaf in self.signature.leaves]

@@ -44,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardc.compiler.trace_modules import Attributes, Held
 from shardc.compiler.trace_sources import outside_torch, without_data, writes_to_constant
 
+LOG_METHODS = ("debug", "info", "warn", "error", "exception", "critical", "log")
 MARK = torch.ops.shardc.mark.default
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -159,13 +160,15 @@ def by_dynamo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """The captured forward, and the context AOTAutograd must run it in."""
     root = _root(module)
     config: Any = torch._dynamo.config
+    # Those that libraries add to Logger too, such as warning_once.
+    logs = {method for name, method in vars(logging.Logger).items() if name.startswith(LOG_METHODS)}
     options = {
         "allow_rnn": True,
         "assume_static_by_default": True,
         "automatic_dynamic_shapes": False,
         "specialize_int": True,
         "specialize_float": True,
-        "ignore_logger_methods": {*config.ignore_logger_methods, print, warnings.warn},
+        "ignore_logging_functions": {*config.ignore_logging_functions, print, warnings.warn, *logs},
         "side_effect_replay_policy": "silent",
     }
     with config.patch(**options), get_metrics_context(), dynamo_timed("fullgraph_capture"):
@@ -324,6 +327,8 @@ class _Stamp(TorchDispatchMode):
             code = frame.f_code
             if not line and outside_torch(code.co_filename):
                 line = f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n'
+            if code.co_filename == __file__ and code.co_name == "call":
+                break  # further out is who asked for the trace
             receiver = frame.f_locals.get("self")
             if not owner and id(receiver) in self._fqns and isinstance(receiver, nn.Module):
                 owner = id(receiver)

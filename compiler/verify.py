@@ -91,8 +91,16 @@ def _check_collective(node: Node, move: Call, before: Spec, after: Spec, mesh: M
         c.local_slice: was == "whole" and now == "split",
         c.make_partial: was == "whole" and now == "pending",
     }
-    if not legal[move.target] or before.without(axis, mesh) != after.without(axis, mesh):
+    split = [layout for layout in (before, after) if layout.dim_of(axis) is not None]
+    named = [layout.dim_of(axis) for layout in split] == [a for a in move.args[1:] if isinstance(a, int)]
+    inner = all(_innermost(layout, axis) for layout in split)
+    if not (legal[move.target] and named and inner) or before.without(axis, mesh) != after.without(axis, mesh):
         raise _broken(node, f"cannot turn {before} into {after}")
+
+
+def _innermost(layout: Spec, axis: str) -> bool:
+    """Whether no other mesh dim splits what this one splits: pieces of pieces cannot be moved first."""
+    return all(part.axes[-1] == axis for dim in layout.dims for part in dim if axis in part.axes)
 
 
 def _state(layout: Spec, axis: str) -> str:

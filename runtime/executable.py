@@ -6,7 +6,8 @@ door and gets its gradient back as a DTensor of the same layout; no operator is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,23 +54,41 @@ class Executable:
     def __call__(self, inputs: Flat) -> tuple[list[Any], list[Any]]:
         """(outputs, mutations): outputs carry autograd's graph where the program has a backward half."""
         count = len(self.signature.indices(OutputKind.OUTPUT))
-        if not self.signature.indices(InputKind.TANGENT):
-            results, _ = self.engine.forward(inputs)
-        else:
-            results = list(_Run.apply(self, *inputs))
+        with _casts_as_traced():
+            results = self._results(inputs)
         return results[:count], results[count:]
+
+    def _results(self, inputs: Flat) -> list[Any]:
+        if not self.signature.indices(InputKind.TANGENT):
+            return self.engine.forward(inputs)[0]
+        return list(_Run.apply(self, *inputs))
 
     def gradients(self, saved: Sequence[Any], tangents: list[Tensor]) -> list[Tensor | None]:
         """Backward, with what was kept back put in and what is to be kept taken out."""
         names = [self.signature.inputs[i].name for i in self.signature.indices(InputKind.CARRY)]
         carries = [self.ledger.take(name) for name in names]
-        found = self.engine.backward(saved, tangents, carries)
+        with _casts_as_traced():
+            found = self.engine.backward(saved, tangents, carries)
         for i, name in self.kept.items():
             gradient = found[i]
             if gradient is not None:
                 self.ledger.keep(name, gradient)
                 found[i] = None
         return found
+
+
+@contextmanager
+def _casts_as_traced() -> Iterator[None]:
+    """Autocast off: its casts are in the traced program, and must not be made twice."""
+    with ExitStack() as stack:
+        for kind, _ in autocast_state():
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
+    """The device kinds that autocast is on for here, and to what."""
+    return tuple((k, torch.get_autocast_dtype(k)) for k in ("cpu", "cuda") if torch.is_autocast_enabled(k))
 
 
 class _Run(torch.autograd.Function):

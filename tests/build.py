@@ -84,8 +84,9 @@ class _Tracer(GraphAppendingTracer):
             values, named = map_arg((args, kwargs), val)
             chosen = torch._C._jit_resolve_packet(target._qualified_op_name, *values, **named)
             target = getattr(target, chosen or "default")
-        packet = getattr(target, "overloadpacket", target)
-        node = super().create_node(kind, target, args, kwargs, name or packet.__name__, type_expr)
+        if isinstance(target, torch._ops.OpOverload):
+            name = target.overloadpacket.__name__
+        node = super().create_node(kind, target, args, kwargs, name or target.__name__, type_expr)
         _describe(node, self.mesh, self._stage)
         return node
 

@@ -183,7 +183,8 @@ def rule(op: Any, text: str | None = None, **options: Any) -> Any:
     """Register an operator's rule: `rule(op, "m k, k n -> m n", sum="k")`, or as a decorator of a function
     that is called with the operator's arguments and returns `parse(...)`.
 
-    op: an OpOverload, an OpOverloadPacket (its default overload), a `torch.library.custom_op`, or "ns::name".
+    op: an OpOverload, an OpOverloadPacket (its default overload), a `torch.library.custom_op`,
+        "ns::name" or "ns::name.overload".
     Raises RuleError where the line contradicts itself.
     """
     target = overload(op)
@@ -202,8 +203,10 @@ def rule(op: Any, text: str | None = None, **options: Any) -> Any:
 def overload(op: Any) -> Any:
     """The OpOverload that traced graphs call for `op`."""
     if isinstance(op, str):
-        namespace, name = op.split("::")
-        op = getattr(getattr(torch.ops, namespace), name)
+        namespace, _, name = op.partition("::")
+        packet, _, which = name.partition(".")
+        op = getattr(getattr(torch.ops, namespace), packet)
+        op = getattr(op, which) if which else op
     op = getattr(op, "_opoverload", op)  # what torch.library.custom_op returns wraps it
     return op.default if hasattr(op, "overloads") else op
 

@@ -287,6 +287,7 @@ def test_lstm():
     check(Recurrent(), torch.randn(2, 3, 4, requires_grad=True))
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize(
     "kind, options", [(nn.GRU, {}), (nn.RNN, {}), (nn.LSTM, {"bidirectional": True}), (nn.LSTM, {"proj_size": 2})]
 )
