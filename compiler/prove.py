@@ -8,7 +8,7 @@ ends, the second the third at every value, on every rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,10 +45,10 @@ def prove(program: Program, args: Sequence[Any], kwargs: dict[str, Any]) -> floa
     reference: dict[str, Any] = {}
     torch.set_rng_state(state)
     ends = _global_run(program, flat, reference)
-    scales = _scales(program, reference)
-    _compare_ends(program, ends, outputs, gradients, scales)
+    ways = _ways(program, reference)
+    _compare_ends(program, ends, outputs, gradients, ways)
     torch.set_rng_state(state)
-    worst = _compare_ranks(program, flat, reference, scales)
+    worst = _compare_ranks(program, flat, reference, ways)
     torch.set_rng_state(after)
     return worst
 
@@ -63,12 +63,23 @@ def _global_run(program: Program, flat: list[Tensor], reference: dict[str, Any])
         return Recorder(program.global_gm, garbage_collect_values=False).run(*[x.detach() for x in flat])
 
 
-def _scales(program: Program, reference: dict[str, Any]) -> dict[str, float]:
-    """The largest element on the way to each value of the graph at global shapes."""
-    out: dict[str, float] = {}
+class Way(NamedTuple):
+    """What lies on the way to a value: the largest element, and the coarsest dtype that rounded."""
+
+    largest: float = 0.0
+    dtype: torch.dtype = torch.float64
+
+
+def _ways(program: Program, reference: dict[str, Any]) -> dict[str, Way]:
+    """The way to each value of the graph at global shapes."""
+    out: dict[str, Way] = {}
     for node in program.global_gm.graph.nodes:
-        own = [_largest(t) for t in tensors_in(reference.get(node.name))] if node.op != "output" else []
-        out[node.name] = max([*own, *(out[n.name] for n in node.all_input_nodes)], default=0.0)
+        values = tensors_in(reference.get(node.name)) if node.op != "output" else []
+        real = [t for t in values if t.is_floating_point() or t.is_complex()]
+        behind = [out[n.name] for n in node.all_input_nodes]
+        dtypes = [*(t.dtype.to_real() for t in real), *(w.dtype for w in behind)]
+        largest = max([*map(_largest, values), *(w.largest for w in behind)], default=0.0)
+        out[node.name] = Way(largest, max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float64))
     return out
 
 
@@ -77,16 +88,16 @@ def _largest(x: Tensor) -> float:
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
-def _allowed(want: Tensor, scale: float) -> float:
+def _allowed(want: Tensor, way: Way) -> float:
     """How far from `want` a value may be; nothing for integers."""
     if not (want.is_floating_point() or want.is_complex()):
         return 0.0
-    real = want.dtype.to_real()
-    return TOLERANCE[real] * _largest(want) + ROUNDINGS * torch.finfo(real).eps * scale
+    real = max(want.dtype.to_real(), way.dtype, key=lambda d: torch.finfo(d).eps)
+    return TOLERANCE[real] * _largest(want) + ROUNDINGS * torch.finfo(real).eps * way.largest
 
 
 def _compare_ends(
-    program: Program, ends: Sequence[Any], outputs: list, gradients: dict[int, Any], scales: dict[str, float]
+    program: Program, ends: Sequence[Any], outputs: list, gradients: dict[int, Any], ways: dict[str, Way]
 ) -> None:
     """The traced graph against the original module."""
     returned = output_node(program.global_gm).args[0]
@@ -97,7 +108,7 @@ def _compare_ends(
             continue
         times = 1 if entry.kind is OutputKind.OUTPUT else program.average
         difference = _difference(have * times if times > 1 else have, want)
-        if difference > _allowed(want, times * scales[node.name]):
+        if difference > times * _allowed(want / times if times > 1 else want, ways[node.name]):
             what = f"{entry.kind.value} {entry.name or ''}".strip()
             raise ShardingError(
                 f"%{node.name}, {what}, differs from the original module by {difference:.1e}",
@@ -106,7 +117,7 @@ def _compare_ends(
             )
 
 
-def _compare_ranks(program: Program, flat: list[Tensor], reference: dict[str, Any], scales: dict[str, float]) -> float:
+def _compare_ranks(program: Program, flat: list[Tensor], reference: dict[str, Any], ways: dict[str, Way]) -> float:
     """All ranks, simulated, against the graph at global shapes; value by value, in program order."""
     mesh, worst = program.mesh, 0.0
     coords = [mesh.coords(r) for r in range(mesh.size)]
@@ -124,7 +135,7 @@ def _compare_ranks(program: Program, flat: list[Tensor], reference: dict[str, An
         values = tensors_in(reference[name])
         for i, (want, layout) in enumerate(zip(values, specs(node), strict=False)):
             have = [tensors_in(p)[i] for p in pieces]
-            worst = max(worst, _check(node, have, want, layout, program, scales[name]))
+            worst = max(worst, _check(node, have, want, layout, program, ways[name]))
 
     try:
         with torch.no_grad():
@@ -136,17 +147,17 @@ def _compare_ranks(program: Program, flat: list[Tensor], reference: dict[str, An
             where=last.meta.get("where", "") if last else "",
             excerpt=excerpt(last) if last else "",
         ) from error
-    _compare_returned(program, found, reference, scales)
+    _compare_returned(program, found, reference, ways)
     return worst
 
 
-def _compare_returned(program: Program, found: list[Any], reference: dict[str, Any], scales: dict[str, float]) -> None:
+def _compare_returned(program: Program, found: list[Any], reference: dict[str, Any], ways: dict[str, Way]) -> None:
     """What leaves the program is laid out as it was decided, whatever the last steps are now."""
     ends = [output_node(gm).args[0] for gm in (program.global_gm, program.gm)]
     for want, have, pieces in zip(*ends, found, strict=True):  # pyright: ignore[reportArgumentType]
         if isinstance(want, Node) and isinstance(have, Node):
             layout, name = specs(want)[0], f"%{want.name}, as it is returned,"
-            _check(have, pieces, reference[want.name], layout, program, scales[want.name], name)
+            _check(have, pieces, reference[want.name], layout, program, ways[want.name], name)
 
 
 def _origin(node: Node, origin: dict[str, str], reference: dict[str, Any]) -> str:
@@ -161,7 +172,7 @@ def _origin(node: Node, origin: dict[str, str], reference: dict[str, Any]) -> st
 
 
 def _check(
-    node: Node, pieces: list[Tensor], want: Tensor, layout: Spec, program: Program, scale: float, name: str = ""
+    node: Node, pieces: list[Tensor], want: Tensor, layout: Spec, program: Program, way: Way, name: str = ""
 ) -> float:
     """The largest difference on any rank, as a part of the largest value on the way."""
     mesh, name = program.mesh, name or f"%{node.name}"
@@ -174,10 +185,10 @@ def _check(
     else:
         worst = max(_difference(p, cut(want, layout, mesh, mesh.coords(r))) for r, p in enumerate(pieces))
     travelled = want.to(node.meta.get("wire", want.dtype))
-    if worst > _allowed(travelled, scale):
+    if worst > _allowed(travelled, way):
         largest = f"its largest value being {_largest(want):.1e}"
         raise _differs(node, f"{name} differs from one device by {worst:.1e}, {largest}")
-    return worst / max(scale, 1e-30)
+    return worst / max(way.largest, 1e-30)
 
 
 def _differs(node: Node, what: str) -> ShardingError:

@@ -145,10 +145,12 @@ def _users(node: Node) -> list[Node]:
 
 def _definition(module: nn.Module, path: str) -> Source:
     """Where the forward of a module's class is written: all there is for a torch.nn module by itself."""
-    owner = type(module.get_submodule(path))
-    code = getattr(inspect.unwrap(owner.forward), "__code__", None)
+    found = module.get_submodule(path)
+    owner = type(found)
+    scripted = isinstance(found, torch.jit.ScriptModule)
+    code = None if scripted else getattr(inspect.unwrap(owner.forward), "__code__", None)
     if code is None:
-        return Source("<unknown>", 0, owner.__name__)
+        return Source("<unknown>", 0, getattr(found, "original_name", owner.__name__))
     return Source(code.co_filename, code.co_firstlineno, code.co_name)
 
 

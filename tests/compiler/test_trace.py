@@ -22,6 +22,7 @@ from shardc.compiler.trace import trace
 from tests.compiler.eager import check, held
 from tests.compiler.test_trace_zoo import GPT, MLP, Aliasing, Checkpointed, ConvNet, Partial, ScriptedChild
 
+log = logging.getLogger(__name__)
 HERE = Path(__file__).name
 SAMPLES = {
     "mlp": lambda: (MLP(), torch.randn(3, 6, requires_grad=True)),
@@ -399,7 +400,7 @@ def test_tracing_is_silent(capfd):
         def forward(self, x):
             print("shape", x.shape)
             warnings.warn("careful", stacklevel=1)
-            logging.getLogger("chatty").error("loud")
+            log.error("loud")
             with torch.profiler.record_function("scope"):
                 return x + 1
 
