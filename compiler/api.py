@@ -89,9 +89,6 @@ def _mesh(mesh: Any, plan: Any, model: nn.Module) -> tuple[Mesh, DeviceMesh | No
         return mesh, None
     if mesh is None:
         names = mesh_dims(plan, model) or ("tp",)
-        if len(names) > 1:
-            line = f"init_device_mesh(device_type, (..., ...), mesh_dim_names={names})"
-            raise PlanError(f"a plan of the mesh dims {', '.join(names)} needs a mesh", help=f"pass mesh={line}")
         mesh = default_device_mesh(names)
         if mesh is None:
             return Mesh(**{names[0]: 1}), None

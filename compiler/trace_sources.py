@@ -56,7 +56,8 @@ def innermost(stack_trace: str) -> Source | None:
 def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
     """Sets where, file, line, path, phase, recompute and custom on every node; torch's own such keys are dropped."""
     nodes = [node for node in graph.nodes if node.op == "call_function"]
-    fqns = {str(id(owner)): fqn for fqn, owner in module.named_modules()}
+    owners = dict(module.named_modules())
+    fqns = {str(id(owner)): fqn for fqn, owner in owners.items()}
     forward = _forward_by_number(nodes)
     sources = {node: _source(node, forward) for node in nodes}
     paths = {node: _path(node, forward, fqns) for node in nodes}
@@ -65,7 +66,7 @@ def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
     backward = _backward(graph, signature)
     for node in nodes:
         path = inherited_paths[node] or ""
-        source = inherited_sources[node] or _definition(module, path)
+        source = inherited_sources[node] or _definition(owners[path])
         recompute = _region(node)
         custom = node.meta.get("custom") or _origin(node, forward).meta.get("custom")
         node.meta = {
@@ -143,14 +144,13 @@ def _users(node: Node) -> list[Node]:
     return list(node.users)
 
 
-def _definition(module: nn.Module, path: str) -> Source:
+def _definition(module: nn.Module) -> Source:
     """Where the forward of a module's class is written: all there is for a torch.nn module by itself."""
-    found = module.get_submodule(path)
-    owner = type(found)
-    scripted = isinstance(found, torch.jit.ScriptModule)
+    owner = type(module)
+    scripted = isinstance(module, torch.jit.ScriptModule)
     code = None if scripted else getattr(inspect.unwrap(owner.forward), "__code__", None)
     if code is None:
-        return Source("<unknown>", 0, getattr(found, "original_name", owner.__name__))
+        return Source("<unknown>", 0, getattr(module, "original_name", owner.__name__))
     return Source(code.co_filename, code.co_firstlineno, code.co_name)
 
 
