@@ -12,12 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardc.compiler.compiled import CompiledModule
 from shardc.compiler.errors import PlanError
-from shardc.compiler.layout import Precision
+from shardc.compiler.layout import Precision, bad_option
 from shardc.compiler.lowering import Lowering, held
+from shardc.compiler.match import did_you_mean, find
 from shardc.compiler.mesh import Mesh
+from shardc.compiler.plan import call_site, warn_user
 from shardc.compiler.program import Program
 from shardc.compiler.resolve import mesh_dims, resolve
 from shardc.compiler.resolved import Resolved
+from shardc.compiler.wording import shown
 from shardc.runtime.groups import default_device_mesh
 from shardc.runtime.ranks import Ranks
 from shardc.runtime.state import broadcast, shard_parameter, whole
@@ -52,26 +55,60 @@ def compile(
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
     the first call or `lower`, for a module that cannot be traced or sharded so.
     """
-    _check_options(model, precision, rng, backend, dynamic, init)
-    if model in _COMPILED:
-        raise PlanError("this module is compiled already", help="keep what the first compile returned and call that")
-    integers, device_mesh = _mesh(mesh, plan, model)
-    resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
-    _refuse_meta(model)
+    try:
+        _check_model(model)
+        _check_options(precision, rng, backend, dynamic, init)
+        integers, device_mesh = _mesh(mesh, plan, model)
+        _check_source(src_data_rank, integers)
+        patterns = _patterns(recompute, model, strict)
+        resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
+        _refuse_meta(model)
+    except PlanError as error:
+        raise error.at(call_site()) from None
     ranks = Ranks(device_mesh) if device_mesh is not None else None
     if ranks is not None:
         _take_over(model, resolved, ranks, src_data_rank)
-    _COMPILED.add(model)
-    patterns = (recompute,) if isinstance(recompute, str) else tuple(recompute or ())
+    _COMPILED.update(model.modules())
     lowering = Lowering(model, resolved, integers, ranks, lambda: _whole_values(model), strict, patterns)
     return CompiledModule(model, lowering)
 
 
-def _check_options(model: Any, precision: Any, rng: Any, backend: Any, dynamic: bool, init: Any) -> None:
+def _check_model(model: Any) -> None:
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise PlanError(f"compile was given the class {model.__name__}", help=f"build it first: {model.__name__}(...)")
     if not isinstance(model, nn.Module):
-        raise PlanError(f"compile takes an nn.Module, not {type(model).__name__}")
+        raise PlanError(f"compile takes an nn.Module, not {shown(model)}", help="write compile(model, plan, mesh=mesh)")
+    for fqn, module in model.named_modules():
+        if module in _COMPILED or isinstance(module, CompiledModule):
+            raise PlanError(
+                f"{fqn or 'this module'} is compiled already",
+                help="compile the outermost module once, with one plan, and call what compile returned",
+            )
+
+
+def _check_source(rank: Any, mesh: Mesh) -> None:
+    if rank is not None and (not isinstance(rank, int) or not 0 <= rank < mesh.size):
+        raise bad_option("src_data_rank", rank, f"a rank of the mesh, below {mesh.size}, or None")
+
+
+def _patterns(recompute: Any, model: nn.Module, strict: bool) -> tuple[str, ...]:
+    """Patterns of the modules to recompute. One that matches nothing is warned of, or with `strict` an error."""
+    found = (recompute,) if isinstance(recompute, str) else () if recompute is None else recompute
+    if not isinstance(found, (tuple, list)) or not all(isinstance(pattern, str) for pattern in found):
+        raise bad_option("recompute", recompute, "a pattern of module names, or several")
+    names = [name for name, _ in model.named_modules()]
+    for pattern in found:
+        if not find(pattern, names):
+            what, help = f'recompute "{pattern}" matches nothing', did_you_mean(pattern, names)
+            if strict:
+                raise PlanError(what, help=help)
+            warn_user(f"{what}; {help}")
+    return tuple(found)
+
+
+def _check_options(precision: Any, rng: Any, backend: Any, dynamic: bool, init: Any) -> None:
     if rng not in ("counter", "replay"):
-        raise PlanError(f"rng={rng!r}", help='write rng="counter" or rng="replay"')
+        raise bad_option("rng", rng, '"counter" or "replay"')
     unsupported = {
         "precision": precision is not None,
         "backend": backend != "eager",
@@ -94,7 +131,7 @@ def _mesh(mesh: Any, plan: Any, model: nn.Module) -> tuple[Mesh, DeviceMesh | No
             return Mesh(**{names[0]: 1}), None
     if not isinstance(mesh, DeviceMesh):
         raise PlanError(
-            f"mesh is {type(mesh).__name__}",
+            f"mesh is {shown(mesh)}, which is no mesh",
             help="pass a torch DeviceMesh (init_device_mesh) or shardc.Mesh(dp=2, tp=2)",
         )
     return Mesh.of(mesh), mesh

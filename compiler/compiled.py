@@ -75,6 +75,11 @@ class CompiledModule(nn.Module):
         finally:
             self.__dict__["_sync"] = True
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any module; gradients kept at unsynchronised steps are forgotten too."""
+        super().zero_grad(set_to_none)
+        self._lowering.kept.clear()
+
     def _variant(self) -> Any:
         if self._lowering.ranks is None or not torch.is_grad_enabled():
             return "reduce"  # simulated ranks: a kept sum and a reduced one are the same global tensor

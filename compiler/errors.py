@@ -1,5 +1,7 @@
 """The errors users see: what is wrong, where in their source, and what to do about it."""
 
+from typing import Self
+
 
 class _Located(ValueError):
     """An error whose whole text is composed once: what, where, graph excerpt, rule, help."""
@@ -17,6 +19,12 @@ class _Located(ValueError):
         if help:
             lines.append(f"   = help: {help}")
         super().__init__("\n".join(lines))
+
+    def at(self, where: str) -> Self:
+        """The same error, pointing at a line if it does not yet."""
+        if self.where:
+            return self
+        return type(self)(self.what, where=where, excerpt=self.excerpt, rule=self.rule, help=self.help)
 
 
 class ShardingError(_Located):

@@ -159,11 +159,21 @@ def is_random(node: Node) -> bool:
         return False
     names = [a.name for a in node.target._schema.arguments]  # pyright: ignore
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return given.get("dropout_p", None) != 0
+    return bool(given.get("dropout_p", None) != 0)
 
 
 def output_node(gm: GraphModule) -> Node:
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+
+
+def returned(gm: GraphModule) -> list[Any]:
+    """What the graph returns: nodes, or None where there is no value."""
+    return list(output_node(gm).args[0])  # pyright: ignore[reportArgumentType]
+
+
+def arguments(node: Node) -> tuple[Any, ...]:
+    """A call's positional arguments; torch.fx's own type for them allows everything, and so nothing."""
+    return node.args
 
 
 def placeholders(gm: GraphModule) -> list[Node]:

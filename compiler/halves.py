@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.graph import is_random, move_of, output_node
+from shardc.compiler.graph import is_random, move_of, returned
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 
@@ -30,21 +30,21 @@ class Halves:
 
 def halves(gm: GraphModule, signature: Signature) -> Halves:
     """Split a joint graph of any stage; without gradients there is no backward half."""
-    returned = output_node(gm).args[0]
+    ends = returned(gm)
     first = signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)
     last = signature.indices(OutputKind.GRADIENT)
-    forward = _ancestors([returned[i] for i in first])
+    forward = _ancestors([ends[i] for i in first])
     # Results of a forward call that only backward needs are taken apart in forward: tensors are saved, not tuples.
     forward |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in forward}
-    gradients = [returned[i] for i in last]
+    gradients = [ends[i] for i in last]
     late = signature.indices(InputKind.TANGENT, InputKind.CARRY)
     tangents = {signature.inputs[i].node for i in late}
     if not tangents:
-        return Halves(_forward(gm, forward, [returned[i] for i in first], tangents), None, ())
+        return Halves(_forward(gm, forward, [ends[i] for i in first], tangents), None, ())
     changed = {signature.inputs[signature.outputs[i].of or 0].node for i in signature.indices(OutputKind.MUTATION)}
     again = {n for n in forward if _may_run_again(n, changed) and not _leaves_region(n, forward)}
     body, saved = _backward_nodes(gradients, forward, again, tangents)
-    front = _forward(gm, forward, [*(returned[i] for i in first), *saved], tangents)
+    front = _forward(gm, forward, [*(ends[i] for i in first), *saved], tangents)
     back = _graph(gm, [*saved, *(n for n in gm.graph.nodes if n.name in tangents)], body, gradients)
     return Halves(front, back, tuple(n.name for n in saved))
 

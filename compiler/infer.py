@@ -7,7 +7,6 @@ extends and never invents: a factor is split only if some operand already is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -122,7 +121,7 @@ def _choose(
     joining = held | _small(state, max((nbytes[i] for i in held), default=0), nbytes)
     group = next((g for g in rule.linear if g <= joining and g & held), frozenset())
     proposals: dict[str | None, float] = {}
-    if group and _is_worth_passing(rule, specs, held & group):
+    if group:
         proposals[PENDING] = _cost(PENDING, axis, rule, state, group, nbytes, mesh)
     for s in state:
         if s not in (None, "lost", "pending") and s not in proposals:
@@ -144,15 +143,6 @@ def _small(state: Sequence[str | None], size: int, nbytes: Sequence[int]) -> set
     """Whole operands smaller than the pending one, such as a bias: one rank adds it for all, and the sum stays
     pending until something needs it whole or split."""
     return {i for i, (s, n) in enumerate(zip(state, nbytes, strict=True)) if s is None and n < size}
-
-
-def _is_worth_passing(rule: OpRule, specs: Sequence[Spec], held: frozenset[int] | set[int]) -> bool:
-    """Whether reducing later costs no more: one result, no larger than the pending operand it comes from."""
-    if len(rule.results) != 1:
-        return False
-    sizes = dict(rule.sizes)
-    result = math.prod(sizes[name] for dim in rule.results[0] for name in dim)
-    return result <= max(math.prod(specs[i].shape) for i in held)
 
 
 def _state(axis: str, spec: Spec, factors: dict[str, Dim]) -> str | None:

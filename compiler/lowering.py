@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.carry import add_carries
 from shardc.compiler.errors import PlanError
-from shardc.compiler.graph import is_random, output_node, placeholders
+from shardc.compiler.graph import is_random, placeholders, returned
 from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.original import Original
@@ -46,19 +46,30 @@ class Kept:
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
         self._specs: dict[str, Spec] = {}
+        self._due: dict[str, None] = {}  # whose unsynchronised forward has run, and perhaps not its backward
 
     def declare(self, name: str, spec: Spec) -> None:
         """In which layout the program at hand leaves a parameter's gradient."""
         self._specs[name] = spec
 
+    def expect(self, names: Iterable[str]) -> None:
+        self._due |= dict.fromkeys(names)
+
     def keep(self, name: str, gradient: Tensor) -> None:
         self._tensors[name] = self._tensors[name] + gradient if name in self._tensors else gradient
 
     def take(self, name: str) -> Tensor | None:
+        self._due.pop(name, None)
         return self._tensors.pop(name, None)
 
+    def clear(self) -> None:
+        """Forget what was kept, as `zero_grad` does to what is in `.grad`."""
+        self._tensors.clear()
+        self._due.clear()
+
     def layouts(self) -> tuple[tuple[str, Spec], ...]:
-        return tuple((name, self._specs[name]) for name in self._tensors)
+        """Those that the next synchronised backward must take in, in the order in which programs declared them."""
+        return tuple((name, spec) for name, spec in self._specs.items() if name in self._tensors or name in self._due)
 
 
 @dataclass
@@ -154,12 +165,12 @@ class Lowering:
     def _gradients(self, program: Program) -> tuple[dict[int, Callable[[Tensor], Tensor]], dict[int, str]]:
         """Which gradients become DTensors (those of parameters held as shards), and which are kept back."""
         assert self.ranks is not None
-        wraps, kept, returned = {}, {}, output_node(program.gm).args[0]
+        wraps, kept, ends = {}, {}, returned(program.gm)
         for i, place in enumerate(program.signature.indices(OutputKind.GRADIENT)):
             source = program.signature.inputs[program.signature.outputs[place].of or 0]
-            if source.kind is not InputKind.PARAMETER or returned[place] is None:
+            if source.kind is not InputKind.PARAMETER or ends[place] is None:
                 continue
-            spec: Spec = returned[place].meta["spec"]
+            spec: Spec = ends[place].meta["spec"]
             ignored = any(source.name in names for names in self.plan.ignored.values())
             if spec.pending and not ignored:
                 kept[i] = source.name
@@ -258,7 +269,7 @@ def held_info(x: Tensor, plan: Resolved) -> TensorInfo:
     return TensorInfo.of(x)
 
 
-def call_key(modules: Sequence[nn.Module], params: Sequence[Tensor], args: Any, kwargs: Any) -> tuple:
+def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwargs: Any) -> tuple:
     """What decides whether two calls share a program."""
     leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
     described = tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,6 +198,13 @@ def call_site() -> str:
     """`file.py:12` of the nearest caller outside of this package."""
     frame = user_frame()
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def warn_user(text: str) -> None:
+    """A UserWarning at the user's line, however deep this is called from."""
+    frame = user_frame()
+    seen = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=seen)
 
 
 def check_megabytes(value: object, option: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import output_node, placeholders, specs
+from shardc.compiler.graph import placeholders, returned, specs
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.signature import OutputKind
 from shardc.compiler.spec import Spec
@@ -100,10 +100,10 @@ def _compare_ends(
     program: Program, ends: Sequence[Any], outputs: list, gradients: dict[int, Any], ways: dict[str, Way]
 ) -> None:
     """The traced graph against the original module."""
-    returned = output_node(program.global_gm).args[0]
+    ends_of = returned(program.global_gm)
     entries = program.signature.outputs
     expected = [outputs[i] if i < len(outputs) else gradients.get(i) for i in range(len(entries))]
-    for entry, node, have, want in zip(entries, returned, ends, expected, strict=True):
+    for entry, node, have, want in zip(entries, ends_of, ends, expected, strict=True):
         if entry.kind is OutputKind.MUTATION or not isinstance(want, Tensor) or not isinstance(node, Node):
             continue
         times = 1 if entry.kind is OutputKind.OUTPUT else program.average
@@ -153,8 +153,7 @@ def _compare_ranks(program: Program, flat: list[Tensor], reference: dict[str, An
 
 def _compare_returned(program: Program, found: list[Any], reference: dict[str, Any], ways: dict[str, Way]) -> None:
     """What leaves the program is laid out as it was decided, whatever the last steps are now."""
-    ends = [output_node(gm).args[0] for gm in (program.global_gm, program.gm)]
-    for want, have, pieces in zip(*ends, found, strict=True):  # pyright: ignore[reportArgumentType]
+    for want, have, pieces in zip(returned(program.global_gm), returned(program.gm), found, strict=True):
         if isinstance(want, Node) and isinstance(have, Node):
             layout, name = specs(want)[0], f"%{want.name}, as it is returned,"
             _check(have, pieces, reference[want.name], layout, program, ways[want.name], name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from shardc.compiler.forwards import Forward
 from shardc.compiler.layout import unknown_mesh_dim
 from shardc.compiler.match import Index, Unmatched, did_you_mean
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.plan import Entry, Plan, as_plan, call_site, user_frame
+from shardc.compiler.plan import Entry, Plan, as_plan, call_site, warn_user
 from shardc.compiler.resolve_data import Data, from_annotations, from_entry, resolve_data
 from shardc.compiler.resolve_keys import Keyed, resolve_keys
 from shardc.compiler.resolved import ParamLayout, Resolved
@@ -58,10 +57,7 @@ def resolve(
     try:
         return _resolve(plan, module, mesh, inputs, outputs, strict)
     except PlanError as error:
-        if error.where:
-            raise
-        line = plan.where if isinstance(plan, Plan) else call_site()
-        raise PlanError(error.what, where=line, excerpt=error.excerpt, help=error.help) from None
+        raise error.at(plan.where if isinstance(plan, Plan) else call_site()) from None
 
 
 def mesh_dims(plan: object, module: nn.Module) -> tuple[str, ...]:
@@ -144,10 +140,8 @@ def _warn(plan: object, parsed: Plan, work: _Work, strict: bool) -> None:
             work.warnings.append(f"nothing is planned for the mesh dim {axis}: its ranks all do the same")
     elif plan is not None or idle:
         work.warnings.append("the plan is empty: the model runs replicated")
-    frame = user_frame()
-    seen = frame.f_globals.setdefault("__warningregistry__", {})
-    for text in work.warnings:  # at the user's line, however deep this was called from
-        warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=seen)
+    for text in work.warnings:
+        warn_user(text)
 
 
 def _put_together(work: _Work, roots: RootLayouts, data_axes: tuple[str, ...], notes: Notes) -> Resolved:

@@ -302,7 +302,7 @@ def shard_dim(placement: Placement, rank: int) -> int:
 
 
 def _split_strided(spec: Spec, d: int, axis: str, placement: Placement, mesh: Mesh) -> Spec:
-    factor = placement.split_factor if isinstance(placement, _StridedShard) else 1
+    factor = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
     if factor == 1:
         return spec.split(d, axis, mesh)
     if spec.dims[d] != (Part(spec.shape[d]),) or spec.shape[d] % factor:

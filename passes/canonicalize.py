@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -22,7 +23,7 @@ from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.verify import Stage
 
 aten = torch.ops.aten
-PRODUCTS = {
+PRODUCTS: dict[Any, Any] = {
     aten.addmm.default: aten.mm.default,
     aten.baddbmm.default: aten.bmm.default,
     aten.addmv.default: aten.mv.default,

@@ -44,7 +44,8 @@ def _compute_with(param: Node, layout: Spec) -> int:
     """Let every use of a parameter see this layout: its gathers change their target, or it gets a reshard."""
     gathers = [u for u in param.users if u.target is reshard]
     for gather in gathers:
-        gather.args, gather.meta["spec"] = (param, layout), layout
+        gather.args = (param, layout)  # pyright: ignore[reportAttributeAccessIssue]
+        gather.meta["spec"] = layout
     if gathers or spec(param) == layout:
         return len(gathers)
     order = {n: i for i, n in enumerate(param.graph.nodes)}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.graph import INHERITED, call_nodes, shape, val
+from shardc.compiler.graph import INHERITED, arguments, call_nodes, shape, val
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.verify import Stage
 
@@ -39,7 +39,7 @@ class FuseCrossEntropy:
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()
         for node in call_nodes(gm, aten._log_softmax_backward_data.default):
-            gradient, _, dim, dtype = node.args
+            gradient, _, dim, dtype = arguments(node)
             views, loss = _through_views(gradient)
             if loss.target in LOSSES and _is_class_dim(node, loss, dim) and val(node).dtype == dtype:
                 _rewrite(node, loss, views, dim % len(shape(node)))
@@ -73,7 +73,7 @@ def _count(sizes: tuple[int, ...]) -> int:
 
 
 def _rewrite(node: Node, loss: Node, views: list[Node], dim: int) -> None:
-    go, _, target, weight, reduction, ignored, total = loss.args
+    go, _, target, weight, reduction, ignored, total = arguments(loss)
     emit = _Emitter(node)
     kept = emit(aten.ne.Scalar, target, ignored)
     safe = emit(aten.mul.Tensor, target, kept)

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import reshard
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import call_nodes, insert, map_operands, operands, spec
+from shardc.compiler.graph import arguments, call_nodes, insert, map_operands, operands, spec
 from shardc.compiler.marks import MARK
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.spec import Spec
@@ -70,7 +70,7 @@ def _reshard(value: Node, needed: Spec, user: Node, made: dict, changes: Counter
 
 
 def _replace_mark(node: Node, changes: Counter) -> None:
-    value = node.args[0]
+    value = arguments(node)[0]
     if spec(value) == spec(node):
         node.replace_all_uses_with(value)
     else:

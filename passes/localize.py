@@ -81,7 +81,7 @@ def _replace(gm: GraphModule, node: Node, result: Any) -> None:
     if isinstance(result, Node):
         meta = {k: v for k, v in node.meta.items() if k not in ("rule", "wants")}
         if result is not node:
-            result.meta = {**meta, "made_by": result.meta.get("made_by", node.meta.get("made_by"))}
+            result.meta = {**meta, "origin": node.name, "made_by": result.meta.get("made_by", node.meta.get("made_by"))}
             node.replace_all_uses_with(result)
             gm.graph.erase_node(node)
         return
@@ -90,7 +90,7 @@ def _replace(gm: GraphModule, node: Node, result: Any) -> None:
             raise AssertionError(f"{user.name} takes all results of {node.name} at once")
         new = result[user.args[1]]
         if isinstance(new, Node):
-            new.meta = {**user.meta, "made_by": "localize"}
+            new.meta = {**user.meta, "origin": user.name, "made_by": "localize"}
         user.replace_all_uses_with(new)
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from shardc.compiler import collectives
 from shardc.compiler.collectives import reshard
 from shardc.compiler.cost import ways
-from shardc.compiler.graph import call_nodes, insert, spec, tensors
+from shardc.compiler.graph import arguments, call_nodes, insert, spec, tensors
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.verify import Stage
 
@@ -29,7 +29,7 @@ class LowerReshards:
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()
         for node in call_nodes(gm, reshard):
-            value, target = node.args
+            value, target = arguments(node)
             itemsize = tensors(value)[0].element_size()
             with gm.graph.inserting_before(node):
                 for move in ways(spec(value), target, itemsize, ctx.mesh):

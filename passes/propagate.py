@@ -20,7 +20,17 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import reshard
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import call_nodes, nbytes, operands, result_number, set_specs, spec, specs, target_name
+from shardc.compiler.graph import (
+    arguments,
+    call_nodes,
+    nbytes,
+    operands,
+    result_number,
+    set_specs,
+    spec,
+    specs,
+    target_name,
+)
 from shardc.compiler.infer import call_rule, decide_node
 from shardc.compiler.marks import MARK
 from shardc.compiler.mesh import Mesh
@@ -55,12 +65,12 @@ class Propagate:
 
 
 def _pick(node: Node) -> None:
-    source, index = node.args
+    source, index = arguments(node)
     node.meta["spec"] = specs(source)[result_number(source, index)]
 
 
 def _call(node: Node, ctx: Context, unknown: Counter) -> None:
-    arriving = [_arriving(n) for n in operands(node)]
+    arriving = [_arriving(n, ctx) for n in operands(node)]
     decision = decide_node(node, arriving, ctx.mesh)
     if call_rule(node) is None and any(not s.is_whole for s in arriving):
         unknown[target_name(node.target)] += 1
@@ -70,18 +80,19 @@ def _call(node: Node, ctx: Context, unknown: Counter) -> None:
     set_specs(node, decision.results)
 
 
-def _arriving(value: Node) -> Spec:
+def _arriving(value: Node, ctx: Context) -> Spec:
     """A value's layout as its users meet it: a pending sum travels on only where what is made of it is no larger
-    in all, since each of that would have to be summed instead."""
+    in all, since each of that would have to be summed instead. Over data-parallel mesh dims it always does, up to
+    the gradients of parameters: there it is put off and put together with others."""
     layout = spec(value)
     if not layout.pending or sum(nbytes(user) for user in value.users) <= nbytes(value):
         return layout
-    return Spec(layout.dims)
+    return layout.with_pending({a: op for a, op in layout.pending if a in ctx.plan.data_axes}, ctx.mesh)
 
 
 def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:
     """A module boundary or constraint: forward takes the layout wished for, backward that of what it came from."""
-    x, key = node.args
+    x, key = arguments(node)
     if key.endswith("|grad"):
         calls = forward.get(key.removesuffix("|grad"), [])
         partner = calls.pop() if len(calls) > 1 else calls[0] if calls else None
@@ -100,8 +111,8 @@ def _transposed(gradient: Spec, mark: Node, mesh: Mesh) -> Spec:
 
     A gradient still pending where a value entered a module stays so: it can be summed with its siblings first.
     """
-    before, after = spec(mark.args[0]), spec(mark)
-    entering = "|in|" in mark.args[1]
+    x, key = arguments(mark)
+    before, after, entering = spec(x), spec(mark), "|in|" in key
     for axis, *_ in mark.meta.get("wish", ()):
         if before.dim_of(axis) == after.dim_of(axis) and before.reduction(axis) == after.reduction(axis):
             continue

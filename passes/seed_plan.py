@@ -25,8 +25,8 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.borders import input_layout, output_layout
 from shardc.compiler.collectives import reshard
 from shardc.compiler.errors import PlanError
-from shardc.compiler.graph import call_nodes, insert, output_node, placeholders, shape, spec
-from shardc.compiler.marks import CONSTRAIN, MARK, parse_key
+from shardc.compiler.graph import arguments, call_nodes, insert, output_node, placeholders, returned, shape, spec
+from shardc.compiler.marks import CONSTRAIN, MARK, MarkKey, parse_key
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.signature import Input, InputKind, Output, OutputKind
 from shardc.compiler.spec import REPLICATE, Spec, from_placements
@@ -51,7 +51,7 @@ class SeedPlan:
         for entry in ctx.signature.inputs:
             if entry.kind is InputKind.TANGENT:
                 # Each rank's summand of a pending output has the whole gradient.
-                nodes[entry.node].meta["spec"] = Spec(outputs[entry.of].dims)
+                nodes[entry.node].meta["spec"] = Spec(outputs[entry.of or 0].dims)
             elif entry.kind is InputKind.CARRY:
                 nodes[entry.node].meta["spec"] = ctx.carries[entry.name]
         _fix_outputs(gm, outputs, ctx)
@@ -64,27 +64,28 @@ class SeedPlan:
 
 def _wish(mark: Node, ctx: Context) -> bool:
     """What the plan or the user's `constrain` says of a mark: (mesh dim, placement, open, reason) entries."""
-    key = parse_key(mark.args[1])
+    text: str = arguments(mark)[1]
+    key = parse_key(text)
     if key.grad:
         return False
     if key.kind == CONSTRAIN:
         layout = ctx.plan.constraint(key.text)
         wishes = tuple((axis, p, False, "constrain") for axis, p in layout.items())
     else:
-        said = ctx.plan.at(mark.args[1])
+        said = ctx.plan.at(text)
         wishes = tuple((b.axis, b.desired, b.open, b.key) for b in said if b.desired is not None)
     for axis, placement, *_ in wishes:
-        _fits(mark, axis, placement, ctx)
+        _fits(mark, key, axis, placement, ctx)
     mark.meta["wish"] = wishes
     return bool(wishes)
 
 
-def _fits(mark: Node, axis: str, placement: Any, ctx: Context) -> None:
+def _fits(mark: Node, key: MarkKey, axis: str, placement: Any, ctx: Context) -> None:
     try:
         Spec.whole(shape(mark)).place(axis, placement, ctx.mesh)
     except ValueError as error:
         raise PlanError(
-            f"{error}: {mark.args[1].split('|')[0] or 'the root module'} has a value of shape {shape(mark)} there",
+            f"{error}: {key.fqn or 'the root module'} has a value of shape {shape(mark)} there",
             where=mark.meta.get("where", ""),
             help="name a dim that the tensor has",
         ) from None
@@ -121,9 +122,9 @@ def _placed(dims: tuple[int, ...], layout: Mapping[str, Any], ctx: Context, what
 
 def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
     """The layout each user output leaves with, by position among the outputs."""
-    returned = output_node(gm).args[0]
+    ends = returned(gm)
     out: dict[int, Spec] = {}
-    for i, (node, entry) in enumerate(zip(returned, ctx.signature.outputs, strict=True)):
+    for i, (node, entry) in enumerate(zip(ends, ctx.signature.outputs, strict=True)):
         if entry.kind is not OutputKind.OUTPUT or not isinstance(node, Node):
             continue
         layout = output_layout(node, entry, ctx.plan)
@@ -136,21 +137,21 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
     nodes = {n.name: n for n in placeholders(gm)}
     end = output_node(gm)
     ways, scale = _averaging(outputs, ctx), _scaled_outputs(outputs, ctx)
-    returned: list[Any] = list(end.args[0])
+    ends = returned(gm)
     for i, entry in enumerate(ctx.signature.outputs):
-        node = returned[i]
+        node = ends[i]
         if not isinstance(node, Node):
             continue
-        source = ctx.signature.inputs[entry.of] if entry.of is not None else None
+        source = ctx.signature.inputs[entry.of or 0]  # meaningless for an output
         with gm.graph.inserting_before(end):
             if entry.kind is OutputKind.OUTPUT:
-                returned[i] = insert(gm.graph, reshard, (node, outputs[i]), node, why="the layout of an output")
+                ends[i] = insert(gm.graph, reshard, (node, outputs[i]), node, why="the layout of an output")
             elif entry.kind is OutputKind.MUTATION or source.kind is not InputKind.PARAMETER:
                 target = Spec(spec(nodes[source.node]).dims)  # ... and so does each summand of a pending input
-                returned[i] = insert(gm.graph, reshard, (node, target), node, why=f"the layout of {source.name}")
+                ends[i] = insert(gm.graph, reshard, (node, target), node, why=f"the layout of {source.name}")
             else:
-                returned[i] = _gradient(gm, node, entry, source, ways, ctx)
-    end.args = (tuple(returned),)
+                ends[i] = _gradient(gm, node, entry, source, ways, ctx)
+    end.args = (tuple(ends),)
     for i in scale:
         _divide_tangent(gm, nodes, i, outputs[i], ctx)
 

@@ -6,7 +6,7 @@ door and gets its gradient back as a DTensor of the same layout; no operator is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,6 +33,8 @@ class Engine(Protocol):
 
 class Ledger(Protocol):
     """Keeps gradients back at unsynchronised steps, and hands them in at the next synchronised backward."""
+
+    def expect(self, names: Iterable[str]) -> None: ...
 
     def keep(self, name: str, gradient: Tensor) -> None: ...
 
@@ -61,7 +63,9 @@ class Executable:
     def _results(self, inputs: Flat) -> list[Any]:
         if not self.signature.indices(InputKind.TANGENT):
             return self.engine.forward(inputs)[0]
-        return list(_Run.apply(self, *inputs))
+        results = list(_Run.apply(self, *inputs))
+        self.ledger.expect(self.kept.values())  # their backward may come after the next forward
+        return results
 
     def gradients(self, saved: Sequence[Any], tangents: list[Tensor]) -> list[Tensor | None]:
         """Backward, with what was kept back put in and what is to be kept taken out."""
@@ -110,7 +114,7 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         program: Executable = ctx.program
         saved = list(ctx.others)
         for i, value in zip(ctx.tensors, ctx.saved_tensors, strict=True):

@@ -109,7 +109,8 @@ def _all_gather(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
 
 def _reduce_scatter(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     _, after = _layouts(move)
-    dim, axis, op = (*move.args[1:], "sum")[:3]
+    dim, axis, *rest = move.args[1:]
+    op = rest[0] if rest else "sum"
     out: Pieces = [None] * mesh.size
     for group in _groups(mesh, axis):
         total = combine(op, [pieces[r] for r in group])

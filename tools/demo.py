@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import shardc
 from shardc.tools.demo_model import CONTEXT, GPT, next_byte_loss, plan
@@ -70,7 +71,7 @@ def train_rank(rank: int, steps: int) -> Run | None:
     losses, before, after = _train(model, text, steps, rows, _bar("4 ranks", rank == 0), mesh.get_group("dp"))
     seconds = time.perf_counter() - begin
     weights = model.full_state_dict(rank0_only=True)
-    held = sum(x.nbytes for x in (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()))
+    held = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters())
     sizes = [torch.zeros(1, dtype=torch.long) for _ in range(DP * TP)]
     torch.distributed.all_gather(sizes, torch.tensor([held]))
     if rank:

@@ -74,7 +74,6 @@ def test_sizes_of_an_expanded_dim():
     fn = lambda x, y: aten.add(aten.expand(x, [8, 5]), y)  # noqa: E731
     gm = local(fn, x="f32[8@tp, 1]", y="f32[8@tp, 5]")
     assert "aten.expand(%x, [8@tp, 5])" in text(gm, MESH)
-    same_on_all_ranks(fn, x="f64[7@tp, 1]", y="f64[7@tp, 5]") if False else None
     same_on_all_ranks(fn, x="f64[8@tp, 1]", y="f64[8@tp, 5]")
 
 
@@ -102,6 +101,13 @@ return (%tril_default)""")
     same_on_all_ranks(lambda x: aten.tril(x), x="f64[7@tp, 8]")
 
 
+@pytest.mark.parametrize("view", [aten.view, aten._unsafe_view])
+def test_a_view_becomes_a_reshape_even_where_nothing_is_split(view):
+    """What it views may be a piece that lies in memory otherwise than the whole did."""
+    gm = local(lambda x: view(x, [32]), x="f32[8, 4]")
+    assert [n.target for n in gm.graph.nodes][1] is aten.reshape.default
+
+
 def test_steps_inside_an_operator_keep_its_source_and_say_who_made_them():
     gm = build(lambda x: aten.tril(x), MESH, Stage.RESHARDED, x="f32[8@tp, 8]")
     (node,) = gm.graph.find_nodes(op="call_function", target=aten.tril.default)
@@ -115,7 +121,7 @@ def test_steps_inside_an_operator_keep_its_source_and_say_who_made_them():
 
 
 def test_left_alone_calls_on_whole_values():
-    gm = build(heads, MESH, Stage.RESHARDED, x="f32[8, 6]", w="f32[6, 12]")
+    gm = build(lambda x: aten.tril(aten.expand(x, [8, 8])), MESH, Stage.RESHARDED, x="f32[8, 1]")
     before = text(gm, MESH)
     assert not +Counter(apply(Localize(), gm, context(gm, MESH)).changes)
     assert text(gm, MESH) == before
@@ -136,8 +142,12 @@ def test_left_alone_operators_without_a_rule():
 # ---- any call on any layouts
 
 
-def _n(shape: tuple[int, ...], i: int) -> int:
-    return shape[i] if i < len(shape) else 1
+def size(x, i: int) -> int:
+    return x.node.meta["val"].shape[i]
+
+
+def rank(x) -> int:
+    return x.node.meta["val"].dim()
 
 
 CALLS: dict[str, Callable] = {
@@ -148,18 +158,18 @@ CALLS: dict[str, Callable] = {
     "sum all": lambda x: aten.sum(x),
     "amax": lambda x: aten.amax(x, [-1]),
     "flat": lambda x: aten.view(x, [-1]),
-    "flip": lambda x: aten.permute(x, list(reversed(range(x.node.meta["val"].dim())))),
+    "flip": lambda x: aten.permute(x, list(reversed(range(rank(x))))),
     "cat": lambda x: aten.cat([x, aten.neg(x)], 0),
     "outer": lambda x: aten.mul(aten.unsqueeze(x, 0), aten.unsqueeze(x, 1)),
-    "gram": lambda x: aten.mm(aten.view(x, [x.node.meta["val"].shape[0], -1]), aten.t(aten.view(x, [x.node.meta["val"].shape[0], -1]))),
+    "gram": lambda x: aten.mm(aten.view(x, [size(x, 0), -1]), aten.t(aten.view(x, [size(x, 0), -1]))),
     "slice": lambda x: aten.slice(x, 0, 1, 3),
     "select": lambda x: aten.select(x, -1, 0),
     "cumsum": lambda x: aten.cumsum(x, 0),
     "softmax": lambda x: aten.eq(aten._softmax(x, -1, False), aten._softmax(x, -1, False)),
     "where": lambda x: aten.where(aten.gt(x, 0), x, aten.neg(x)),
     "argmax": lambda x: aten.argmax(x, 0),
-    "split": lambda x: aten.split_with_sizes(x, [1, x.node.meta["val"].shape[0] - 1], 0)[1],
-    "repeat": lambda x: aten.repeat(x, [2] + [1] * (x.node.meta["val"].dim() - 1)),
+    "split": lambda x: aten.split_with_sizes(x, [1, size(x, 0) - 1], 0)[1],
+    "repeat": lambda x: aten.repeat(x, [2] + [1] * (rank(x) - 1)),
 }  # fmt: skip
 
 
