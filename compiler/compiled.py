@@ -62,7 +62,8 @@ class CompiledModule(nn.Module):
             source = signature.outputs[place].of
             with torch.no_grad():
                 flat[source or 0].copy_(value)
-        return signature.unflatten_outputs(outputs)
+        entries = [signature.outputs[i] for i in signature.indices(OutputKind.OUTPUT)]
+        return signature.unflatten_outputs([v for v, e in zip(outputs, entries, strict=True) if e.node is not None])
 
     # ---- gradient accumulation
 

@@ -7,6 +7,7 @@ extends and never invents: a factor is split only if some operand already is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,13 +35,16 @@ class Decision:
         return dict(self.factors)[name]
 
 
-def decide(rule: OpRule, specs: Sequence[Spec], nbytes: Sequence[int], mesh: Mesh) -> Decision:
-    """Lay out one call. specs and nbytes: per tensor operand, its layout and its global size in bytes."""
+def decide(
+    rule: OpRule, specs: Sequence[Spec], nbytes: Sequence[int], mesh: Mesh, put_off: Sequence[str] = ()
+) -> Decision:
+    """Lay out one call. specs and nbytes: per tensor operand, its layout and its global size in bytes. put_off:
+    mesh dims over which a pending sum travels on even where it grows."""
     found = [_factors_of(names, spec, rule, mesh) for names, spec in zip(rule.operands, specs, strict=True)]
     choices: dict[str, str | None] = {}
     groups: dict[str, frozenset[int]] = {}
     for axis in _axes(specs, mesh):
-        choices[axis], groups[axis] = _choose(axis, rule, specs, found, nbytes, mesh)
+        choices[axis], groups[axis] = _choose(axis, rule, specs, found, nbytes, mesh, axis in put_off)
     factors = {f: _merge(f, rule, choices, found, nbytes, mesh) for f in rule.factors()}
     operands = tuple(
         _lay_out(names, factors, mesh).with_pending(
@@ -61,13 +65,13 @@ def call_rule(node: Node) -> OpRule | None:
     return node.meta["rule"]
 
 
-def decide_node(node: Node, specs: Sequence[Spec], mesh: Mesh) -> Decision:
-    """Lay out one call of a graph; an operator without a rule gets whole operands."""
+def decide_node(node: Node, specs: Sequence[Spec], mesh: Mesh, put_off: Sequence[str] = ()) -> Decision:
+    """Lay out one call of a graph; an operator without a rule gets whole operands. put_off: as in `decide`."""
     rule = call_rule(node)
     if rule is None:
         whole = tuple(Spec.whole(t.shape) for t in tensors(node))
         return Decision((), tuple(Spec.whole(s.shape) for s in specs), whole, ())
-    return decide(rule, specs, [nbytes(n) for n in operands(node)], mesh)
+    return decide(rule, specs, [nbytes(n) for n in operands(node)], mesh, put_off)
 
 
 def _axes(specs: Sequence[Spec], mesh: Mesh) -> list[str]:
@@ -114,6 +118,7 @@ def _choose(
     found: Sequence[dict[str, Dim]],
     nbytes: Sequence[int],
     mesh: Mesh,
+    put_off: bool,
 ) -> tuple[str | None, frozenset[int]]:
     """What this mesh dim does in the call: split a factor, carry a pending sum, or nothing."""
     state = [_state(axis, spec, f) for spec, f in zip(specs, found, strict=True)]
@@ -121,7 +126,7 @@ def _choose(
     joining = held | _small(state, max((nbytes[i] for i in held), default=0), nbytes)
     group = next((g for g in rule.linear if g <= joining and g & held), frozenset())
     proposals: dict[str | None, float] = {}
-    if group:
+    if group and (put_off or _is_worth_passing(rule, specs, held & group)):
         proposals[PENDING] = _cost(PENDING, axis, rule, state, group, nbytes, mesh)
     for s in state:
         if s not in (None, "lost", "pending") and s not in proposals:
@@ -143,6 +148,15 @@ def _small(state: Sequence[str | None], size: int, nbytes: Sequence[int]) -> set
     """Whole operands smaller than the pending one, such as a bias: one rank adds it for all, and the sum stays
     pending until something needs it whole or split."""
     return {i for i, (s, n) in enumerate(zip(state, nbytes, strict=True)) if s is None and n < size}
+
+
+def _is_worth_passing(rule: OpRule, specs: Sequence[Spec], held: frozenset[int] | set[int]) -> bool:
+    """Whether reducing later costs no more: one result, no larger than the pending operand it comes from."""
+    if len(rule.results) != 1:
+        return False
+    sizes = dict(rule.sizes)
+    result = math.prod(sizes[name] for dim in rule.results[0] for name in dim)
+    return result <= max(math.prod(specs[i].shape) for i in held)
 
 
 def _state(axis: str, spec: Spec, factors: dict[str, Dim]) -> str | None:

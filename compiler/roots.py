@@ -73,6 +73,8 @@ class RootLayouts:
 
     def check_result(self, value: Any) -> None:
         """Raises PlanError where forward returns another count of values than `outputs` has layouts."""
+        if isinstance(self._outputs, (tuple, list)) and not isinstance(value, (tuple, list)):
+            raise _wrong_count("outputs", len(self._outputs), "forward returns one value")
         _check_shape(self._outputs, value, "outputs")
 
     def _by_name(self, inputs: Tree) -> dict[str, Tree]:

@@ -297,7 +297,7 @@ def shard_dim(placement: Placement, rank: int) -> int:
     """The dim a Shard names, counted from the front. Raises ValueError where the tensor has no such dim."""
     d: int = placement.dim  # pyright: ignore[reportAttributeAccessIssue]
     if not -rank <= d < rank:
-        raise ValueError(f"{placement} does not fit a tensor of {rank} dims")
+        raise ValueError(f"Shard({d}) does not fit a tensor of {rank} dims")
     return d % rank
 
 

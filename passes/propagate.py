@@ -71,7 +71,7 @@ def _pick(node: Node) -> None:
 
 def _call(node: Node, ctx: Context, unknown: Counter) -> None:
     arriving = [_arriving(n, ctx) for n in operands(node)]
-    decision = decide_node(node, arriving, ctx.mesh)
+    decision = decide_node(node, arriving, ctx.mesh, put_off=ctx.plan.data_axes)
     if call_rule(node) is None and any(not s.is_whole for s in arriving):
         unknown[target_name(node.target)] += 1
         if ctx.strict:
@@ -131,5 +131,5 @@ def _no_rule(node: Node) -> ShardingError:
         f"{name} has no sharding rule, and strict=True allows none without",
         where=node.meta.get("where", ""),
         excerpt=excerpt(node),
-        help=f'say what its dims mean: shardc.rule("{str(node.target).replace(".", "::", 1)}", "... -> ...")',
+        help=f'say what its dims mean: shardc.rule(torch.ops.{node.target}, "... -> ...")',
     )

@@ -69,24 +69,29 @@ def _wish(mark: Node, ctx: Context) -> bool:
     if key.grad:
         return False
     if key.kind == CONSTRAIN:
-        layout = ctx.plan.constraint(key.text)
+        try:
+            layout = ctx.plan.constraint(key.text)
+        except PlanError as error:
+            raise error.at(mark.meta.get("where", "")) from None
         wishes = tuple((axis, p, False, "constrain") for axis, p in layout.items())
     else:
         said = ctx.plan.at(text)
         wishes = tuple((b.axis, b.desired, b.open, b.key) for b in said if b.desired is not None)
-    for axis, placement, *_ in wishes:
-        _fits(mark, key, axis, placement, ctx)
+    for axis, placement, _, said in wishes:
+        _fits(mark, key, axis, placement, said, ctx)
     mark.meta["wish"] = wishes
     return bool(wishes)
 
 
-def _fits(mark: Node, key: MarkKey, axis: str, placement: Any, ctx: Context) -> None:
+def _fits(mark: Node, key: MarkKey, axis: str, placement: Any, said: str, ctx: Context) -> None:
     try:
         Spec.whole(shape(mark)).place(axis, placement, ctx.mesh)
     except ValueError as error:
+        place = {"in": "what enters", "out": "what leaves"}.get(key.kind, "the value in")
         raise PlanError(
-            f"{error}: {key.fqn or 'the root module'} has a value of shape {shape(mark)} there",
+            f"{place} {key.fqn or 'the root module'} has shape {shape(mark)}: {error}",
             where=mark.meta.get("where", ""),
+            excerpt=said,
             help="name a dim that the tensor has",
         ) from None
 
@@ -117,7 +122,7 @@ def _placed(dims: tuple[int, ...], layout: Mapping[str, Any], ctx: Context, what
     try:
         return from_placements(dims, ordered, ctx.mesh)
     except ValueError as error:
-        raise PlanError(f"{what}: {error}", help=f"it has shape {dims}") from None
+        raise PlanError(f"{what} has shape {dims}: {error}", help="name a dim that the tensor has") from None
 
 
 def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:

@@ -114,7 +114,7 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         program: Executable = ctx.program
         saved = list(ctx.others)
         for i, value in zip(ctx.tensors, ctx.saved_tensors, strict=True):

@@ -175,18 +175,17 @@ def moved(node: Node, mesh: Mesh) -> Spec:
 
 
 def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), average: bool = False, **plan: Any) -> Context:
-    """A context in which the graph's last outputs are the gradients of the named inputs, its parameters.
+    """A context in which the graph's last outputs are the gradients of the named inputs.
 
-    plan: fields of `Resolved`, such as data_axes or bucket_bytes; parameters not in `params` are plain and whole.
-    Inputs named `tangent...` are the tangents of the first output.
+    plan: fields of `Resolved`, such as data_axes or bucket_bytes, or of `Context`. Without `params`, the inputs
+    that have gradients are parameters, stored whole. Inputs named `tangent...` are the tangents of the first
+    output, one named `carry_w` is the gradient of w that was kept back.
     """
     nodes, returned = placeholders(gm), gm.graph.output_node().args[0]
-    params = {name: param(n) for n in nodes if (name := n.name) in gradients} | plan.pop("params", {})
-    inputs = []
-    for node in nodes:
-        late = node.name.startswith("tangent")
-        kind = InputKind.TANGENT if late else InputKind.PARAMETER if node.name in params else InputKind.BATCH
-        inputs.append(Input(node.name, kind, node.name, not late, of=0 if late else None))
+    params = plan.pop("params", None)
+    if params is None:
+        params = {n.name: param(n) for n in nodes if n.name in gradients}
+    inputs = [_input(node.name, params) for node in nodes]
     order = [n.name for n in nodes]
     results = len(returned) - len(gradients)  # pyright: ignore[reportArgumentType]
     outputs = [Output(str(n), OutputKind.OUTPUT, f"[{i}]", requires_grad=True) for i, n in enumerate(returned[:results])]
@@ -200,6 +199,14 @@ def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), average:
     options = {k: plan.pop(k) for k in ("reduce", "strict", "carries") if k in plan}
     signature = Signature(tuple(inputs), tuple(outputs), None, None, (), 0, (), {})
     return Context(mesh, Resolved(**fields | plan), signature, average, **options)
+
+
+def _input(name: str, params: Any) -> Input:
+    if name.startswith("tangent"):
+        return Input(name, InputKind.TANGENT, name, of=0)
+    if name.startswith("carry_"):
+        return Input(name, InputKind.CARRY, name.removeprefix("carry_"))
+    return Input(name, InputKind.PARAMETER if name in params else InputKind.BATCH, name, requires_grad=True)
 
 
 def param(node: Node, stored: Any = None, compute: Any = None, open: Sequence[str] = (), **more: Any) -> ParamLayout:
