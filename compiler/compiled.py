@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.lowering import Entry, Lowering
+from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.signature import InputKind, OutputKind
@@ -172,6 +173,7 @@ class _Owners:
                 names = ", ".join(f"{prefix}.{n}".lstrip(".") for n in changed)
                 raise ShardingError(
                     f"the module changed after compile: {names}",
+                    where=call_site(),
                     help="add parameters (adapters, LoRA) before compile, so that they are laid out and reduced",
                 )
 

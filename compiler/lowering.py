@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,13 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.carry import add_carries
-from shardc.compiler.errors import PlanError
+from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.graph import is_random, placeholders, returned
 from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.original import Original
 from shardc.compiler.pipeline import Context
+from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program, copy_graph
 from shardc.compiler.refine import refinements
 from shardc.compiler.resolved import Resolved
@@ -93,15 +95,22 @@ class Lowering:
         self._params = [(m._parameters, n) for m in self._modules for n, p in m._parameters.items() if p is not None]
 
     def entry(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
-        """The program for a call like this one, lowered now if it is the first such call."""
-        key = (call_key(self._modules, [table[name] for table, name in self._params], args, kwargs), variant)
-        if key not in self._entries:
-            self._entries[key] = self.lower(args, kwargs, variant)
-        return self._entries[key]
+        """The program for a call like this one, lowered now if it is the first such call. Errors name a line: that
+        of the call, where there is no better one."""
+        try:
+            key = (call_key(self._modules, [table[name] for table, name in self._params], args, kwargs), variant)
+            if key not in self._entries:
+                self._entries[key] = self.lower(args, kwargs, variant)
+            return self._entries[key]
+        except (PlanError, ShardingError) as error:
+            if error.where:
+                raise
+            raise error.at(call_site()) from error.__cause__
 
     def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
         """Trace, run the pipeline, agree with the other ranks, bind. variant: "reduce", "keep" (gradients are
         left unreduced over data-parallel mesh dims), or the layouts of kept gradients to take in."""
+        check_call(self.module, args, kwargs)
         self.plan.roots.check_call(args, kwargs)
         self.plan.check_count("", "in", len(args))
         traced = self._trace(args, kwargs)
@@ -256,6 +265,21 @@ def global_shape(x: Tensor, layout: Mapping[str, Any], mesh: Mesh) -> tuple[int,
         if getattr(placement, "dim", None) is not None:
             shape[placement.dim] *= mesh[axis]
     return tuple(shape)
+
+
+def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises PlanError where forward cannot be called with these. Hooks may change what forward is given."""
+    if module._forward_pre_hooks:
+        return
+    try:
+        signature = inspect.signature(module.forward)
+        signature.bind(*args, **kwargs)
+    except ValueError:  # some scripted modules have none
+        return
+    except TypeError as error:
+        raise PlanError(
+            f"forward of {type(module).__name__} cannot be called so: {error}", help=f"it is forward{signature}"
+        ) from None
 
 
 def held(module: nn.Module) -> dict[str, Tensor]:

@@ -187,9 +187,9 @@ def wish_text(wish: Wish) -> str:
 
 
 def user_frame() -> FrameType:
-    """The nearest caller outside of this package."""
-    frame, here = sys._getframe(1), str(Path(__file__).parent)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((here, "<")):
+    """The nearest caller outside of this package and of torch, through which a module's call comes."""
+    frame, here = sys._getframe(1), (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<")
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         frame = frame.f_back
     return frame
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import placeholders, returned, specs
+from shardc.compiler.graph import placeholders, returned, specs, val
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.signature import OutputKind
 from shardc.compiler.spec import Spec
@@ -38,6 +38,7 @@ def prove(program: Program, args: Sequence[Any], kwargs: dict[str, Any]) -> floa
     """The largest relative difference found. Raises ShardingError at the first value that differs."""
     verify(program.gm, Stage.LOCAL, program.mesh)
     flat = program.original.inputs(args, kwargs)
+    _check_shapes(program, flat)
     state = torch.get_rng_state()
     outputs, tangents, gradients = program.original.run(flat)
     after = torch.get_rng_state()
@@ -51,6 +52,16 @@ def prove(program: Program, args: Sequence[Any], kwargs: dict[str, Any]) -> floa
     worst = _compare_ranks(program, flat, reference, ways)
     torch.set_rng_state(after)
     return worst
+
+
+def _check_shapes(program: Program, flat: Sequence[Tensor]) -> None:
+    for x, node, entry in zip(flat, placeholders(program.gm), program.signature.inputs, strict=False):
+        wanted = tuple(val(node).shape)
+        if tuple(x.shape) != wanted:
+            raise ShardingError(
+                f"{entry.name} has global shape {tuple(x.shape)}, and the program is for {wanted}",
+                help="verify takes global inputs, of the shapes that the program was compiled for",
+            )
 
 
 def _global_run(program: Program, flat: list[Tensor], reference: dict[str, Any]) -> Sequence[Any]:

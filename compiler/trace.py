@@ -249,9 +249,10 @@ def _refuse_mixed_scripts(module: nn.Module) -> None:
 def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signature, call: _Arguments) -> None:
     """What forward does beside computing: refused where the program would be wrong, else reported."""
     if program.replaced:
+        names = [*(h.fqn for h in held), *(argument.name for argument in call.arguments())]
         raise ShardingError(
-            f"forward puts another tensor in place of {held[program.replaced[0]].fqn}",
-            help="write its new value into the parameter or buffer, which keeps its shape",
+            f"forward puts another tensor in place of {names[program.replaced[0]]}, or changes its shape",
+            help="write the new value into it: it must keep its shape",
         )
     repeated = Counter(id(value) for value in call.values if isinstance(value, Tensor))
     for output in signature.outputs:

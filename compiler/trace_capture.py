@@ -64,10 +64,11 @@ class Program:
     tensors: list[int] = field(default_factory=list)  # which leaves are tensors
     mutated: list[int] = field(default_factory=list)  # which inputs forward changes
     changed: list[str] = field(default_factory=list)  # attributes that forward sets
-    replaced: list[int] = field(default_factory=list)  # parameters, or buffers of another shape, it replaces
+    replaced: list[int] = field(default_factory=list)  # inputs it replaces, or gives another shape
 
     def run(self, *flat: Tensor) -> tuple[Tensor, ...]:
         inputs = [tensor.clone() for tensor in flat]
+        shapes = [(tensor.shape, tensor.stride()) for tensor in inputs]
         try:
             for h, tensor in zip(self.held, inputs[: len(self.held)], strict=True):
                 h.put(tensor)
@@ -78,6 +79,8 @@ class Program:
             after = self._after(inputs)
             # Not by version counters: batch norm changes its statistics without counting.
             self.mutated = [i for i, t in enumerate(inputs) if after[i] is not t or has_data_mutation(t)]
+            reshaped = [(tensor.shape, tensor.stride()) for tensor in inputs]
+            self.replaced += [i for i, shape in enumerate(shapes) if reshaped[i] != shape]
             self.changed = self.attributes.changed()
         finally:
             self.attributes.restore()
@@ -289,13 +292,15 @@ class _Alias(TorchFunctionMode):
         self._marked = _Marked()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._marked.sync()  # TorchScript may have written to a marked tensor unseen
+        self._marked.sync()  # before each call, as TorchScript writes unseen
         result = func(*args, **(kwargs or {}))
         if func is MARK:
             self._marked.join(args[0], result)
-        else:
-            self._marked.sync()
         return result
+
+    def __exit__(self, *error: Any) -> None:
+        self._marked.sync()
+        super().__exit__(*error)
 
 
 def _written(func: Any, args: Sequence[Any]) -> Iterator[Any]:

@@ -259,7 +259,10 @@ def _check_results(program: Program) -> None:
             )
 
 
-def _check_constant(node: Node, name: str, value: Tensor) -> None:
+def _check_constant(node: Node, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise refusal_at(node, f"a {kind} cannot be part of a program", "draw with torch's default generator")
     if value.requires_grad:
         raise refusal_at(
             node,

@@ -79,4 +79,4 @@ def _option_text(value: object) -> str:
 def shown(value: object) -> str:
     """A value in an error message, kept short."""
     text = repr(value)
-    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
+    return text if len(text) <= 60 and "\n" not in text and " at 0x" not in text else f"a {type(value).__name__}"

@@ -87,11 +87,12 @@ def _fits(mark: Node, key: MarkKey, axis: str, placement: Any, said: str, ctx: C
     try:
         Spec.whole(shape(mark)).place(axis, placement, ctx.mesh)
     except ValueError as error:
-        place = {"in": "what enters", "out": "what leaves"}.get(key.kind, "the value in")
+        place = {"in": "what enters", "out": "what leaves"}.get(key.kind)
+        what = f"{place} {key.fqn or 'the model'}" if place else "the value given to constrain"
         raise PlanError(
-            f"{place} {key.fqn or 'the root module'} has shape {shape(mark)}: {error}",
+            f"{what} has shape {shape(mark)}: {error}",
             where=mark.meta.get("where", ""),
-            excerpt=said,
+            excerpt=said if place else "",
             help="name a dim that the tensor has",
         ) from None
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec
+from shardc.runtime.blame import blaming_line, blaming_next
 from shardc.runtime.shards import cut, join
 from shardc.runtime.simulate import simulate
 
@@ -26,7 +27,7 @@ class SimulatedRanks:
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
         with torch.no_grad():
             pieces = [self._cut(x, n.meta["spec"]) for x, n in zip(inputs, _inputs(self._forward), strict=True)]
-            found = simulate(self._forward, self._mesh, pieces)
+            found = self._run(self._forward, pieces)
         returned = _returned(self._forward)[: self._results]
         whole = [self._join(p, n) for p, n in zip(found, returned, strict=False)]
         return whole, [v for p in found[self._results :] for v in p]
@@ -38,8 +39,13 @@ class SimulatedRanks:
         kept = [list(saved[i : i + n]) for i in range(0, len(saved), n)]
         with torch.no_grad():
             dealt = [self._cut(t, x.meta["spec"]) for t, x in zip(tangents, nodes[len(kept) :], strict=True)]
-            found = simulate(self._backward, self._mesh, [*kept, *dealt])
+            found = self._run(self._backward, [*kept, *dealt])
         return [self._join(p, x) for p, x in zip(found, _returned(self._backward), strict=True)]
+
+    def _run(self, gm: GraphModule, inputs: Sequence[list[Any]]) -> list[list[Any]]:
+        done: list[Node] = []
+        with blaming_next(gm, done):
+            return simulate(gm, self._mesh, inputs, lambda node, _: done.append(node))
 
     def _cut(self, x: Tensor, spec: Spec) -> list[Tensor]:
         return [cut(x.detach(), spec, self._mesh, at) for at in self._coords]
@@ -68,15 +74,16 @@ class ThisRank:
         self._blank, self._seeded = blank, seeded
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
-        with torch.no_grad(), self._seeded():
-            found = list(self._forward(*[_local(x) for x in inputs]))
+        with torch.no_grad(), self._seeded(), blaming_line(self._forward):
+            found = list(self._forward.forward(*[_local(x) for x in inputs]))
         return found[: self._results], found[self._results :]
 
     def backward(self, saved: Sequence[Any], tangents: Sequence[Tensor], carries: Sequence[Any]) -> list[Any]:
         assert self._backward is not None
         filled = [make() if c is None else c for c, make in zip(carries, self._blank, strict=True)]
         with torch.no_grad():
-            found = self._backward(*saved, *tangents, *filled)
+            with blaming_line(self._backward):
+                found = self._backward.forward(*saved, *tangents, *filled)
             return [self._wrap[i](g) if i in self._wrap and g is not None else g for i, g in enumerate(found)]
 
 

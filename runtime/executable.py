@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from shardc.compiler.errors import ShardingError
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 Flat = Sequence[Tensor]
@@ -113,7 +114,6 @@ class _Run(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         program: Executable = ctx.program
         saved = list(ctx.others)
@@ -128,7 +128,24 @@ class _Run(torch.autograd.Function):
             source = signature.outputs[i].of
             assert source is not None
             out[source] = grad
+        if torch.is_grad_enabled():  # create_graph=True: as constants they would be wrong without a word
+            out = [g if g is None else _Once.apply(g, torch.zeros((), requires_grad=True)) for g in out]
         return None, *out
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise ShardingError(
+            "a gradient of the compiled module is differentiated once more, and its program has no second backward",
+            help="leave create_graph=True out, or keep what needs second derivatives outside of the compiled module",
+        )
 
 
 def _tangent(grads: Sequence[Tensor | None], index: int | None, results: list) -> Tensor:

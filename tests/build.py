@@ -188,7 +188,9 @@ def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), average:
     inputs = [_input(node.name, params) for node in nodes]
     order = [n.name for n in nodes]
     results = len(returned) - len(gradients)  # pyright: ignore[reportArgumentType]
-    outputs = [Output(str(n), OutputKind.OUTPUT, f"[{i}]", requires_grad=True) for i, n in enumerate(returned[:results])]
+    outputs = [
+        Output(str(n), OutputKind.OUTPUT, f"[{i}]", requires_grad=True) for i, n in enumerate(returned[:results])
+    ]
     outputs += [Output(None, OutputKind.GRADIENT, name, of=order.index(name)) for name in gradients]
     axes = plan.setdefault("data_axes", ())
     roots = RootLayouts(plan.pop("inputs", None), plan.pop("outputs", None), lambda x: x, mesh.names, axes)

@@ -121,6 +121,11 @@ def tried(program: Program, *inputs: Any) -> tuple[int, list[str]]:
     return count, missed
 
 
+BLOCK_TP = {
+    **{name: ColwiseParallel() for name in ("attn.q", "attn.k", "attn.v", "up")},
+    **{name: RowwiseParallel() for name in ("attn.proj", "down")},
+}
+EMBEDDINGS = {name: TRANSFORMER_TP[name] for name in ("tokens", "positions", "head")}
 BOTH = Layout(dp=Shard(0), tp=Shard(1))
 PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Any, Mesh, dict[str, Any], Callable[[], torch.Tensor]]] = {
     "an MLP under tensor parallelism": (
@@ -141,9 +146,12 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Any, Mesh, dict[str, Any], Ca
         Block, Plan(dp=Replicated(), tp=BLOCK_SP), Mesh(dp=2, tp=2), {"inputs": BOTH, "outputs": BOTH},
         lambda: torch.randn(4, 6, 16),
     ),
-    "a transformer on three mesh dims": (
-        lambda: Transformer(layers=1), Plan(pod=Replicated(), dp=Replicated(), tp=TRANSFORMER_TP),
-        Mesh(pod=2, dp=2, tp=2), {}, lambda: torch.randint(16, (8, 6)),
+    "a block on three mesh dims": (
+        Block, Plan(pod=Replicated(), dp=Replicated(), tp=BLOCK_TP), Mesh(pod=2, dp=2, tp=2), {},
+        lambda: torch.randn(8, 4, 16),
+    ),
+    "embeddings split by rows, and a head tied to them": (
+        lambda: Transformer(layers=0, tied=True), EMBEDDINGS, Mesh(tp=2), {}, lambda: torch.randint(16, (3, 6)),
     ),
 }  # fmt: skip
 

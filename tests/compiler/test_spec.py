@@ -257,9 +257,7 @@ def test_regrouped_dims_hold_what_the_one_dim_held(dim: Dim, sizes: list[int]):
 def test_what_several_dims_say_is_found_again_in_the_one(sizes: list[int], data: st.DataObject):
     order = data.draw(st.permutations(["a", "b"]))
     places = data.draw(st.lists(st.integers(0, len(sizes)), min_size=2, max_size=2))
-    apart = tuple(
-        Part(n, tuple(a for a, p in zip(order, places, strict=True) if p == k)) for k, n in enumerate(sizes)
-    )
+    apart = tuple(Part(n, tuple(a for a, p in zip(order, places, strict=True) if p == k)) for k, n in enumerate(sizes))
     groups = regroup(canonical(apart, SMALL), tuple(sizes), SMALL)
     assert groups is not None
     assert everywhere([p for g in groups for p in g], SMALL) == everywhere(apart, SMALL)

@@ -172,6 +172,22 @@ def test_state_that_is_no_buffer_is_refused():
     )
 
 
+def test_an_input_that_changes_shape_is_refused():
+    class Turns(nn.Module):
+        def forward(self, x):
+            return x.t_() + 1
+
+    assert "in place of x, or changes its shape" in refused(Turns()).what
+
+
+def test_a_generator_of_its_own_is_refused():
+    class Draws(nn.Module):
+        def forward(self, x):
+            return x + torch.rand(4, generator=torch.Generator())
+
+    assert "a Generator cannot be part of a program" in refused(Draws()).what
+
+
 @pytest.mark.parametrize("grow", [True, False])
 def test_a_buffer_that_changes_shape_is_refused(grow):
     assert "another tensor in place of seen" in refused(Replaces(grow)).what

@@ -120,16 +120,21 @@ class InPlace(nn.Module):
             self.relu(y[:, 1:])
         elif self.how == "chain":
             self.relu(self.same(self.same(y)))
+        elif self.how == "last":
+            self.relu(self.same(y))
+            return y
         return y * y
 
 
-@pytest.mark.parametrize("how", ["inside", "outside", "before", "view", "chain", "input"])
+@pytest.mark.parametrize("how", ["inside", "outside", "before", "view", "chain", "last", "input"])
 @pytest.mark.parametrize("scripted", [False, True])
 def test_a_write_to_a_marked_tensor_reaches_all_its_names(how, scripted):
     module = InPlace(how)
     if scripted:  # traced by dispatch
         module.add_module("fc", torch.jit.script(module.fc))
-    check(module, torch.randn(3, 4), marks=["relu", "same", ""])
+    traced = check(module, torch.randn(3, 4), marks=["relu", "same"])
+    copies = traced.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default)
+    assert bool(copies) == (how == "view")  # where strides differ
 
 
 class Constrained(nn.Module):

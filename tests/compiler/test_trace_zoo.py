@@ -1,6 +1,7 @@
 """Traced graphs of many kinds of modules compute what the modules compute: outputs, mutations, gradients."""
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -274,8 +275,9 @@ def test_channels_last_input():
 
 
 def test_input_that_is_a_slice_or_expanded():
-    check(MLP(), torch.randn(3, 12)[:, ::2])
-    check(MLP(), torch.randn(1, 6).expand(3, 6))
+    for x in (torch.randn(3, 12)[:, ::2], torch.randn(1, 6).expand(3, 6)):
+        traced = check(MLP(), x)
+        assert next(n for n in traced.gm.graph.nodes if n.name == "x").meta["val"].is_contiguous()
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -397,6 +399,37 @@ def test_custom_autograd_function():
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_scripted_child(mode):
     check(getattr(ScriptedChild(), mode)(), torch.randn(3, 6, requires_grad=True))
+
+
+class Blocks(nn.Module):
+    """Traced by dispatch: a scripted block between lines of Python, a constant used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.block, self.offset = nn.Linear(6, 6), torch.jit.script(nn.Tanh()), torch.linspace(0, 1, 6)
+
+    def forward(self, x):
+        y = self.fc(x) + self.offset  # before
+        y = self.block(y)  # scripted
+        return F.gelu(y * self.offset)  # after
+
+
+def test_tracing_by_dispatch_knows_lines_and_modules_too():
+    traced = check(Blocks(), torch.randn(3, 6), marks=[""])
+    lines = Path(__file__).read_text().splitlines()
+    at = {c: i for i, line in enumerate(lines, 1) for c in ("before", "scripted", "after") if line.endswith(f"# {c}")}
+    calls = [n for n in traced.gm.graph.nodes if n.op == "call_function"]
+    places = {(n.meta["phase"], str(n.target), n.meta["path"], n.meta["line"]) for n in calls}
+    assert {
+        ("forward", "aten.addmm.default", "fc", at["before"]),
+        ("forward", "aten.tanh.default", "block", at["scripted"]),
+        ("forward", "aten.gelu.default", "", at["after"]),
+        ("backward", "aten.gelu_backward.default", "", at["after"]),
+        ("backward", "aten.tanh_backward.default", "block", at["scripted"]),
+        ("backward", "aten.mm.default", "fc", at["before"]),
+    } <= places
+    assert {Path(n.meta["file"]).name for n in calls} == {Path(__file__).name}
+    assert [i.name for i in traced.signature.inputs if i.kind is InputKind.CONSTANT] == ["offset"]
 
 
 def test_traced_child_and_scripted_root():

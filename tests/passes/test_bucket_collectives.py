@@ -53,7 +53,9 @@ def kinds(gm: GraphModule) -> Counter[str]:
 
 def test_gradients_are_reduced_as_one_as_soon_as_the_last_is_there():
     gm = bucketed(two_layers, DP, ("w", "u"), LAYERS)
-    assert_expected_inline(text(gm, DP), """\
+    assert_expected_inline(
+        text(gm, DP),
+        """\
 mesh dp=2
 %x: f32[8@dp, 4] = input
 %w: f32[4, 4] = input
@@ -73,7 +75,8 @@ mesh dp=2
 %unbucket: (f32[4, 4], f32[4, 4]) = shardc.unbucket(%div_tensor, [[4, 4], [4, 4]])  # bucket-collectives
 %getitem: f32[4, 4] = getitem(%unbucket, 0)  # bucket-collectives
 %getitem_1: f32[4, 4] = getitem(%unbucket, 1)  # bucket-collectives
-return (%mm_4, %getitem_1, %getitem)""")
+return (%mm_4, %getitem_1, %getitem)""",
+    )
 
 
 def test_buckets_hold_at_most_their_bytes():
@@ -83,7 +86,10 @@ def test_buckets_hold_at_most_their_bytes():
 
     names = ("a", "b", "c", "d")
     types = {"x": "f32[8@dp, 4]", "tangent": "f32[8@dp, 4]"} | dict.fromkeys(names, "f32[4, 4]")
-    sizes = {limit: _bucket_sizes(bucketed(gradients, DP, names, types, bucket_bytes={"dp": limit})) for limit in (64, 100, 128, 191, 192, 999)}
+    sizes = {
+        limit: _bucket_sizes(bucketed(gradients, DP, names, types, bucket_bytes={"dp": limit}))
+        for limit in (64, 100, 128, 191, 192, 999)
+    }
     assert sizes == {64: [], 100: [], 128: [2, 2], 191: [2, 2], 192: [3], 999: [4]}
 
 
@@ -160,7 +166,9 @@ def test_different_averages_are_taken_from_the_views():
         return aten.mm(h, u), aten.div(grads[0], 2), grads[1]
 
     gm = bucketed(fn, DP, ("w", "u"), LAYERS)
-    assert_expected_inline("\n".join(text(gm, DP).splitlines()[-8:]), """\
+    assert_expected_inline(
+        "\n".join(text(gm, DP).splitlines()[-8:]),
+        """\
 %bucket: f32[32] = shardc.bucket([%mm_1, %mm_2])  # bucket-collectives
 %all_reduce_2: f32[32] = shardc.all_reduce(%bucket, dp)  # bucket-collectives
 %mm_3: f32[8@dp, 4] = aten.mm(%mm, %u)
@@ -168,12 +176,15 @@ def test_different_averages_are_taken_from_the_views():
 %getitem: f32[4, 4] = getitem(%unbucket, 0)  # bucket-collectives
 %div: f32[4, 4] = aten.div.Tensor(%getitem, 2)
 %getitem_1: f32[4, 4] = getitem(%unbucket, 1)  # bucket-collectives
-return (%mm_3, %div, %getitem_1)""")
+return (%mm_3, %div, %getitem_1)""",
+    )
 
 
 def test_what_travels_is_cast():
     gm = bucketed(two_layers, DP, ("w", "u"), LAYERS, reduce_dtype={"dp": torch.bfloat16})
-    assert_expected_inline("\n".join(text(gm, DP).splitlines()[-11:]), """\
+    assert_expected_inline(
+        "\n".join(text(gm, DP).splitlines()[-11:]),
+        """\
 %mm_3: f32[4, 4]+dp = aten.mm(%t_1, %mm_2)
 %bucket: f32[32] = shardc.bucket([%mm_1, %mm_3])  # bucket-collectives
 %_to_copy_default: bf16[32] = aten._to_copy(%bucket, dtype=bf16)  # bucket-collectives
@@ -184,7 +195,8 @@ def test_what_travels_is_cast():
 %unbucket: (f32[4, 4], f32[4, 4]) = shardc.unbucket(%div_tensor, [[4, 4], [4, 4]])  # bucket-collectives
 %getitem: f32[4, 4] = getitem(%unbucket, 0)  # bucket-collectives
 %getitem_1: f32[4, 4] = getitem(%unbucket, 1)  # bucket-collectives
-return (%mm_4, %getitem_1, %getitem)""")
+return (%mm_4, %getitem_1, %getitem)""",
+    )
     (moved,) = collectives_of(gm, DP)
     assert (moved.dtype, moved.numel, moved.bytes_on_wire) == (torch.bfloat16, 32, 64)
 
@@ -195,13 +207,16 @@ def test_what_travels_alone_is_cast_too():
     assert {c.dtype for c in collectives_of(gm, DP)} == {torch.bfloat16}
     assert {n.meta["val"].dtype for n in gm.graph.output_node().args[0]} == {torch.float32}
     gm = bucketed(one_shard, DP, ("w",), SHARD, reduce_dtype={"dp": torch.bfloat16})
-    assert_expected_inline("\n".join(text(gm, DP).splitlines()[-6:]), """\
+    assert_expected_inline(
+        "\n".join(text(gm, DP).splitlines()[-6:]),
+        """\
 %reduce_scatter_1: bf16[4@dp, 4] = shardc.reduce_scatter(%_to_copy_default, 0, dp)  # bucket-collectives
 %all_gather: f32[4, 4] = shardc.all_gather(%w, 0, dp)
 %mm_1: f32[8@dp, 4] = aten.mm(%x, %all_gather)
 %_to_copy_default_1: f32[4@dp, 4] = aten._to_copy(%reduce_scatter_1, dtype=f32)  # bucket-collectives
 %div: f32[4@dp, 4] = aten.div.Tensor(%_to_copy_default_1, 2)
-return (%mm_1, %div)""")
+return (%mm_1, %div)""",
+    )
 
 
 SHARD = dict(x="f32[8@dp, 4]", w="f32[4@dp, 4]", tangent="f32[8@dp, 4]")

@@ -35,7 +35,9 @@ VECTOR = dict(bias="f32[8]", x="f32[8, 4]", w="f32[4]")
 def test_a_product_with_a_bias_becomes_a_product_and_a_sum():
     gm = build(linear, MESH, **LINEAR)
     assert apply(Canonicalize(), gm, context(gm, MESH)).changes == {"aten.addmm.default": 1}
-    assert_expected_inline(text(gm, MESH), """\
+    assert_expected_inline(
+        text(gm, MESH),
+        """\
 mesh tp=2
 %bias: f32[16] = input
 %x: f32[8, 4] = input
@@ -43,7 +45,8 @@ mesh tp=2
 %mm_default: f32[8, 16] = aten.mm(%x, %w)  # canonicalize
 %add_tensor: f32[8, 16] = aten.add.Tensor(%mm_default, %bias)  # canonicalize
 %relu: f32[8, 16] = aten.relu(%add_tensor)
-return (%relu)""")
+return (%relu)""",
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,17 @@ def chosen(fn, mesh: Mesh, w: str, open: tuple[str, ...] = ("tp",), compute=None
 def test_heads_stay_whole():
     gm, changes = chosen(heads, TWO, "f32[6, 48@tp]")
     assert changes == {"refined": 1}
-    assert_expected_inline(text(gm, TWO), """\
+    assert_expected_inline(
+        text(gm, TWO),
+        """\
 mesh tp=2
 %x: f32[8, 6] = input
 %w: f32[6, 48@tp] = input
 %reshard: f32[6, (3@tp 16)] = shardc.reshard(%w, [6, (3@tp 16)])  # choose-factors
 %mm: f32[8, 48] = aten.mm(%x, %reshard)
 %view: f32[8, 3, 16] = aten.view(%mm, [8, 3, 16])
-return (%view)""")
+return (%view)""",
+    )
 
 
 def test_values_do_not_change():

@@ -38,14 +38,17 @@ def names(gm) -> list[str]:
 def test_a_sum_is_made_explicit_before_an_operator_that_is_not_linear():
     gm, changes = run(lambda x, w: aten.relu(aten.mm(x, w)), x="f32[8@dp, 4@tp]", w="f32[4@tp, 6]")
     assert changes == {"reshard": 1}
-    assert_expected_inline(text(gm, MESH), """\
+    assert_expected_inline(
+        text(gm, MESH),
+        """\
 mesh dp=2 tp=2
 %x: f32[8@dp, 4@tp] = input
 %w: f32[4@tp, 6] = input
 %mm: f32[8@dp, 6]+tp = aten.mm(%x, %w)
 %reshard: f32[8@dp, 6] = shardc.reshard(%mm, [8@dp, 6])  # insert-reshards
 %relu: f32[8@dp, 6] = aten.relu(%reshard)
-return (%relu)""")
+return (%relu)""",
+    )
 
 
 def test_values_do_not_change():
@@ -93,12 +96,15 @@ def test_operands_in_lists_are_resharded():
 def test_a_mark_that_changes_a_layout_becomes_a_reshard_with_its_reason():
     wish = (("tp", Shard(0), False, "tp['net']"),)
     gm, changes = run(lambda x: MARK(aten.relu(x), "net|out|0"), wish, x="f32[8, 4]")
-    assert_expected_inline(text(gm, MESH), """\
+    assert_expected_inline(
+        text(gm, MESH),
+        """\
 mesh dp=2 tp=2
 %x: f32[8, 4] = input
 %relu: f32[8, 4] = aten.relu(%x)
 %reshard: f32[8@tp, 4] = shardc.reshard(%relu, [8@tp, 4])  # insert-reshards
-return (%reshard)""")
+return (%reshard)""",
+    )
     assert changes == {"reshard": 1}
     (node,) = gm.graph.find_nodes(op="call_function", target=c.reshard)
     assert node.meta["why"] == "tp['net']"

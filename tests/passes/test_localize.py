@@ -43,7 +43,9 @@ def same_on_all_ranks(fn, mesh: Mesh = MESH, **types: str) -> None:
     """The local program on all ranks gives what the original gives on one device."""
     before = build(fn, mesh, **types)
     inputs = random_inputs(before)
-    for have, want in zip(simulated(local(fn, mesh, **types), mesh, inputs), on_one_device(before, inputs), strict=True):
+    for have, want in zip(
+        simulated(local(fn, mesh, **types), mesh, inputs), on_one_device(before, inputs), strict=True
+    ):
         assert torch.equal(have, want)
 
 
@@ -56,11 +58,14 @@ def heads(x, w):
 
 def test_sizes_of_a_view_become_the_ranks_own():
     gm = local(heads, x="f32[8@dp, 6]", w="f32[6, (3@tp 4)]")
-    assert_expected_inline(lines(gm), """\
+    assert_expected_inline(
+        lines(gm),
+        """\
 mesh dp=2 tp=4
 %mm: f32[8@dp, (3@tp 4)] = aten.mm(%x, %w)
 %reshape_default: f32[8@dp, 3@tp, 4] = aten.reshape(%mm, [8@dp, 3@tp, 4])
-return (%reshape_default)""")
+return (%reshape_default)""",
+    )
     same_on_all_ranks(heads, x="f64[8@dp, 6]", w="f64[6, (3@tp 4)]")
 
 
@@ -94,10 +99,13 @@ def test_uneven_and_empty_pieces(n: int):
 
 def test_a_rule_may_say_how_its_operator_becomes_local():
     gm = local(lambda x: aten.tril(x), x="f32[8@tp, 8]")
-    assert_expected_inline(lines(gm), """\
+    assert_expected_inline(
+        lines(gm),
+        """\
 mesh dp=2 tp=4
 %tril_default: f32[8@tp, 8] = aten.tril(%x, start(8@tp))
-return (%tril_default)""")
+return (%tril_default)""",
+    )
     same_on_all_ranks(lambda x: aten.tril(x), x="f64[7@tp, 8]")
 
 

@@ -29,21 +29,27 @@ def lowered(source: str, target: str, fn=None):
 def test_a_reshard_becomes_the_one_collective_that_does_it():
     gm, changes = lowered("f32[8@dp, 16]+tp", "[8@dp, 16@tp]")
     assert changes == {"reduce_scatter": 1}
-    assert_expected_inline(text(gm, MESH), """\
+    assert_expected_inline(
+        text(gm, MESH),
+        """\
 mesh dp=2 tp=2
 %x: f32[8@dp, 16]+tp = input
 %reduce_scatter: f32[8@dp, 16@tp] = shardc.reduce_scatter(%x, 1, tp)  # lower-reshards
-return (%reduce_scatter)""")
+return (%reduce_scatter)""",
+    )
 
 
 def test_a_reshard_becomes_several_moves():
     gm, changes = lowered("f32[8@dp.tp, 6]", "[8, 6@dp]")
-    assert_expected_inline(text(gm, MESH), """\
+    assert_expected_inline(
+        text(gm, MESH),
+        """\
 mesh dp=2 tp=2
 %x: f32[8@dp.tp, 6] = input
 %all_gather: f32[8@dp, 6] = shardc.all_gather(%x, 0, tp)  # lower-reshards
 %all_to_all: f32[8, 6@dp] = shardc.all_to_all(%all_gather, 0, 1, dp)  # lower-reshards
-return (%all_to_all)""")
+return (%all_to_all)""",
+    )
 
 
 def test_a_reduction_other_than_the_sum_is_named():

@@ -39,7 +39,9 @@ def gathered_twice(x, w):
 def test_equal_calls_on_equal_operands_are_one():
     gm, changes = merged(gathered_twice)
     assert changes == {"merged": 2}  # the gather, and then the product
-    assert_expected_inline(text(gm, MESH), """\
+    assert_expected_inline(
+        text(gm, MESH),
+        """\
 mesh dp=2 tp=2
 %x: f32[8@dp, 4] = input
 %w: f32[4, 4@tp] = input
@@ -47,7 +49,8 @@ mesh dp=2 tp=2
 %mm: f32[8@dp, 4] = aten.mm(%x, %all_gather)
 %relu: f32[8@dp, 4] = aten.relu(%mm)
 %exp: f32[8@dp, 4] = aten.exp(%mm)
-return (%relu, %exp)""")
+return (%relu, %exp)""",
+    )
 
 
 def test_values_do_not_change():

@@ -53,7 +53,9 @@ def order(gm: GraphModule) -> list[str]:
 
 def test_a_reduction_starts_when_its_operand_is_ready_and_is_waited_for_at_the_end():
     gm, _ = overlapped(layer, DP, ("w", "x"), **LAYER)
-    assert_expected_inline(shown(gm, DP), """\
+    assert_expected_inline(
+        shown(gm, DP),
+        """\
 mesh dp=2
 %mm_2: f32[8@dp, 4] = aten.mm(%x, %w)
 %t: f32[4, 8@dp] = aten.t(%x)
@@ -62,7 +64,8 @@ mesh dp=2
 %t_1: f32[4, 4] = aten.t(%w)
 %mm_1: f32[8@dp, 4] = aten.mm(%tangent, %t_1)
 %all_reduce: f32[4, 4] = shardc.wait(%start_all_reduce)
-return (%mm_2, %all_reduce, %mm_1)""")
+return (%mm_2, %all_reduce, %mm_1)""",
+    )
 
 
 def test_forward_comes_before_backward():
@@ -107,7 +110,9 @@ SHARDS = dict(x="f32[8@dp, 4]", w="f32[4@dp, 4]", u="f32[4@dp, 4]")
 
 def test_a_gather_is_started_early_and_waited_for_where_it_is_used():
     gm, _ = overlapped(two_gathers, DP, **SHARDS)
-    assert_expected_inline(shown(gm, DP), """\
+    assert_expected_inline(
+        shown(gm, DP),
+        """\
 mesh dp=2
 %all_gather: f32[4, 4] = shardc.all_gather(%w, 0, dp)
 %start_all_gather_1: f32[4, 4] = shardc.start(%u, all_gather, 0, dp)  # overlap
@@ -116,7 +121,8 @@ mesh dp=2
 %relu_1: f32[8@dp, 4] = aten.relu(%relu)
 %all_gather_1: f32[4, 4] = shardc.wait(%start_all_gather_1)
 %mm_1: f32[8@dp, 4] = aten.mm(%relu_1, %all_gather_1)
-return (%mm_1)""")
+return (%mm_1)""",
+    )
 
 
 def test_gathers_keep_within_the_number_ahead():

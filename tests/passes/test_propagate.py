@@ -38,7 +38,9 @@ def test_seeds_flow_through_rules():
         return aten.mm(aten.relu(aten.mm(x, w1)), w2)
 
     gm, _ = laid_out(mlp, x="f32[8@dp, 16]", w1="f32[16, 32@tp]", w2="f32[32@tp, 16]")
-    assert_expected_inline(text(gm, MESH), """\
+    assert_expected_inline(
+        text(gm, MESH),
+        """\
 mesh dp=2 tp=2
 %x: f32[8@dp, 16] = input
 %w1: f32[16, 32@tp] = input
@@ -46,7 +48,8 @@ mesh dp=2 tp=2
 %mm: f32[8@dp, 32@tp] = aten.mm(%x, %w1)
 %relu: f32[8@dp, 32@tp] = aten.relu(%mm)
 %mm_1: f32[8@dp, 16]+tp = aten.mm(%relu, %w2)
-return (%mm_1)""")
+return (%mm_1)""",
+    )
 
 
 def test_a_node_says_what_it_needs_where_operands_disagree():
@@ -112,10 +115,13 @@ def test_strict_refuses_an_operator_without_a_rule():
     gm = build(unruled, MESH, x="f32[8@dp, 4]")
     with pytest.raises(ShardingError) as error:
         apply(Propagate(), gm, context(gm, MESH, strict=True))
-    assert_expected_inline(str(error.value), """\
+    assert_expected_inline(
+        str(error.value),
+        """\
 sharding error: aten.frobenius_norm.dim has no sharding rule, and strict=True allows none without
    | > %frobenius_norm: f32[8, 1] = aten.frobenius_norm.dim(%x, [1], True)
-   = help: say what its dims mean: shardc.rule("aten::frobenius_norm.dim", "... -> ...")""")
+   = help: say what its dims mean: shardc.rule("aten::frobenius_norm.dim", "... -> ...")""",
+    )
 
 
 def test_the_line_that_strict_prints_names_the_operator_as_rules_do():
