@@ -56,6 +56,16 @@ def _under_vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, key: str
     return mark(x, key), in_dims[0]
 
 
+@dataclass(frozen=True)
+class UnlessPending:
+    """In a wish: this placement, but a value pending over the mesh dim stays so."""
+
+    placement: Placement
+
+    def __str__(self) -> str:
+        return f"{self.placement}, or pending"
+
+
 @runtime_checkable
 class HasText(Protocol):
     """A layout that writes itself as stable text, such as `shardc.Layout`."""

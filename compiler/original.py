@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,9 +42,13 @@ class Original:
                 out.append(next(batch))
         return out
 
-    def run(self, flat: Sequence[Tensor]) -> tuple[list[Any], list[Tensor], dict[int, Any]]:
-        """(outputs, the tangents used, gradients by output position) of the module under autograd."""
-        entries = [e for e in self.signature.inputs if e.kind is not InputKind.TANGENT]
+    def run(
+        self, flat: Sequence[Tensor], divided: Mapping[int, int] = MappingProxyType({})
+    ) -> tuple[list[Any], list[Tensor], dict[int, Any]]:
+        """(outputs, tangents, gradients by output position) of the module under autograd. divided: by what the
+        tangents of outputs are divided before use."""
+        late = (InputKind.TANGENT, InputKind.CARRY)
+        entries = [e for e in self.signature.inputs if e.kind not in late]
         leaves = [x.detach().clone().requires_grad_(e.requires_grad) for x, e in zip(flat, entries, strict=True)]
         needs = any(e.requires_grad for e in entries) and self.signature.indices(InputKind.TANGENT)
         with torch.set_grad_enabled(bool(needs)), self._modes():
@@ -51,7 +56,7 @@ class Original:
             result = functional_call(self.module, self._held(leaves), args, kwargs)
         outputs = pytree.tree_leaves(result)
         tangents = self._tangents(outputs)
-        return outputs, tangents, self._gradients(leaves, outputs, tangents)
+        return outputs, tangents, self._gradients(leaves, outputs, tangents, divided)
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
@@ -84,12 +89,15 @@ class Original:
         tensors = [outputs[e.of] for e in entries if e.of is not None]
         return [torch.randn(t.shape, generator=draw, dtype=t.dtype).to(t.device) for t in tensors]
 
-    def _gradients(self, leaves: list[Tensor], outputs: list[Any], tangents: list[Tensor]) -> dict[int, Any]:
+    def _gradients(
+        self, leaves: list[Tensor], outputs: list[Any], tangents: list[Tensor], divided: Mapping[int, int]
+    ) -> dict[int, Any]:
         places = self.signature.indices(OutputKind.GRADIENT)
         if not tangents or not places:
             return {}
         of = [self.signature.inputs[i].of for i in self.signature.indices(InputKind.TANGENT)]
         ends = [outputs[i] for i in of if i is not None]
+        tangents = [t / divided.get(i or 0, 1) for t, i in zip(tangents, of, strict=True)]
         sources = [leaves[i] for i in (self.signature.outputs[p].of for p in places) if i is not None]
         found = torch.autograd.grad(ends, sources, tangents, allow_unused=True)
         return dict(zip(places, found, strict=True))

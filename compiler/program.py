@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from shardc.compiler.accounts import Collective, collectives_of, peak_bytes
+from shardc.compiler.averages import Averages
 from shardc.compiler.explain import cause, explain
+from shardc.compiler.graph import returned, spec
 from shardc.compiler.halves import Halves, halves
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, Record, Stage, run_passes
 from shardc.compiler.prove import prove
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.rules import all_rules as _rules  # noqa: F401  fills the rule table
-from shardc.compiler.signature import InputKind, Signature
+from shardc.compiler.signature import InputKind, OutputKind, Signature
 from shardc.compiler.text import text
 from shardc.compiler.trace import Traced
 from shardc.passes.pipeline import pipeline
@@ -36,7 +38,7 @@ class Program:
     plan: Resolved
     records: Sequence[Record]
     original: Any = None  # an `Original`: runs the unsharded module
-    average: int = 1  # parameter gradients here are those of one device divided by this
+    averages: Averages = Averages()  # by what gradients here are divided
 
     @classmethod
     def build(cls, traced: Traced, ctx: Context, original: Any = None) -> Program:
@@ -48,7 +50,7 @@ class Program:
             if step.gives >= Stage.LOCAL and global_gm is gm:
                 global_gm = copy_graph(gm)
             records += run_passes(gm, [step], ctx, names, records[-1] if records else None)
-        return cls(gm, global_gm, ctx.signature, ctx.mesh, ctx.plan, records, original)
+        return cls(gm, global_gm, ctx.signature, ctx.mesh, ctx.plan, records, original, _averages(gm, ctx))
 
     def __str__(self) -> str:
         return text(self.gm, self.mesh, input_names(self.signature))
@@ -99,6 +101,15 @@ class Program:
         gradient, and every value in between. Raises ShardingError naming the first value that differs and
         its line; returns the largest relative difference."""
         return prove(self, inputs, kwargs)
+
+
+def _averages(gm: GraphModule, ctx: Context) -> Averages:
+    if not ctx.average:
+        return Averages()
+    ends = zip(returned(gm), ctx.signature.outputs, strict=True)
+    layouts = {i: spec(n) for i, (n, e) in enumerate(ends) if e.kind is OutputKind.OUTPUT and isinstance(n, Node)}
+    found = Averages.of(layouts, ctx.signature, ctx.plan, ctx.mesh)
+    return found if ctx.reduce else replace(found, axes=())
 
 
 def input_names(signature: Signature) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch.fx import Interpreter, Node
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import placeholders, returned, specs, val
 from shardc.compiler.rules.table import tensors_in
-from shardc.compiler.signature import OutputKind
+from shardc.compiler.signature import InputKind, Output, OutputKind
 from shardc.compiler.spec import Spec
 from shardc.compiler.text import excerpt
 from shardc.compiler.verify import Stage, verify
@@ -40,9 +40,9 @@ def prove(program: Program, args: Sequence[Any], kwargs: dict[str, Any]) -> floa
     flat = program.original.inputs(args, kwargs)
     _check_shapes(program, flat)
     state = torch.get_rng_state()
-    outputs, tangents, gradients = program.original.run(flat)
+    outputs, tangents, gradients = program.original.run(flat, program.averages.tangents)
     after = torch.get_rng_state()
-    flat = [*flat, *tangents]
+    flat = [*flat, *tangents, *_nothing_kept(program)]
     reference: dict[str, Any] = {}
     torch.set_rng_state(state)
     ends = _global_run(program, flat, reference)
@@ -117,7 +117,7 @@ def _compare_ends(
     for entry, node, have, want in zip(entries, ends_of, ends, expected, strict=True):
         if entry.kind is OutputKind.MUTATION or not isinstance(want, Tensor) or not isinstance(node, Node):
             continue
-        times = 1 if entry.kind is OutputKind.OUTPUT else program.average
+        times = _divisor(program, entry)
         difference = _difference(have * times if times > 1 else have, want)
         if difference > times * _allowed(want / times if times > 1 else want, ways[node.name]):
             what = f"{entry.kind.value} {entry.name or ''}".strip()
@@ -126,6 +126,21 @@ def _compare_ends(
                 where=node.meta.get("where", ""),
                 help="the traced program does not compute what the module does",
             )
+
+
+def _divisor(program: Program, entry: Output) -> int:
+    """By what the program divides a value, and the original does not."""
+    source = program.signature.inputs[entry.of] if entry.of is not None else None
+    if entry.kind is not OutputKind.GRADIENT or source is None or source.kind is not InputKind.PARAMETER:
+        return 1
+    return program.averages.divisor(source.name, program.plan, program.mesh)
+
+
+def _nothing_kept(program: Program) -> list[Tensor]:
+    """Zeros for the gradients that earlier steps may have kept back."""
+    late = program.signature.indices(InputKind.CARRY)
+    kept = [val(n) for n in placeholders(program.gm) if n.name in {program.signature.inputs[i].node for i in late}]
+    return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in kept]
 
 
 def _compare_ranks(program: Program, flat: list[Tensor], reference: dict[str, Any], ways: dict[str, Way]) -> float:

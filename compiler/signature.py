@@ -150,10 +150,14 @@ def _check_leaf(leaf: Leaf, value: Any) -> None:
             raise TypeError(f"{leaf.name} was a tensor when traced, now it is {_shown(value)}")
         return
     # True == 1 == 1.0, but the traced program is not the same for them.
-    same = value is leaf.constant or (type(value) is type(leaf.constant) and value == leaf.constant)
+    same = value is leaf.constant or (type(value) is type(leaf.constant) and _equal(value, leaf.constant))
     if not same:
         error = TypeError if type(value) is not type(leaf.constant) else ValueError
         raise error(f"{leaf.name} was {_shown(leaf.constant)} when traced, now it is {_shown(value)}")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return bool(a == b) or (a != a and b != b)  # nan is nan
 
 
 def _shown(value: Any) -> str:

@@ -248,8 +248,8 @@ def _refuse_mixed_scripts(module: nn.Module) -> None:
 
 def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signature, call: _Arguments) -> None:
     """What forward does beside computing: refused where the program would be wrong, else reported."""
+    names = [*(h.fqn for h in held), *(argument.name for argument in call.arguments())]
     if program.replaced:
-        names = [*(h.fqn for h in held), *(argument.name for argument in call.arguments())]
         raise ShardingError(
             f"forward puts another tensor in place of {names[program.replaced[0]]}, or changes its shape",
             help="write the new value into it: it must keep its shape",
@@ -270,10 +270,15 @@ def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signatu
                 f"forward reads the tensor {name} and sets it anew for the next call",
                 help=f"register {name} as a buffer",
             )
-    if program.changed:
-        names = ", ".join(program.changed)
+    for i in program.attached:
         warnings.warn(
-            f"forward sets {names}: the compiled module does not, and keeps what was read when tracing",
+            f"forward writes values that require grad into {names[i]}: no gradient flows back through it",
+            stacklevel=3,
+        )
+    if program.changed:
+        warnings.warn(
+            f"forward sets {', '.join(program.changed)}: the compiled module does not, "
+            "and keeps what was read when tracing",
             stacklevel=3,
         )
 

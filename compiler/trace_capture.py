@@ -65,6 +65,7 @@ class Program:
     mutated: list[int] = field(default_factory=list)  # which inputs forward changes
     changed: list[str] = field(default_factory=list)  # attributes that forward sets
     replaced: list[int] = field(default_factory=list)  # inputs it replaces, or gives another shape
+    attached: list[int] = field(default_factory=list)  # arguments it writes values to that require grad
 
     def run(self, *flat: Tensor) -> tuple[Tensor, ...]:
         inputs = [tensor.clone() for tensor in flat]
@@ -81,6 +82,7 @@ class Program:
             self.mutated = [i for i, t in enumerate(inputs) if after[i] is not t or has_data_mutation(t)]
             reshaped = [(tensor.shape, tensor.stride()) for tensor in inputs]
             self.replaced += [i for i, shape in enumerate(shapes) if reshaped[i] != shape]
+            self.attached = [i for i in self.mutated if i >= len(self.held) and after[i].requires_grad]
             self.changed = self.attributes.changed()
         finally:
             self.attributes.restore()

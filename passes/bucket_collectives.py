@@ -31,7 +31,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.collectives import all_reduce, bucket, reduce_scatter, unbucket
-from shardc.compiler.graph import local_nbytes, spec, tensors
+from shardc.compiler.graph import local_nbytes, returned, spec, tensors
 from shardc.compiler.local import local_size
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.signature import InputKind, OutputKind
@@ -96,8 +96,7 @@ class BucketCollectives:
 
 def _tails(gm: GraphModule, ctx: Context) -> Iterator[Tail]:
     seen: set[Node] = set()
-    returned = gm.graph.output_node().args[0]
-    for entry, node in zip(ctx.signature.outputs, returned, strict=True):  # pyright: ignore
+    for entry, node in zip(ctx.signature.outputs, returned(gm), strict=True):
         source = ctx.signature.inputs[entry.of] if entry.of is not None else None
         if entry.kind is not OutputKind.GRADIENT or source is None or source.kind is not InputKind.PARAMETER:
             continue

@@ -83,7 +83,9 @@ def _rewrite(node: Node, loss: Node, views: list[Node], dim: int) -> None:
         picked = emit(aten.index.Tensor, weight, [safe])
         scale = emit(aten.mul.Tensor, picked, kept)
     scale = emit(aten.mul.Tensor, scale, emit(aten.div.Tensor, go, total) if reduction == MEAN else go)
-    row = emit(aten.neg.default, scale)
+    # Not by the product alone: where all targets are ignored, total is zero and 0 * inf is no zero.
+    dropped = emit(aten.logical_not.default, kept)
+    row = emit(aten.neg.default, emit(aten.masked_fill.Scalar, scale, dropped, 0))
     if views:
         sizes = list(shape(node))
         sizes[dim] = 1

@@ -32,7 +32,7 @@ from shardc.compiler.graph import (
     target_name,
 )
 from shardc.compiler.infer import call_rule, decide_node
-from shardc.compiler.marks import MARK
+from shardc.compiler.marks import MARK, UnlessPending
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.spec import Spec
@@ -101,6 +101,10 @@ def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:
         return
     layout = spec(x)
     for axis, placement, open_split, _ in node.meta.get("wish", ()):
+        if isinstance(placement, UnlessPending):
+            if layout.reduction(axis):
+                continue
+            placement = placement.placement
         layout = layout.place(axis, placement, mesh, open_split)
     node.meta["spec"] = layout
     forward.setdefault(key, []).append(node)

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from shardc.compiler.averages import Averages
 from shardc.compiler.borders import input_layout, output_layout
 from shardc.compiler.collectives import reshard
 from shardc.compiler.errors import PlanError
 from shardc.compiler.graph import arguments, call_nodes, insert, output_node, placeholders, returned, shape, spec
-from shardc.compiler.marks import CONSTRAIN, MARK, MarkKey, parse_key
+from shardc.compiler.marks import CONSTRAIN, MARK, MarkKey, UnlessPending, parse_key
 from shardc.compiler.pipeline import Context, PassResult
-from shardc.compiler.signature import Input, InputKind, Output, OutputKind
+from shardc.compiler.signature import Input, InputKind, OutputKind
 from shardc.compiler.spec import REPLICATE, Spec, from_placements
 from shardc.compiler.verify import Stage
 
@@ -142,7 +143,7 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
     """Every returned value leaves in its own layout: a reshard, or for gradients a mark that fixes mesh dims."""
     nodes = {n.name: n for n in placeholders(gm)}
     end = output_node(gm)
-    ways, scale = _averaging(outputs, ctx), _scaled_outputs(outputs, ctx)
+    averages = Averages.of(outputs, ctx.signature, ctx.plan, ctx.mesh) if ctx.average else Averages()
     ends = returned(gm)
     for i, entry in enumerate(ctx.signature.outputs):
         node = ends[i]
@@ -156,58 +157,29 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
                 target = Spec(spec(nodes[source.node]).dims)  # ... and so does each summand of a pending input
                 ends[i] = insert(gm.graph, reshard, (node, target), node, why=f"the layout of {source.name}")
             else:
-                ends[i] = _gradient(gm, node, entry, source, ways, ctx)
+                ends[i] = _gradient(gm, node, source, averages, ctx)
     end.args = (tuple(ends),)
-    for i in scale:
-        _divide_tangent(gm, nodes, i, outputs[i], ctx)
+    for i, ways in averages.tangents.items():
+        _divide_tangent(gm, nodes, i, ways, ctx)
 
 
-def _gradient(gm: GraphModule, node: Node, entry: Output, source: Input, ways: int, ctx: Context) -> Node:
+def _gradient(gm: GraphModule, node: Node, source: Input, averages: Averages, ctx: Context) -> Node:
     """A parameter's gradient in the parameter's stored layout; left pending where no reduction is wanted."""
     layout = ctx.plan.params[source.name]
     local = {a for a in ctx.plan.data_axes if source.name in ctx.plan.ignored.get(a, ())} if ctx.average else set()
     kept = local | (set() if ctx.reduce else set(ctx.plan.data_axes))
     order = [*layout.stored, *(a for a in ctx.mesh.names if a not in layout.stored)]
     why = f"gradient of {source.name}"
-    wish = tuple((a, layout.stored.get(a, REPLICATE), False, why) for a in order if a not in kept)
+    places = {a: layout.stored.get(a, REPLICATE) for a in order}
+    wish = tuple((a, UnlessPending(p) if a in kept else p, False, why) for a, p in places.items())
     new = insert(gm.graph, MARK, (node, f"|gradient|{source.name}|"), node, wish=wish)
-    for axis in ctx.plan.data_axes:
-        if axis in local:
-            ways //= ctx.mesh[axis]
+    ways = averages.divisor(source.name, ctx.plan, ctx.mesh)
     if ways == 1 or not ctx.reduce:  # what is kept back is divided when it is reduced
         return new
     return insert(gm.graph, torch.ops.aten.div.Tensor, (new, ways), node)
 
 
-def _split_axes(layout: Spec, ctx: Context) -> tuple[str, ...]:
-    return tuple(a for a in ctx.plan.data_axes if layout.dim_of(a) is not None)
-
-
-def _averaging(outputs: dict[int, Spec], ctx: Context) -> int:
-    """Over how many ranks parameter gradients are averaged, where every output says the same; else 1."""
-    sets = _gradient_sets(outputs, ctx)
-    ways = 1
-    for axis in sets.pop() if len(sets) == 1 else ():
-        ways *= ctx.mesh[axis]
-    return ways
-
-
-def _gradient_sets(outputs: dict[int, Spec], ctx: Context) -> set[tuple[str, ...]]:
-    needing = [i for i, e in enumerate(ctx.signature.outputs) if i in outputs and e.requires_grad]
-    return {_split_axes(outputs[i], ctx) for i in needing} if ctx.average else set()
-
-
-def _scaled_outputs(outputs: dict[int, Spec], ctx: Context) -> list[int]:
-    """Outputs whose incoming gradient is divided instead, where outputs disagree (a loss beside its logits)."""
-    if len(_gradient_sets(outputs, ctx)) < 2:
-        return []
-    return [i for i in outputs if ctx.signature.outputs[i].requires_grad and _split_axes(outputs[i], ctx)]
-
-
-def _divide_tangent(gm: GraphModule, nodes: dict[str, Node], i: int, layout: Spec, ctx: Context) -> None:
-    ways = 1
-    for axis in _split_axes(layout, ctx):
-        ways *= ctx.mesh[axis]
+def _divide_tangent(gm: GraphModule, nodes: dict[str, Node], i: int, ways: int, ctx: Context) -> None:
     entry = next(e for e in ctx.signature.inputs if e.kind is InputKind.TANGENT and e.of == i)
     tangent = nodes[entry.node]
     users = list(tangent.users)

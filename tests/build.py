@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from shardc.compiler import collectives
-from shardc.compiler.graph import operands, placeholders, set_specs, spec, specs, tensors, val
+from shardc.compiler.graph import arguments, operands, placeholders, returned, set_specs, spec, specs, tensors, val
 from shardc.compiler.infer import decide_node
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, Record, run_passes
@@ -115,7 +115,7 @@ def reshard(x: Proxy, to: str) -> Any:
     return x.tracer.create_proxy("call_function", collectives.reshard, (x, target), {}, name="reshard")
 
 
-def build(fn: Callable, mesh: Mesh, stage: Stage = Stage.TRACED, **types: str) -> GraphModule:
+def build(fn: Callable, mesh: Mesh, stage: Stage = Stage.TRACED, /, **types: str) -> GraphModule:
     """The graph of `fn`, called with one proxy per typed input; from SHARDED on, every node has its layout."""
     graph = Graph()
     tracer = _Tracer(graph, mesh, stage)
@@ -127,8 +127,7 @@ def build(fn: Callable, mesh: Mesh, stage: Stage = Stage.TRACED, **types: str) -
             node.meta = {"val": torch.empty(layout.shape, dtype=dtype), "spec": layout, "phase": _phase(node)}
             inputs[name] = Proxy(node, tracer)
         result = fn(**inputs)
-        returned = result if isinstance(result, tuple) else (result,)
-        graph.output(tracer.create_arg(returned))
+        graph.output(tracer.create_arg(result if isinstance(result, tuple) else (result,)))
     return GraphModule({}, graph)
 
 
@@ -157,10 +156,11 @@ def _describe(node: Node, mesh: Mesh, stage: Stage) -> None:
 
 def moved(node: Node, mesh: Mesh) -> Spec:
     """The layout a symbolic collective gives, split plainly where it splits."""
-    before, args = spec(node.args[0]), node.args[1:]  # pyright: ignore[reportArgumentType]
+    source, *args = arguments(node)
+    before = spec(source)
     match node.target.__name__:  # pyright: ignore[reportAttributeAccessIssue]
         case "reshard":
-            return args[0]  # pyright: ignore[reportReturnType]
+            return args[0]
         case "all_gather":
             return before.without(args[1], mesh)
         case "all_reduce":
@@ -181,16 +181,14 @@ def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), average:
     that have gradients are parameters, stored whole. Inputs named `tangent...` are the tangents of the first
     output, one named `carry_w` is the gradient of w that was kept back.
     """
-    nodes, returned = placeholders(gm), gm.graph.output_node().args[0]
+    nodes, ends = placeholders(gm), returned(gm)
     params = plan.pop("params", None)
     if params is None:
         params = {n.name: param(n) for n in nodes if n.name in gradients}
     inputs = [_input(node.name, params) for node in nodes]
     order = [n.name for n in nodes]
-    results = len(returned) - len(gradients)  # pyright: ignore[reportArgumentType]
-    outputs = [
-        Output(str(n), OutputKind.OUTPUT, f"[{i}]", requires_grad=True) for i, n in enumerate(returned[:results])
-    ]
+    results = len(ends) - len(gradients)
+    outputs = [Output(str(n), OutputKind.OUTPUT, f"[{i}]", requires_grad=True) for i, n in enumerate(ends[:results])]
     outputs += [Output(None, OutputKind.GRADIENT, name, of=order.index(name)) for name in gradients]
     axes = plan.setdefault("data_axes", ())
     roots = RootLayouts(plan.pop("inputs", None), plan.pop("outputs", None), lambda x: x, mesh.names, axes)
@@ -245,10 +243,10 @@ def simulated(gm: GraphModule, mesh: Mesh, inputs: Sequence[Tensor]) -> list[Ten
     """Global outputs of a LOCAL graph that runs on all ranks, from global inputs; copies must agree."""
     coords = [mesh.coords(rank) for rank in range(mesh.size)]
     pieces = [[cut(x, spec(n), mesh, at) for at in coords] for x, n in zip(inputs, placeholders(gm), strict=True)]
-    returned = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    ends = returned(gm)
     found = simulate(gm, mesh, pieces)
-    out = [join(p, spec(n), mesh) for p, n in zip(found, returned, strict=True)]
-    for whole, pieces, node in zip(out, found, returned, strict=True):
+    out = [join(p, spec(n), mesh) for p, n in zip(found, ends, strict=True)]
+    for whole, pieces, node in zip(out, found, ends, strict=True):
         for piece, at in zip(pieces, coords, strict=True):
             assert tuple(piece.shape) == spec(node).local_shape(mesh, at), f"%{node} at {at}"
             if not spec(node).pending:

@@ -75,7 +75,8 @@ class _Plans:
         """What one mesh dim does."""
         kind = self.one("keys", "keys", "keys", "keys", "Replicated", "FullyShard")
         if kind == "Replicated":
-            return "Replicated()"
+            modules = [c.name for c in drawn.children if c.kind != "weight"]
+            return self.one("Replicated()", f'Replicated(ignored_modules="{self.one(*modules)}")' if modules else "Replicated()")
         if kind == "FullyShard":
             modules = [f'"{c.name}"' for c in drawn.children if c.kind != "weight"]
             units = self.random.sample(modules, self.random.randint(0, min(2, len(modules))))

@@ -187,14 +187,14 @@ def _linear(w: _Writer) -> str | None:
 
 def _norm(w: _Writer) -> str | None:
     x = w.value(1)
-    if x is None:
+    if x is None or w.values[x].shape[-1] == 1:  # what is left of a single value is rounding
         return None
     v = w.values[x]
     codes = [f"nn.LayerNorm({v.shape[-1]})", f"nn.LayerNorm({v.shape[-1]}, elementwise_affine=False)",
              f"nn.RMSNorm({v.shape[-1]})"]  # fmt: skip
     if v.dim() > 1:
         codes.append(f"nn.LayerNorm({tuple(v.shape[-2:])})")
-    if v.dim() == 3 and v.shape[0] * v.shape[2] > 1:
+    if v.dim() == 3:
         codes.append(f"nn.BatchNorm1d({v.shape[1]})")
         codes.append(f"nn.GroupNorm({_divisor(w, v.shape[1])}, {v.shape[1]})")
     return f"self.{w.child('norm', w.one(*codes), v.dim())}({x})"
@@ -255,8 +255,10 @@ def _binary(w: _Writer) -> str | None:
     if not pairs:
         return None
     a, b = w.one(*pairs)
-    return w.one(f"{a} + {b}", f"{a} * {b}", f"{a} - {b}", f"torch.where({a} > 0, {a}, {b})", f"torch.add({a}, {b}, alpha=2)",
-                 f"{a} / ({b}.pow(2) + 1)")  # fmt: skip
+    return w.one(
+        f"{a} + {b}", f"{a} * {b}", f"{a} - {b}", f"torch.where({a} > 0, {a}, {b})", f"torch.add({a}, {b}, alpha=2)",
+        f"{a} / ({b}.pow(2) + 1)",
+    )  # fmt: skip
 
 
 def _together(a: Sequence[int], b: Sequence[int]) -> bool:
@@ -354,7 +356,8 @@ def _reshape(w: _Writer) -> str | None:
     if len(shape) > 3:
         return f"{x}.flatten()"
     at = w.number(0, len(shape))
-    return w.one(f"{x}.unsqueeze({at})", f"{x}.unsqueeze({at}).expand({[*shape[:at], 3, *shape[at:]]})", f"{x}.squeeze()")
+    wider = [*shape[:at], 3, *shape[at:]]
+    return w.one(f"{x}.unsqueeze({at})", f"{x}.unsqueeze({at}).expand({wider})", f"{x}.squeeze()")
 
 
 def _divisor(w: _Writer, n: int) -> int:
@@ -382,7 +385,8 @@ def _piece(w: _Writer) -> str | None:
         ]
     if w.values[x].dim() > 1:
         ways.append(f"{x}.tril()")
-        ways.append(f"{x}.masked_fill(torch.ones({n}, dtype=torch.bool).view({[n, *[1] * (w.values[x].dim() - d - 1)]}), 0.5)")
+        shape = [n, *[1] * (w.values[x].dim() - d - 1)]
+        ways.append(f"{x}.masked_fill(torch.arange({n}).view({shape}) % 2 == 0, 0.5)")
     return w.one(*ways)
 
 

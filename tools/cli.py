@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("shardc", description="The sharding compiler for PyTorch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="train a small GPT on 4 local ranks and compare with one device")
-    demo.add_argument("--steps", type=int, default=80)
+    demo.add_argument("--steps", type=int, default=60)
     demo.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="picture of the loss curves")
     demo.set_defaults(run=_demo)
     explain = commands.add_parser("explain", help="plan, collectives and memory of a program; or why a value lies so")

@@ -36,7 +36,7 @@ class Run:
     seconds: float
 
 
-def demo(steps: int = 80, picture: Path = Path("demo.png")) -> int:
+def demo(steps: int = 60, picture: Path = Path("demo.png")) -> int:
     """Run it all; 0 if the curves agree, 1 if they differ."""
     console = Console()
     text = standard_library()

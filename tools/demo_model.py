@@ -9,7 +9,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from shardc import Plan, Replicated
 
-WIDTH, HEADS, BLOCKS, CONTEXT, BYTES = 128, 4, 5, 128, 256
+WIDTH, HEADS, BLOCKS, CONTEXT, BYTES = 128, 4, 5, 64, 256
 
 
 class Attention(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -99,10 +99,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int = 16, heads: int = 4, **attention: object) -> None:
+    def __init__(self, dim: int = 16, heads: int = 4, **attention: Any) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads, **attention)  # pyright: ignore[reportArgumentType]
+        self.attn = Attention(dim, heads, **attention)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
         layers: int = 2,
         length: int = 8,
         tied: bool = False,
-        **attention: object,
+        **attention: Any,
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab, dim)
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
-def transformer_tp(fused: bool = False) -> dict[str, object]:
+def transformer_tp(fused: bool = False) -> dict[str, Any]:
     """The usual plan: projections in and the first of each MLP by columns, the others by rows."""
     inward = ["attn.qkv"] if fused else ["attn.q", "attn.k", "attn.v"]
     return {

@@ -22,6 +22,8 @@ from shardc.compiler.program import copy_graph
 from tests.acceptance.models import MLP, MLP_TP, TRANSFORMER_TP, Block, Transformer
 from tests.acceptance.test_sequence_parallel import BLOCK_SP
 
+pytestmark = pytest.mark.slow
+
 Edit = Callable[[Node], list[Node]]  # changes the graph around a collective; returns the nodes that are now wrong
 
 

@@ -29,6 +29,8 @@ from tests.acceptance.compare import (
 )
 from tests.acceptance.models import LLAMA_SP, TRANSFORMER_SP, Block, Llama, Transformer
 
+pytestmark = pytest.mark.slow
+
 
 class Feed(nn.Module):
     """Norm, MLP, residual: half of a transformer block."""

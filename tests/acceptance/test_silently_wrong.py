@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import shardc
 from shardc import Mesh, Plan, PlanError, Program, Replicated, ShardingError
 from tests.acceptance.compare import compare, counts
-from tests.acceptance.models import LLAMA_TP, MLP, MLP_TP, ConvNet, Llama, Transformer, transformer_tp
+from tests.acceptance.models import LLAMA_TP, MLP, MLP_TP, TRANSFORMER_TP, ConvNet, Llama, Transformer, transformer_tp
+
+pytestmark = pytest.mark.slow
 
 ways = pytest.mark.parametrize("w", [2, 4])
 
 
-def three_steps(model: nn.Module, plan: object, mesh: Mesh, *args: Tensor, **options: object) -> Program:
+def three_steps(model: nn.Module, plan: Any, mesh: Mesh, *args: Tensor, **options: Any) -> Program:
     args = tuple(x.double() if x.is_floating_point() else x for x in args)
     return compare(model.double(), plan, mesh, *args, steps=3, **options)  # pyright: ignore
 
@@ -47,7 +51,7 @@ class TiedHead(nn.Module):
     ],
     ids=["rows", "features", "head by columns", "head by rows", "both", "neither"],
 )
-def test_a_tied_weight_with_any_of_its_names_in_the_plan_is_one_parameter(w: int, plan: dict[str, object]):
+def test_a_tied_weight_with_any_of_its_names_in_the_plan_is_one_parameter(w: int, plan: dict[str, Any]):
     """Row 201."""
     model = TiedHead()
     three_steps(model, plan, Mesh(tp=w), torch.randint(13, (4, 5)))
@@ -266,7 +270,7 @@ def test_a_refused_compile_leaves_the_model_free_for_another():
 
 
 class Attended(nn.Module):
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(16, 4, batch_first=True, **options)
         self.out = nn.Linear(16, 5)
@@ -286,7 +290,7 @@ class Attended(nn.Module):
     ],
     ids=["2, whole module", "4, whole module", "out_proj alone", "in_proj alone", "in_proj by columns"],
 )
-def test_multihead_attention_is_right(w: int, plan: dict[str, object]):
+def test_multihead_attention_is_right(w: int, plan: dict[str, Any]):
     """Row 212."""
     three_steps(Attended(), plan, Mesh(tp=w), torch.randn(2, 5, 16))
 
@@ -320,7 +324,7 @@ def test_a_transformer_encoder_layer_is_right(training: bool):
     ids=["columns, rows", "columns, columns", "a kernel dim"],
 )
 @ways
-def test_a_conv_net_is_right(w: int, plan: dict[str, object]):
+def test_a_conv_net_is_right(w: int, plan: dict[str, Any]):
     """Row 212: as many channels as ranks, or an uneven share."""
     three_steps(ConvNet(), plan, Mesh(tp=w), torch.randn(4, 3, 5, 5))
 
@@ -372,3 +376,23 @@ def test_a_vocabulary_that_does_not_divide_by_the_ranks_is_right():
     """Row 213."""
     plan = {"tokens": RowwiseParallel(), "head": ColwiseParallel(), **transformer_tp()}
     three_steps(Transformer(vocab=13, layers=1), plan, Mesh(tp=4), torch.randint(13, (2, 5)))
+
+
+# --- several mesh dims at once
+
+
+@pytest.mark.parametrize(
+    "make, plan, mesh, batch",
+    [
+        ({"dim": 12, "heads": 3, "fused": True}, Plan(dp=Replicated(), tp=transformer_tp(True)), Mesh(dp=2, tp=2), 4),
+        ({"tied": True}, Plan(a=TRANSFORMER_TP, b=TRANSFORMER_TP), Mesh(a=2, b=2), 2),
+        ({"tied": True, "fused": True}, Plan(a=Replicated(), b=Replicated(), tp=transformer_tp(True)),
+         Mesh(a=2, b=2, tp=2), 4),
+        ({"tied": True}, TRANSFORMER_TP, Mesh(tp=3), 2),
+        ({}, Plan(dp=Replicated(), tp=TRANSFORMER_TP), Mesh(dp=4, tp=2), 3),
+    ],
+    ids=["3 fused heads", "two dims of tensor parallelism", "three mesh dims", "4 heads on 3", "3 rows on 4 replicas"],
+)  # fmt: skip
+def test_a_transformer_on_an_awkward_mesh_is_right(make: dict[str, Any], plan: Any, mesh: Mesh, batch: int):
+    """Rows 201, 203 and 213."""
+    three_steps(Transformer(layers=1, **make), plan, mesh, torch.randint(16, (batch, 5)))  # pyright: ignore

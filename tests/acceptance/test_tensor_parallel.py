@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -306,7 +307,7 @@ def test_the_root_relayouts_the_whole_model_around_an_inner_plan():
 
 
 @pytest.mark.parametrize("plan", [{}, Plan()])
-def test_an_empty_plan_is_warned_of_and_runs_replicated(plan: object):
+def test_an_empty_plan_is_warned_of_and_runs_replicated(plan: Any):
     """Case 13."""
     with pytest.warns(UserWarning, match="empty"):
         program = compare(MLP(), plan, Mesh(tp=4), torch.randn(8, 16))
@@ -445,7 +446,7 @@ def test_a_norm_on_sequence_shards_only_reduces_its_affine_gradients(w: int, nor
 
 
 class Loss(nn.Module):
-    def __init__(self, classes: int, weighted: bool, **options: object) -> None:
+    def __init__(self, classes: int, weighted: bool, **options: Any) -> None:
         super().__init__()
         self.register_buffer("weight", torch.rand(classes) if weighted else None)
         self.options = options
@@ -457,6 +458,7 @@ class Loss(nn.Module):
 FLAT, LONG = (8, 16), (8, 16, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, reduction, weighted, ignored",
     [
@@ -489,6 +491,7 @@ def test_cross_entropy_over_split_classes_gathers_no_logits(
 # --- whole models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w, tied", [(4, True), (2, False)], ids=["4, tied", "2, untied"])
 def test_a_transformer_moves_no_more_than_its_plan_says(w: int, tied: bool):
     """Case 23."""
@@ -497,6 +500,7 @@ def test_a_transformer_moves_no_more_than_its_plan_says(w: int, tied: bool):
     assert at_most(program, forward("all_reduce", 6) | forward("all_gather") | backward("all_reduce", 9))
 
 
+@pytest.mark.slow
 def test_a_transformer_under_tensor_and_data_parallelism_moves_no_activation_between_replicas():
     """Case 23 on (2, 2) and (2, 2, 2)."""
     for mesh in (Mesh(dp=2, tp=2), Mesh(pod=2, dp=2, tp=2)):
@@ -510,6 +514,7 @@ def test_a_transformer_under_tensor_and_data_parallelism_moves_no_activation_bet
         assert all(moved_numel(program, name) == held_numel(program) for name in data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attend, fused, view",
     [
@@ -526,6 +531,7 @@ def test_every_spelling_of_attention_is_two_all_reduces_each_way(attend: str, fu
     assert counts(program) == forward("all_reduce", 2) | backward("all_reduce", 2)
 
 
+@pytest.mark.slow
 @ways
 def test_a_llama_block_is_two_all_reduces_each_way(w: int):
     """Case 23, with rotary positions, gated SiLU and as many key heads as ranks or fewer."""
@@ -535,6 +541,7 @@ def test_a_llama_block_is_two_all_reduces_each_way(w: int):
         assert found == forward("all_reduce", 2) | backward("all_reduce", 2)
 
 
+@pytest.mark.slow
 def test_a_conv_net_with_batch_norm_is_right_under_a_plan_by_channels():
     """Case 23, for convolutions."""
     plan = {"conv1": ColwiseParallel(), "conv2": RowwiseParallel()}

@@ -199,7 +199,10 @@ def test_nesting_does_not_empty_a_nonempty_factor():
     assert found == "[5@dp], [5@dp] -> [5@dp]"
 
 
-@pytest.mark.parametrize(("text", "empty"), [("8@tp", False), ("5@tp", True), ("(3 5@dp)", False), ("(3@tp 5)", True), ("0", True), ("6@dp.tp", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "empty"),
+    [("8@tp", False), ("5@tp", True), ("(3 5@dp)", False), ("(3@tp 5)", True), ("0", True), ("6@dp.tp", True)],
+)
 def test_may_be_empty(text: str, empty: bool):
     assert may_be_empty(parse(f"[{text}]", MESH)[1].dims[0], MESH) is empty
 

@@ -57,6 +57,15 @@ def test_true_is_not_one():
         signature.flatten_inputs((X, 1), {})
 
 
+def test_nan_is_nan():
+    class Adds(nn.Module):
+        def forward(self, x, value):
+            return x + value
+
+    signature = trace(Adds(), (X, float("nan"))).signature
+    assert len(signature.flatten_inputs((X, float("nan")), {})) == 1
+
+
 def test_another_structure_is_refused():
     signature = trace(Structured(), ({"x": X, "more": [torch.ones(4)]},)).signature
     assert len(signature.flatten_inputs(({"more": [torch.ones(4)], "x": X},), {})) == 2

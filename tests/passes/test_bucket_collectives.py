@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 from shardc.compiler.accounts import collectives_of
 from shardc.compiler.collectives import all_reduce as ALL_REDUCE
 from shardc.compiler.collectives import bucket
+from shardc.compiler.graph import returned
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.text import text
 from shardc.compiler.verify import Stage
@@ -41,14 +43,17 @@ def local(fn, mesh: Mesh, **types: str) -> GraphModule:
     return gm
 
 
-def bucketed(fn, mesh: Mesh, gradients: tuple[str, ...], types: dict[str, str], **plan) -> GraphModule:
+def bucketed(fn, mesh: Mesh, gradients: tuple[str, ...], types: dict[str, str], **plan: Any) -> GraphModule:
     gm = local(fn, mesh, **types)
-    apply(BucketCollectives(), gm, context(gm, mesh, gradients, **{"data_axes": ("dp",)} | plan))
+    plan.setdefault("data_axes", ("dp",))
+    apply(BucketCollectives(), gm, context(gm, mesh, gradients, **plan))
     return gm
 
 
 def kinds(gm: GraphModule) -> Counter[str]:
-    return Counter(str(n.target.__name__) for n in gm.graph.nodes if n.op == "call_function" and n.target.__module__ == bucket.__module__)  # fmt: skip
+    """How often each symbolic step occurs."""
+    targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    return Counter(t.__name__ for t in targets if t.__module__ == bucket.__module__)
 
 
 def test_gradients_are_reduced_as_one_as_soon_as_the_last_is_there():
@@ -205,7 +210,7 @@ def test_what_travels_alone_is_cast_too():
     gm = bucketed(two_layers, DP, ("w", "u"), LAYERS, reduce_dtype={"dp": torch.bfloat16}, bucket_bytes={"dp": 1})
     assert kinds(gm) == {"all_reduce": 2}
     assert {c.dtype for c in collectives_of(gm, DP)} == {torch.bfloat16}
-    assert {n.meta["val"].dtype for n in gm.graph.output_node().args[0]} == {torch.float32}
+    assert {n.meta["val"].dtype for n in returned(gm)} == {torch.float32}
     gm = bucketed(one_shard, DP, ("w",), SHARD, reduce_dtype={"dp": torch.bfloat16})
     assert_expected_inline(
         "\n".join(text(gm, DP).splitlines()[-6:]),

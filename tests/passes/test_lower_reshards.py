@@ -68,7 +68,8 @@ def test_reasons_and_sources_are_kept():
     node.meta |= {"why": "the plan", "where": "mlp.py:3 in forward"}
     apply(LowerReshards(), gm, context(gm, MESH))
     gathers = gm.graph.find_nodes(op="call_function", target=c.all_gather)
-    assert [(n.meta["why"], n.meta["where"], n.meta["phase"]) for n in gathers] == [("the plan", "mlp.py:3 in forward", "forward")] * 2  # fmt: skip
+    kept = [(n.meta["why"], n.meta["where"], n.meta["phase"]) for n in gathers]
+    assert kept == [("the plan", "mlp.py:3 in forward", "forward")] * 2
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ MESH = Mesh(dp=2, tp=2)
 TYPES = dict(x="f32[8@dp, 4]", w="f32[4, 4@tp]")
 
 
-def merged(fn, meta: dict | None = None, **types: str):
+def merged(fn, meta: dict | None = None, /, **types: str):
     gm = build(fn, MESH, Stage.RESHARDED, **(types or TYPES))
     for node in gm.graph.nodes:
         if node.op == "call_function":

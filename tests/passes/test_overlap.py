@@ -35,7 +35,7 @@ def local(fn, mesh: Mesh, **types: str) -> GraphModule:
     return gm
 
 
-def overlapped(fn, mesh: Mesh, gradients: tuple[str, ...] = (), step: Overlap | None = None, **types: str):
+def overlapped(fn, mesh: Mesh, gradients: tuple[str, ...] = (), step: Overlap | None = None, /, **types: str):
     gm = local(fn, mesh, **types)
     ctx = context(gm, mesh, gradients)
     apply(step or Overlap(), gm, ctx)
@@ -133,7 +133,7 @@ def test_gathers_keep_within_the_number_ahead():
 
     types = {"x": "f32[8@dp, 4]"} | dict.fromkeys("abde", "f32[4@dp, 4]")
     for ahead in (1, 2, 3):
-        gm, _ = overlapped(four, DP, step=Overlap(ahead=ahead), **types)
+        gm, _ = overlapped(four, DP, (), Overlap(ahead=ahead), **types)
         assert _most_flying(gm) == ahead
         (have,), (want,) = (simulated(g, DP, random_inputs_of(g)) for g in (gm, local(four, DP, **types)))
         assert torch.equal(have, want)
@@ -153,9 +153,9 @@ def _most_flying(gm: GraphModule) -> int:
 
 
 def test_a_gather_starts_no_earlier_than_the_window_lets_it():
-    gm, _ = overlapped(two_gathers, DP, step=Overlap(window=63), **SHARDS)  # a gathered weight is 64 bytes
+    gm, _ = overlapped(two_gathers, DP, (), Overlap(window=63), **SHARDS)  # a gathered weight is 64 bytes
     assert _most_flying(gm) == 0
-    gm, _ = overlapped(two_gathers, DP, step=Overlap(window=64), **SHARDS)
+    gm, _ = overlapped(two_gathers, DP, (), Overlap(window=64), **SHARDS)
     assert _most_flying(gm) == 1
 
 
@@ -229,7 +229,8 @@ def test_what_is_computed_again_in_backward_is_started_there_too():
     apply(Overlap(), gm, ctx)
     parts = halves(gm, ctx.signature)
     assert parts.backward is not None
-    assert [n.name for n in parts.backward.graph.nodes if n.target in (c.start, c.wait)] == ["start_all_reduce", "all_reduce"]  # fmt: skip
+    again = [n.name for n in parts.backward.graph.nodes if n.target in (c.start, c.wait)]
+    assert again == ["start_all_reduce", "all_reduce"]
 
 
 # ---- left alone

@@ -23,15 +23,15 @@ from tests.build import apply, build, context, on_one_device, param, random_inpu
 
 aten = torch.ops.aten
 MESH = Mesh(dp=2, tp=2)
-TYPES = dict(x="f32[8, 4]", w="f32[4, 6]", tangent="f32[8, 6]")
+TYPES: dict[str, str] = dict(x="f32[8, 4]", w="f32[4, 6]", tangent="f32[8, 6]")
 
 
 def layer(x, w, tangent):
     return aten.mm(x, w), aten.mm(aten.t(x), tangent)
 
 
-def seeded(fn=layer, gradients: tuple[str, ...] = ("w",), types: dict[str, str] = TYPES, layouts: dict | None = None, **options):  # fmt: skip
-    """layouts: of parameters, as keywords of `param`."""
+def seeded(fn=layer, gradients=("w",), types=TYPES, layouts: dict | None = None, **options):
+    """The seeded graph and what changed. layouts: of parameters, as keywords of `param`."""
     gm = build(fn, MESH, **types)
     for node in placeholders(gm):
         del node.meta["spec"]
@@ -47,6 +47,9 @@ def inputs(gm) -> dict[str, str]:
 
 def calls(gm, target) -> list:
     return list(gm.graph.find_nodes(op="call_function", target=target))
+
+
+SHARDED = {"stored": {"dp": Shard(0)}, "compute": {}, "unit": {"dp": ""}, "keys": {"dp": "dp"}}
 
 
 def test_inputs_parameters_tangents_and_results_get_the_layouts_of_the_plan():
@@ -68,7 +71,7 @@ return (%reshard, %mark_default)""",
 
 
 def test_values_do_not_change():
-    gm, _ = seeded(data_axes=("dp",), layouts={"w": {"stored": {"dp": Shard(0)}, "compute": {}, "unit": {"dp": ""}}}, reshard_after={"dp": True})  # fmt: skip
+    gm, _ = seeded(data_axes=("dp",), layouts={"w": SHARDED}, reshard_after={"dp": True})
     given = random_inputs(gm)
     before = on_one_device(build(layer, MESH, **TYPES), given)
     for have, want in zip(on_one_device(gm, given), before, strict=True):
@@ -79,8 +82,7 @@ def test_values_do_not_change():
 
 
 def test_a_parameter_computed_with_otherwise_than_stored_is_gathered_behind_it():
-    sharded = {"stored": {"dp": Shard(0)}, "compute": {}, "unit": {"dp": ""}, "keys": {"dp": "dp"}}
-    gm, changes = seeded(layouts={"w": sharded}, data_axes=("dp",), reshard_after={"dp": True})
+    gm, changes = seeded(layouts={"w": SHARDED}, data_axes=("dp",), reshard_after={"dp": True})
     (gather,) = (n for n in calls(gm, c.reshard) if n.args[0].name == "w")
     assert changes["gathers"] == 1 and str(gather.args[1]) == "[4, 6]"
     assert (gather.meta["why"], gather.meta["regather"]) == ("dp", True)
@@ -88,15 +90,13 @@ def test_a_parameter_computed_with_otherwise_than_stored_is_gathered_behind_it()
 
 
 def test_a_gather_that_is_kept_says_so():
-    sharded = {"stored": {"dp": Shard(0)}, "compute": {}, "unit": {"dp": ""}}
-    gm, _ = seeded(layouts={"w": sharded}, data_axes=("dp",), reshard_after={"dp": False})
+    gm, _ = seeded(layouts={"w": SHARDED}, data_axes=("dp",), reshard_after={"dp": False})
     (gather,) = (n for n in calls(gm, c.reshard) if n.args[0].name == "w")
     assert gather.meta["regather"] is False
 
 
 def test_left_alone_a_parameter_that_nothing_uses():
-    sharded = {"stored": {"dp": Shard(0)}, "compute": {}, "unit": {"dp": ""}}
-    gm, changes = seeded(lambda x, w, tangent: x, (), layouts={"w": sharded}, reshard_after={"dp": True})
+    gm, changes = seeded(lambda x, w, tangent: x, (), layouts={"w": SHARDED}, reshard_after={"dp": True})
     assert "gathers" not in changes and not placeholders(gm)[1].users
 
 
@@ -115,7 +115,7 @@ def test_a_gradient_is_wished_where_its_parameter_lies_outermost_mesh_dim_first(
 
 def test_no_sync_leaves_data_parallel_mesh_dims_out():
     gm, _ = seeded(data_axes=("dp",), average=True, reduce=False)
-    assert wish_of(gm) == [("tp", "R")] and not calls(gm, aten.div.Tensor)
+    assert wish_of(gm) == [("dp", "R, or pending"), ("tp", "R")] and not calls(gm, aten.div.Tensor)
 
 
 def test_gradients_on_real_ranks_are_averaged():
@@ -135,7 +135,7 @@ def test_gradients_are_not_averaged_where_the_output_is_whole():
 
 def test_an_ignored_parameter_stays_local_and_is_not_averaged():
     gm, _ = seeded(data_axes=("dp",), average=True, ignored={"dp": frozenset({"w"})})
-    assert wish_of(gm) == [("tp", "R")] and not calls(gm, aten.div.Tensor)
+    assert wish_of(gm) == [("dp", "R, or pending"), ("tp", "R")] and not calls(gm, aten.div.Tensor)
 
 
 def test_with_a_loss_beside_split_results_the_split_ones_gradient_is_divided():
@@ -236,7 +236,7 @@ def test_a_wish_that_does_not_fit_is_refused_with_its_place():
         str(error.value),
         """\
 plan error: what enters net has shape (8, 4): Shard(2) does not fit a tensor of 2 dims
-   | the plan
+   | "net"
    = help: name a dim that the tensor has""",
     )
 

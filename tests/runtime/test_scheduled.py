@@ -1,10 +1,10 @@
 """Scheduled programs on real ranks: what was started is waited for, what was bucketed comes back in its shape."""
 
 import torch
-import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from shardc.compiler import collectives as c
-from shardc.compiler.graph import placeholders, spec
+from shardc.compiler.graph import placeholders, returned, spec
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.verify import Stage
 from shardc.passes.bucket_collectives import BucketCollectives
@@ -41,7 +41,7 @@ def program():
 
 
 def run_scheduled(rank: int) -> None:
-    groups = Groups(dist.init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)))
+    groups = Groups(init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)))
     gm = program()
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(spec(n).shape, generator=generator, dtype=torch.float64) for n in placeholders(gm)]
@@ -50,7 +50,7 @@ def run_scheduled(rank: int) -> None:
     expected = on_one_device(build(step, DP, Stage.RESHARDED, **TYPES), inputs)
     for _ in range(2):
         found = bound(*pieces)
-        for have, want, node in zip(found, expected, gm.graph.output_node().args[0], strict=True):
+        for have, want, node in zip(found, expected, returned(gm), strict=True):
             torch.testing.assert_close(have, cut(want, spec(node), DP, groups.coords))
 
 
