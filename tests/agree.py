@@ -124,9 +124,7 @@ def same(have: Any, want: Any, what: str) -> None:
         torch.testing.assert_close(have, want, rtol=0, atol=0, msg=lambda text: f"{what}: {text}")
 
 
-def _run(
-    module: nn.Module, inputs: Sequence[Tensor], divided: Sequence[int] = ()
-) -> tuple[list[Tensor], list[Tensor]]:
+def _run(module: nn.Module, inputs: Sequence[Tensor], divided: Sequence[int] = ()) -> tuple[list[Tensor], list[Tensor]]:
     """(what a call returns, its inputs with their gradients), after a backward with fixed numbers, divided so."""
     given = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
     returned = pytree.tree_leaves(module(*given))

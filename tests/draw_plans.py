@@ -76,7 +76,8 @@ class _Plans:
         kind = self.one("keys", "keys", "keys", "keys", "Replicated", "FullyShard")
         if kind == "Replicated":
             modules = [c.name for c in drawn.children if c.kind != "weight"]
-            return self.one("Replicated()", f'Replicated(ignored_modules="{self.one(*modules)}")' if modules else "Replicated()")
+            ignoring = f'Replicated(ignored_modules="{self.one(*modules)}")' if modules else "Replicated()"
+            return self.one("Replicated()", ignoring)
         if kind == "FullyShard":
             modules = [f'"{c.name}"' for c in drawn.children if c.kind != "weight"]
             units = self.random.sample(modules, self.random.randint(0, min(2, len(modules))))

@@ -30,7 +30,8 @@ VALUES = ["compiler.mesh", "compiler.spec", "compiler.errors"]
 INFER = [*VALUES, "compiler.collectives", "compiler.infer", "compiler.graph", *FX]
 WISHES = [f"compiler.{m}" for m in "layout plan resolved borders".split()]  # what passes see of a plan
 FOURTH = [
-    *(f"compiler.{m}" for m in "pipeline verify text cost marks signature local refine atoms averages halves accounts".split()),
+    *(f"compiler.{m}" for m in "pipeline verify text cost marks signature local refine atoms".split()),
+    *(f"compiler.{m}" for m in "averages halves accounts".split()),
     *WISHES,
 ]
 PASS = [*INFER, *FOURTH]

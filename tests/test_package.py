@@ -39,9 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def modules_of_the_tree() -> set[str]:
     inside = {path.relative_to(ROOT).as_posix() for path in (ROOT / "shardc").rglob("*.py")}
-    parts = {
-        f"shardc/{path.relative_to(ROOT).as_posix()}" for p in PARTS for path in (ROOT / p).rglob("*.py")
-    }
+    parts = {f"shardc/{path.relative_to(ROOT).as_posix()}" for p in PARTS for path in (ROOT / p).rglob("*.py")}
     return inside | parts
 
 
@@ -68,10 +66,7 @@ def test_the_wheel_holds_what_the_tools_read(wheel: set[str]):
 
 
 def test_import_does_not_load_torch(tmp_path: Path):
-    assert (
-        run(sys.executable, "-c", "import sys, shardc; print('torch' in sys.modules)", cwd=tmp_path)
-        == "False\n"
-    )
+    assert run(sys.executable, "-c", "import sys, shardc; print('torch' in sys.modules)", cwd=tmp_path) == "False\n"
 
 
 def test_public_names_start_nothing(tmp_path: Path):

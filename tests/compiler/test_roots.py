@@ -195,7 +195,7 @@ plan error: inputs for x has 2 layouts, but is for one tensor
    = help: give one layout for each, None for the default
 plan error: inputs for x[2] has 2 layouts, but is for something with a part 2
    = help: give one layout for each, None for the default
-plan error: outputs has 2 layouts, but is for one Tensor
+plan error: outputs has 2 layouts, but forward returns one value
    = help: give one layout for each, None for the default
 plan error: outputs has 2 layouts, but is for one tensor
    = help: give one layout for each, None for the default""",

@@ -144,9 +144,7 @@ def _products() -> list[Case]:
     out += [case(aten.addmm.default, real(3, 1), a, b, beta=2, alpha=3)]
     out += [case(aten.addmv.default, t, a, v) for t in (u, real(), real(1))]
     out += [case(aten.addr.default, t, u, v) for t in (a, real(1, 5), real(3, 1))]
-    out += [
-        case(aten.baddbmm.default, t, a3, b3, beta=0.5) for t in (real(2, 1, 7), real(3, 7), real(2, 3, 7))
-    ]
+    out += [case(aten.baddbmm.default, t, a3, b3, beta=0.5) for t in (real(2, 1, 7), real(3, 7), real(2, 3, 7))]
     out += [case(aten.addbmm.default, t, a3, b3) for t in (real(1, 7), real(3, 7))]
     out += [case(aten.linalg_cross.default, real(5, 3), real(5, 3).flip(0))]
     out += [case(aten.linalg_cross.default, real(5, 3, 2), real(1, 3, 2) + 1, dim=1)]
@@ -218,8 +216,7 @@ def _advanced() -> list[Case]:
         (y, [None, i(5, 2), None, i(3, 2)], (2, 1, 1), True),
     ]  # fmt: skip
     out += [
-        case(aten.index_put.default, t, at, real(*s) if s != (3, 7, 3) else t[at[0]] * 2, add)
-        for t, at, s, add in puts
+        case(aten.index_put.default, t, at, real(*s) if s != (3, 7, 3) else t[at[0]] * 2, add) for t, at, s, add in puts
     ]
     return [*out, case(aten._unsafe_index_put.default, x, [some(5)], x * 2)]
 

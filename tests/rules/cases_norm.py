@@ -90,12 +90,8 @@ def _batch_norms() -> list[Case]:
             case(aten._batch_norm_with_update_functional.default, x, w, b, rm, rv, *hyper),
             case(aten._batch_norm_no_update.default, x, w, b, rm, rv, *hyper),
             case(aten._native_batch_norm_legit_no_training.default, x, w, b, rm, rv, *hyper),
-            case(
-                aten.batch_norm_backward.default, g, x, w, rm, rv, mean, rstd, True, 1e-5, [True] * 3, empty
-            ),
-            case(
-                aten.batch_norm_backward.default, g, x, w, rm, rv, mean, rstd, False, 1e-5, [True] * 3, empty
-            ),
+            case(aten.batch_norm_backward.default, g, x, w, rm, rv, mean, rstd, True, 1e-5, [True] * 3, empty),
+            case(aten.batch_norm_backward.default, g, x, w, rm, rv, mean, rstd, False, 1e-5, [True] * 3, empty),
         ]
     none = torch.empty(0, dtype=F64)
     mask = [True, False, True]
@@ -185,9 +181,7 @@ def _bags() -> list[Case]:
             out += [case(op, w, at, offsets, False, mode), case(op, w, at, offsets, False, mode, False, each)]
         y, bag, size, most = aten._embedding_bag(w, at, offsets, False, mode, False, each)
         bag = torch.tensor([0, 0, 1, 1, 1, 2])
-        out += [
-            case(aten._embedding_bag_dense_backward.default, y, at, bag, size, most, 7, False, mode, each)
-        ]
+        out += [case(aten._embedding_bag_dense_backward.default, y, at, bag, size, most, 7, False, mode, each)]
     op = aten._embedding_bag_per_sample_weights_backward.default
     return [*out, case(op, real(3, 5), w, at, offsets, bag, 0)]
 
@@ -223,9 +217,7 @@ def _draws() -> list[Case]:
     for rate, train in ((0.5, True), (0.5, None), (0.5, False), (0.0, True), (1.0, True)):
         out += [case(aten.native_dropout.default, x, rate, train)]
     out += [case(aten.native_dropout_backward.default, p, x > 0, 2.0)]
-    out += [
-        case(aten.rrelu_with_noise_functional.default, x, p, 0.1, 0.3, training) for training in (True, False)
-    ]
+    out += [case(aten.rrelu_with_noise_functional.default, x, p, 0.1, 0.3, training) for training in (True, False)]
     return [*out, case(aten.rrelu_with_noise_backward.default, p, x, p, 0.1, 0.3, True, False)]
 
 

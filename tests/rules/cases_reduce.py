@@ -52,9 +52,7 @@ def _over_dims() -> list[Case]:
     out += [case(aten.sum.dim_IntList, x, [1], dtype=torch.int64), case(aten.sum.default, b)]
     out += [case(aten.mean.dim, i, [1], dtype=F64), case(aten.sum.default, x + 1j)]
     out += [case(op.default, x + 1j * x) for op in (aten.var, aten.mean, aten.linalg_vector_norm)]
-    out += [
-        case(op, torch.full((5, 3), math.nan, dtype=F64)) for op in (aten.nansum.default, aten.var.default)
-    ]
+    out += [case(op, torch.full((5, 3), math.nan, dtype=F64)) for op in (aten.nansum.default, aten.var.default)]
     rows = torch.tensor([[-math.inf] * 3, [math.inf, 1, 2], [-math.inf, 0, 1]], dtype=F64)
     out += [case(aten.logsumexp.default, rows, [1]), case(aten.logsumexp.default, rows, [0])]
     return out

@@ -116,9 +116,7 @@ def _on_accelerators() -> list[Case]:
         w, kept = positive(c), torch.zeros(7, dtype=torch.uint8)
         op, back = aten.cudnn_batch_norm.default, aten.cudnn_batch_norm_backward.default
         out += [case(op, x, w, real(c), None, None, True, 0.1, 1e-5)]
-        out += [
-            case(op, x, w, real(c), real(c), positive(c), training, 0.0, 1e-5) for training in (True, False)
-        ]
+        out += [case(op, x, w, real(c), real(c), positive(c), training, 0.0, 1e-5) for training in (True, False)]
         out += [case(back, x, positive(*shape), w, None, None, real(c), positive(c), 1e-5, kept)]
     names = [f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")]
     flash, efficient, cudnn = (getattr(aten, name).default for name in names)
@@ -139,16 +137,10 @@ def _on_accelerators() -> list[Case]:
             out += [case(efficient_back, g, q, k, v, bias, y, lse, seed, offset, 0.0, grads, causal)]
             saved = cudnn(q, k, v, bias, True, 0.0, causal)
             out += [case(cudnn, q, k, v, bias, True, 0.0, causal)]
-            out += [
-                case(cudnn_back, g, q, k, v, *saved[:2], seed, offset, bias, None, None, 3, 5, 0.0, causal)
-            ]
+            out += [case(cudnn_back, g, q, k, v, *saved[:2], seed, offset, bias, None, None, 3, 5, 0.0, causal)]
             if bias is None:
                 out += [case(flash, q, k, v, 0.0, causal)]
-                out += [
-                    case(
-                        flash_back, g, q, k, v, y, lse[:, :, :3], None, None, 3, 5, 0.0, causal, seed, offset
-                    )
-                ]
+                out += [case(flash_back, g, q, k, v, y, lse[:, :, :3], None, None, 3, 5, 0.0, causal, seed, offset)]
     return out
 
 

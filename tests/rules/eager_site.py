@@ -103,9 +103,7 @@ class EagerSite:
         return functools.reduce(COMBINE[op], mine)
 
 
-def run_ranks(
-    op: Any, rule: OpRule, decision: Decision, mesh: Mesh, calls: Sequence[tuple[Any, Any]]
-) -> list[Any]:
+def run_ranks(op: Any, rule: OpRule, decision: Decision, mesh: Mesh, calls: Sequence[tuple[Any, Any]]) -> list[Any]:
     """Every rank's result of the call, given every rank's local (args, kwargs)."""
     if rule.localize is None:
         return [_plain_call(op, rule, decision, mesh, r, *call) for r, call in enumerate(calls)]
@@ -119,9 +117,7 @@ def run_ranks(
     return _together([functools.partial(rule.localize, site) for site in sites], exchange)
 
 
-def _plain_call(
-    op: Any, rule: OpRule, decision: Decision, mesh: Mesh, rank: int, args: Any, kwargs: Any
-) -> Any:
+def _plain_call(op: Any, rule: OpRule, decision: Decision, mesh: Mesh, rank: int, args: Any, kwargs: Any) -> Any:
     if rule.shape_arg is not None:
         shape = list(decision.results[0].local_shape(mesh, mesh.coords(rank)))
         args = (*args[: rule.shape_arg], shape, *args[rule.shape_arg + 1 :])

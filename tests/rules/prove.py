@@ -75,9 +75,7 @@ def _pendings(rule: OpRule, operands: Sequence[torch.Tensor]) -> Iterator[Claim]
             continue
         mesh = Mesh(x=ways)
         plain = by_hand(rule, {}, mesh)
-        specs = tuple(
-            s.with_pending({"x": "sum"}, mesh) if i in group else s for i, s in enumerate(plain.operands)
-        )
+        specs = tuple(s.with_pending({"x": "sum"}, mesh) if i in group else s for i, s in enumerate(plain.operands))
         results = tuple(s.with_pending({"x": "sum"}, mesh) for s in plain.results)
         yield f"pending {sorted(group)} over {ways} ranks", mesh, Decision(plain.factors, specs, results, ())
 
@@ -162,15 +160,12 @@ def _has_values(op: Any) -> bool:
 
 def _local_calls(decision: Decision, mesh: Mesh, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
     tensors = tensors_in(args, kwargs)
-    summands = [
-        shares(t, mesh["x"]) if s.pending else [t] for t, s in zip(tensors, decision.operands, strict=True)
-    ]
+    summands = [shares(t, mesh["x"]) if s.pending else [t] for t, s in zip(tensors, decision.operands, strict=True)]
     calls = []
     for rank in range(mesh.size):
         coords = mesh.coords(rank)
         local = iter(
-            cut(t[coords["x"] % len(t)], s, mesh, coords)
-            for t, s in zip(summands, decision.operands, strict=True)
+            cut(t[coords["x"] % len(t)], s, mesh, coords) for t, s in zip(summands, decision.operands, strict=True)
         )
         calls.append((swap(args, local), swap(kwargs, local)))
     return calls

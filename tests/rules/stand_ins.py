@@ -132,8 +132,6 @@ for name, kernel in {
     "_scaled_dot_product_cudnn_attention_backward": cudnn_backward,
     "cudnn_batch_norm": batch_norm,
     "cudnn_batch_norm_backward": batch_norm_backward,
-    "_fused_rms_norm_backward": global_decomposition_table["post_autograd"][
-        aten._fused_rms_norm_backward.default
-    ],
+    "_fused_rms_norm_backward": global_decomposition_table["post_autograd"][aten._fused_rms_norm_backward.default],
 }.items():
     CPU.impl(name, kernel)
