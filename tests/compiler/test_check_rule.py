@@ -133,5 +133,5 @@ def test_compile_shards_an_operator_by_its_rule_and_runs_it_whole_without(regist
 def test_strict_refuses_an_operator_without_a_rule_and_prints_the_line_to_add():
     plan = {"weight": Shard(0), "scale": Shard(0)}
     compiled = shardc.compile(Scaled(), plan, mesh=shardc.Mesh(tp=2), strict=True)
-    with pytest.raises(shardc.ShardingError, match=r'shardc\.rule\("shardc_test::scale_rows'):
+    with pytest.raises(shardc.ShardingError, match=r"shardc\.rule\(.*scale_rows"):
         compiled(torch.randn(3, 4))
