@@ -16,12 +16,21 @@ from shardc.runtime.shards import cut, put
 
 
 def broadcast(x: Tensor, device_mesh: DeviceMesh, source: int) -> None:
-    """Give every rank of the mesh the tensor of the rank at position `source`: one mesh dim after the other."""
+    """Give every rank of the mesh the tensor of the rank at position `source`: one mesh dim after the other.
+
+    As bytes, since backends do not take every dtype, nor every layout in memory.
+    """
+    packed = x.detach().contiguous()
+    flat = packed.reshape(-1).view(torch.uint8)
     at = Mesh.of(device_mesh).coords(source)
     for i, coordinate in enumerate(at.values()):
         group = device_mesh.get_group(i)
         if dist.get_world_size(group) > 1:
-            dist.broadcast(x, group_src=coordinate, group=group)
+            dist.broadcast(flat, group_src=coordinate, group=group)
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        x.data = packed  # an expanded tensor has no place for elements of its own
+    elif packed.data_ptr() != x.data_ptr():
+        x.data.copy_(packed)
 
 
 def shard_parameter(

@@ -12,7 +12,10 @@ from tests.draws import WORDS, Child, Drawn
 
 MESHES = {
     "Mesh(tp=2)": ("tp",), "Mesh(tp=3)": ("tp",), "Mesh(tp=4)": ("tp",), "Mesh(dp=2, tp=2)": ("dp", "tp"),
+    "Mesh(tp=2, dp=2)": ("tp", "dp"), "Mesh(dp=3, tp=2)": ("dp", "tp"), "Mesh(tp=5)": ("tp",),
+    "Mesh(dp=2, cp=2, tp=2)": ("dp", "cp", "tp"),
 }  # fmt: skip
+OFTEN = list(MESHES)[:4]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Asked:
 def ask(random: Random, drawn: Drawn) -> Asked:
     """A mesh, a plan that makes sense for a program on it, and now and then an option."""
     d = _Plans(random)
-    mesh = d.one(*MESHES)
+    mesh = d.one(*OFTEN, *OFTEN, *MESHES)
     names = MESHES[mesh]
     entries = ", ".join(f"{axis}={d.entry(drawn)}" for axis in names)
     options = []
@@ -91,7 +94,7 @@ class _Plans:
         """What a plan says of one child: nothing, a style, or placements of its parameters."""
         if child.kind == "weight":
             return {child.name: self.placement(child.ndim)}
-        styled = ["style"] * 4 if child.kind in ("linear", "emb", "conv") else []
+        styled = ["style"] * 4 if child.kind in ("linear", "emb", "conv", "mha") else []
         way = self.one(*styled, "placed", "placed", "borders", "none")
         if way == "none":
             return {}
@@ -105,7 +108,8 @@ class _Plans:
             options.append(f"input_layouts={self.placement(child.ndim)}")
         if self.one(False, False, True):
             options.append(f"output_layouts={self.placement(child.ndim + (child.kind == 'emb'))}")
-        return {child.name: f"{self.one('ColwiseParallel', 'RowwiseParallel')}({', '.join(options)})"}
+        style = "ColwiseParallel" if child.kind == "mha" else self.one("ColwiseParallel", "RowwiseParallel")
+        return {child.name: f"{style}({', '.join(options)})"}
 
     def borders(self, child: Child) -> str:
         """A style that speaks of what enters and leaves a module only."""

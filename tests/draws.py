@@ -59,6 +59,7 @@ class Drawn:
     inputs: tuple[tuple[str, tuple[int, ...]], ...]
     children: tuple[Child, ...]
     outputs: tuple[int, ...]  # how many dims each has
+    differentiable: str = "x y"  # names of the inputs that need a gradient
 
     def model(self) -> nn.Module:
         """The model with the weights of one seed, in double precision."""
@@ -70,12 +71,13 @@ class Drawn:
         return [
             torch.randint(VOCAB, shape, generator=draw)
             if name == "ids"
-            else torch.randn(shape, generator=draw, dtype=torch.double, requires_grad=True)
+            else torch.randn(shape, generator=draw, dtype=torch.double, requires_grad=name in self.differentiable)
             for name, shape in self.inputs
         ]
 
     def __repr__(self) -> str:
-        return f"\n{self.source}\ninputs: {', '.join(f'{n}{list(s)}' for n, s in self.inputs)}\n"
+        inputs = ", ".join(f"{n}{list(s)}" for n, s in self.inputs)
+        return f"\n{self.source}\ninputs: {inputs}; with gradients: {self.differentiable or 'none'}\n"
 
 
 def model_of(source: str) -> nn.Module:
@@ -113,6 +115,7 @@ class _Writer:
         self.children: list[Child] = []
         self.lines: list[str] = []
         self.used: set[str] = set()
+        self.after: list[str] = []  # what is done to the children once they are there
         self.root = nn.Module()
 
     def one(self, *options: Any) -> Any:
@@ -162,13 +165,14 @@ class _Writer:
             returned.append(self.one(*self.floats()))
         body = "".join(f"        {line}\n" for line in self.lines)
         made = "".join(f"        self.{c.name} = {c.code}\n" for c in self.children)
+        made += "".join(f"        {line}\n" for line in dict.fromkeys(self.after))
         source = (
             "class Model(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
             f"{made}\n    def forward(self, {', '.join(n for n, _ in self.inputs)}):\n{body}"
             f"        return {', '.join(returned)}\n"
         )
         ndims = tuple(self.values[n].dim() for n in returned)
-        return Drawn(source, self.inputs, tuple(self.children), ndims)
+        return Drawn(source, self.inputs, tuple(self.children), ndims, self.one("x y", "x y", "x", ""))
 
 
 def _linear(w: _Writer) -> str | None:
@@ -286,6 +290,47 @@ def _matmul(w: _Writer) -> str | None:
     return w.one(*found) if found else None
 
 
+def _heads(w: _Writer) -> str | None:
+    x = w.value(3, 3)
+    if x is None:
+        return None
+    width = w.values[x].shape[-1]
+    code = f"nn.MultiheadAttention({width}, {_divisor(w, width)}, batch_first=True)"
+    return f"self.{w.child('mha', code, 3)}({x}, {x}, {x}, need_weights=False)[0]"
+
+
+def _tied(w: _Writer) -> str | None:
+    """Two Linears that share a weight; or one whose weight is frozen."""
+    pairs = [
+        (x, c.name, m.out_features)
+        for x in w.floats(1)
+        for c in w.children
+        if c.kind == "linear" and (m := getattr(w.root, c.name)).in_features == w.values[x].shape[-1]
+    ]
+    if not pairs:
+        return None
+    x, name, out = w.one(*pairs)
+    if w.one(True, False):
+        w.after.append(f"self.{name}.weight.requires_grad_(False)")
+        return f"self.{name}({x})"
+    new = w.child("linear", f"nn.Linear({w.values[x].shape[-1]}, {out})", w.values[x].dim())
+    w.after.append(f"self.{new}.weight = self.{name}.weight")
+    return f"self.{new}({x})"
+
+
+def _made_weight(w: _Writer) -> str | None:
+    """A weight computed from a parameter."""
+    linears = {c.name: getattr(w.root, c.name) for c in w.children if c.kind == "linear"}
+    pairs = [(x, n) for x in w.floats(1) for n, m in linears.items() if m.in_features == w.values[x].shape[-1]]
+    if not pairs:
+        return None
+    x, name = w.one(*pairs)
+    weight = f"self.{name}.weight"
+    made = w.one(f"{weight} * 2", f"{weight} / {weight}.norm()", f"{weight} / {weight}.norm(dim=0)", f"{weight}.tril()",
+                 f"F.normalize({weight}, dim=1)")  # fmt: skip
+    return f"F.linear({x}, {made})"
+
+
 def _attention(w: _Writer) -> str | None:
     x = w.value(3, 4)
     if x is None:
@@ -305,6 +350,45 @@ def _reduction(w: _Writer) -> str | None:
         f"{x}.var({many}, correction=0{keep})", f"torch.logsumexp({x}, {many}{keep})", f"{x}.cumsum({dims[0]})",
         f"torch.linalg.vector_norm({x} + 3, 2, {many}{keep})",
     )  # fmt: skip
+
+
+def _ordered(w: _Writer) -> str | None:
+    """What depends on the order of elements along a dim."""
+    x = w.value(1)
+    if x is None:
+        return None
+    d = w.number(0, w.values[x].dim() - 1)
+    n = w.values[x].shape[d]
+    return w.one(
+        f"{x}.sort({d})[0]", f"{x}.topk({w.number(1, n)}, {d})[0]", f"{x}.max({d})[0]", f"{x}.cumprod({d})",
+        f"{x}.prod({d})", f"{x}.std({d}, correction=0)" if n > 2 else f"{x}.min({d}, keepdim=True)[0]",
+        f"F.one_hot({x}.argmax({d}), {n}).double()", f"{x}.logcumsumexp({d})", f"{x}.median({d})[0]",
+        f"{x}.scatter({d}, {x}.argmax({d}, keepdim=True), 0.0)", f"{x}.gather({d}, {x}.argsort({d}))",
+    )  # fmt: skip
+
+
+def _in_place(w: _Writer) -> str | None:
+    x = w.value(1)
+    if x is None:
+        return None
+    return w.one(
+        f"{x}.clone().mul_(2).add_({x})", f"F.relu({x} + 0, inplace=True)", f"{x}.clone().clamp_(-0.5, 0.5)",
+        f"torch.zeros_like({x}).copy_({x})", f"{x}.clone().index_fill_(0, torch.tensor([0]), 0.5)",
+    )  # fmt: skip
+
+
+def _pool(w: _Writer) -> str | None:
+    x = w.value(3, 4)
+    if x is None:
+        return None
+    shape = w.values[x].shape
+    if len(shape) == 3:
+        return w.one(f"F.max_pool1d({x}, 2, padding=1)", f"F.avg_pool1d({x}, {min(2, shape[2])})",
+                     f"F.adaptive_avg_pool1d({x}, 2)", f"F.interpolate({x}, scale_factor=2)")  # fmt: skip
+    code = f"nn.Conv2d({shape[1]}, {w.one(1, 2, 3)}, {w.one(1, 3)}, padding=1, groups=1)"
+    if w.one(True, False):
+        return f"self.{w.child('conv', code, 4)}({x})"
+    return w.one(f"F.max_pool2d({x}, 2, padding=1)", f"F.pixel_unshuffle(F.pad({x}, (0, 0)), 1)")
 
 
 def _softmax(w: _Writer) -> str | None:
@@ -423,5 +507,6 @@ def _constrain(w: _Writer) -> str | None:
 STEPS = (
     _linear, _linear, _linear, _linear, _norm, _norm, _embedding, _parameter, _shared_weight, _pointwise, _pointwise,
     _pointwise, _binary, _binary, _binary, _matmul, _matmul, _attention, _reduction, _reduction, _softmax, _loss, _swap,
-    _swap, _reshape, _reshape, _reshape, _piece, _piece, _join, _lookup, _constrain, _conv,
+    _swap, _reshape, _reshape, _reshape, _piece, _piece, _join, _lookup, _constrain, _conv, _heads, _tied, _made_weight,
+    _ordered, _in_place, _pool,
 )  # fmt: skip

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.utils.checkpoint import checkpoint
 
 import shardc
@@ -389,3 +390,103 @@ def train_on_some_ranks(rank: int) -> str:
 def test_a_mesh_of_some_ranks_asks_nothing_of_the_others():
     """Case 42."""
     assert run_ranks(train_on_some_ranks, 4) == ["waited", "trained", "waited", "trained"]
+
+
+# --- what a module may hold
+
+
+class Holds(nn.Module):
+    """Tensors of many sorts, none of which is lost or changed on its way to the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(16, 4)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last)
+        self.scale = nn.Parameter(torch.randn(()))
+        self.turned = nn.Parameter(torch.randn(4, 3).t())
+        self.nothing = nn.Parameter(torch.randn(0, 4))
+        sorts = (torch.bool, torch.uint8, torch.int16, torch.float16, torch.bfloat16, torch.complex64)
+        for dtype in sorts:
+            self.register_buffer(f"a_{str(dtype).split('.')[1]}", (torch.randn(5, 3).abs() * 2).to(dtype))
+        self.register_buffer("every_other", torch.randn(8)[::2], persistent=False)
+        self.register_buffer("one", torch.randn(1).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lin(x) * self.scale + self.every_other + self.one
+        h = self.conv(h.view(-1, 4, 1, 1)).flatten(1)
+        return (h @ self.turned.t()) * self.a_bool[0] + self.a_complex64.abs()[0] + self.nothing.sum()
+
+
+def hold_many_sorts(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    torch.manual_seed(rank)
+    mine = Holds()
+    torch.manual_seed(0)
+    alone = Holds()
+    compiled = shardc.compile(mine, Replicated(), mesh=mesh)
+    for (name, value), want in zip(compiled.named_buffers(), alone.buffers(), strict=True):
+        assert torch.equal(value, want), name
+        assert value.dtype == want.dtype, name
+    for (name, value), want in zip(compiled.named_parameters(), alone.parameters(), strict=True):
+        assert torch.equal(value, want) and value.stride() == want.stride(), name
+    whole = batches(8, 16).float()
+    loss_of(compiled(rows_of(whole, mesh))).backward()
+    loss_of(alone(whole)).backward()
+    for (name, p), q in zip(compiled.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def split_a_buffer(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    torch.manual_seed(0)
+    alone = Tabled().double()
+    compiled = shardc.compile(copy.deepcopy(alone), {"table": Shard(0), "lin": ColwiseParallel()}, mesh=mesh)
+    x = batches(4, 6)
+    torch.testing.assert_close(compiled(x), alone(x), **CLOSE)
+    assert list(compiled.state_dict()) == list(alone.state_dict())
+    torch.testing.assert_close(compiled.full_state_dict()["table"], alone.table, **CLOSE)
+
+
+class Tabled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 5)
+        self.register_buffer("table", torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x) @ self.table
+
+
+def mistakes_of_one_rank(rank: int) -> list[str]:
+    """Nobody answers this rank while it makes them: whatever it asked for would never come."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    calls = {
+        "dpp": lambda: shardc.compile(MLP(), Plan(dpp=Replicated()), mesh=mesh),
+        "bucket_mb": lambda: shardc.compile(MLP(), Replicated(bucket_mb=-1), mesh=mesh),
+        "src_data_rank": lambda: shardc.compile(MLP(), Replicated(), mesh=mesh, src_data_rank=2),
+        "recompute": lambda: shardc.compile(MLP(), Replicated(), mesh=mesh, recompute=1),  # pyright: ignore
+        "net3": lambda: shardc.compile(MLP(), {"net3": Shard(0)}, mesh=mesh, strict=True),
+        "class": lambda: shardc.compile(MLP, Replicated(), mesh=mesh),  # pyright: ignore
+        "meta": lambda: shardc.compile(MLP().to("meta"), Replicated(), mesh=mesh),
+    }
+    found = []
+    for name, call in calls.items() if rank == 0 else ():
+        try:
+            call()
+        except shardc.PlanError as error:
+            assert name in str(error), error
+            found.append(name)
+    dist.barrier()
+    return found
+
+
+def hold_and_mistake(rank: int) -> int:
+    hold_many_sorts(rank)
+    split_a_buffer(rank)
+    return len(mistakes_of_one_rank(rank))
+
+
+@on_ranks
+def test_tensors_of_all_sorts_reach_the_ranks_and_mistakes_ask_nothing_of_them():
+    """Case 35, for the second half."""
+    assert run_ranks(hold_and_mistake, 2) == [7, 0]

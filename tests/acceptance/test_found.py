@@ -1,0 +1,133 @@
+"""What random programs, or a close look, once found wrong: each case cut down to what it takes."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput
+
+import shardc
+from shardc import Layout, Mesh, Plan, Replicated, ShardingError
+from shardc.compiler.lowering import Lowering
+from tests.acceptance.models import MLP
+from tests.agree import agrees, agrees_as_ranks
+
+TWO = Mesh(tp=2)
+ANY = {"": PrepareModuleInput()}  # a plan that says nothing, and so is not empty
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(x))
+
+
+def test_a_recomputed_batch_norm_reads_no_statistics_that_forward_has_changed():
+    agrees(Normed().double(), [draw(6, 4)], Mesh(dp=2), Replicated(), {"recompute": "norm"})
+    agrees(Normed().double(), [draw(6, 4)], TWO, {"norm.weight": Shard(0)}, {"recompute": ["*"]})
+
+
+class NormsAColumn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.unbind(1)[1])
+
+
+@pytest.mark.parametrize("desired", [Shard(0), Replicate(), Shard(1)])
+def test_a_marked_value_lies_in_memory_as_it_does_without_the_mark(desired: object):
+    """A mark that packed it made tracing leave out the copy that group norm needs."""
+    plan = {"norm": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=desired)}
+    agrees(NormsAColumn().double(), [draw(2, 5, 2, 4)], TWO, plan)
+
+
+class Entropy(nn.Module):
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(x, target, ignore_index=0)
+
+
+@pytest.mark.parametrize("split", [Shard(0), Shard(1), Replicate()])
+def test_where_every_target_is_ignored_the_loss_is_nan_and_its_gradient_zero(split: object):
+    x, target = draw(3, 8), torch.zeros(3, dtype=torch.int64)
+    model = shardc.compile(Entropy(), ANY, mesh=TWO, inputs=(split, None))
+    loss = model(x, target)
+    loss.backward()
+    assert math.isnan(loss.item())
+    assert torch.equal(x.grad, torch.zeros_like(x))  # pyright: ignore
+
+
+class TwoResults(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = MLP()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor, int]:
+        y = self.net(x)
+        return y, None, y.square().mean(), 3
+
+
+@pytest.mark.parametrize("ignored", [None, "net.net1"])
+def test_programs_of_real_ranks_average_once_and_are_proved_too(ignored: str | None):
+    """A loss beside split results; and a loss alone, whose gradients nothing averages."""
+    plan = Plan(dp=Replicated(ignored_modules=ignored))
+    agrees_as_ranks(MLP().double(), [draw(6, 16)], Mesh(dp=2), Plan(dp=Replicated()))
+    agrees_as_ranks(TwoResults().double(), [draw(6, 16)], Mesh(dp=2), plan)
+    agrees_as_ranks(TwoResults().double(), [draw(6, 16)], Mesh(dp=2), plan, {"outputs": (Layout(), None, None, None)})
+
+
+def lowering_of(compiled: shardc.CompiledModule) -> Lowering:
+    return compiled._lowering
+
+
+class SplitsItself(nn.Module):
+    """Its weight's gradient is split over dp by columns, not pending: every rank has other features of all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(shardc.constrain(x, Shard(1)))
+
+
+def test_what_is_kept_back_is_a_pending_sum_or_lies_as_its_parameter_does():
+    compiled = shardc.compile(SplitsItself(), Replicated(), mesh=Mesh(dp=2), inputs=Replicate(), outputs=Replicate())
+    program = lowering_of(compiled).lower((torch.randn(4, 6),), {}, "keep").program
+    (gradient,) = [n for n in program.halves.backward.graph.output_node().args[0] if n is not None]  # pyright: ignore
+    assert str(gradient.meta["spec"]) in ("[4, 6]", "[4, 6]+dp")
+
+
+def test_a_gradient_penalty_is_refused_and_not_left_out():
+    """Gradients made with create_graph=True were constants, so that a penalty on them trained nothing."""
+    compiled = shardc.compile(MLP().double(), {"net1": ColwiseParallel()}, mesh=TWO)
+    x = draw(4, 16)
+    (slope,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
+    with pytest.raises(ShardingError, match="differentiated once more"):
+        (compiled(x).square().mean() + slope.norm()).backward()
+    (plain,) = torch.autograd.grad(compiled(x).sum(), x)
+    assert not plain.requires_grad and torch.equal(plain, slope.detach())
+
+
+def test_a_module_may_return_none_beside_a_tensor():
+    """As nn.MultiheadAttention does."""
+    model = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    x = draw(2, 3, 8)
+    alone = copy.deepcopy(model)(x, x, x, need_weights=False)
+    out, weights = shardc.compile(model, ColwiseParallel(), mesh=TWO)(x, x, x, need_weights=False)
+    assert weights is None
+    torch.testing.assert_close(out, alone[0])
