@@ -23,7 +23,7 @@ from shardc.compiler.resolved import Resolved
 from shardc.compiler.wording import shown
 from shardc.runtime.groups import default_device_mesh
 from shardc.runtime.ranks import Ranks
-from shardc.runtime.state import broadcast, shard_parameter, whole
+from shardc.runtime.state import broadcast, shard, whole
 
 _COMPILED: WeakSet[nn.Module] = WeakSet()  # modules that some compile has taken over
 
@@ -148,27 +148,28 @@ def _refuse_meta(model: nn.Module) -> None:
 
 def _take_over(model: nn.Module, plan: Resolved, ranks: Ranks, source: int | None) -> None:
     """Give every rank the source's values, then leave it its shards. Tied parameters stay one object."""
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, Tensor] = {}
     for fqn, x in held(model).items():
         if id(x) in made:
             _put(model, fqn, made[id(x)])
             continue
         if source is not None and x.numel():
             with torch.no_grad():
-                broadcast(x.data, ranks.device_mesh, source)
-        if isinstance(x, nn.Parameter):
-            made[id(x)] = _held_by(x, plan, fqn, ranks)
-            _put(model, fqn, made[id(x)])
+                broadcast(x, ranks.device_mesh, source)
+        made[id(x)] = _held_by(x, plan, fqn, ranks)
+        _put(model, fqn, made[id(x)])
 
 
-def _held_by(x: nn.Parameter, plan: Resolved, fqn: str, ranks: Ranks) -> nn.Parameter:
-    spec = plan.params[plan.canonical(fqn)].stored_spec(ranks.mesh)
-    return x if spec.is_whole else shard_parameter(x, spec, ranks.device_mesh, ranks.coords)
+def _held_by(x: Tensor, plan: Resolved, fqn: str, ranks: Ranks) -> Tensor:
+    layout = plan.layout(fqn)
+    spec = layout.stored_spec(ranks.mesh) if layout is not None else None
+    return x if spec is None or spec.is_whole else shard(x, spec, ranks.device_mesh, ranks.coords)
 
 
-def _put(model: nn.Module, fqn: str, param: nn.Parameter) -> None:
+def _put(model: nn.Module, fqn: str, held: Tensor) -> None:
     owner, _, name = fqn.rpartition(".")
-    model.get_submodule(owner)._parameters[name] = param
+    module = model.get_submodule(owner)
+    (module._parameters if isinstance(held, nn.Parameter) else module._buffers)[name] = held  # pyright: ignore
 
 
 def _whole_values(model: nn.Module) -> Mapping[str, Tensor]:

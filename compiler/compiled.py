@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,7 @@ class CompiledModule(nn.Module):
         for value, place in zip(mutations, signature.indices(OutputKind.MUTATION), strict=True):
             source = signature.outputs[place].of
             with torch.no_grad():
-                flat[source or 0].copy_(value)
+                local_of(flat[source or 0]).copy_(value)
         entries = [signature.outputs[i] for i in signature.indices(OutputKind.OUTPUT)]
         return signature.unflatten_outputs([v for v, e in zip(outputs, entries, strict=True) if e.node is not None])
 
@@ -121,8 +122,7 @@ class CompiledModule(nn.Module):
 
     def _stored(self, key: str) -> Spec:
         plan: Resolved = self._lowering.plan
-        name = plan.canonical(key)
-        layout = plan.params.get(name)
+        layout = plan.layout(key)
         if layout is None:
             return Spec.whole(self._owners.get(key).shape)
         return layout.stored_spec(self._lowering.mesh)
@@ -133,6 +133,23 @@ class CompiledModule(nn.Module):
     def programs(self) -> list[Program]:
         """Every compiled program, newest last."""
         return self._lowering.programs
+
+    def save_programs(self, path: str | os.PathLike[str]) -> None:
+        """Write what was traced so far to a file, as JSON: a process that loads it need not trace. Parameters are
+        not in it. A compile over a fake process group, or for an abstract mesh, will do to make one.
+
+        Raises ShardingError for a program that calls what has no name (a higher-order operator), or whose inputs or
+        results are of a container type that has none.
+        """
+        self._lowering.save(path)
+
+    def load_programs(self, path: str | os.PathLike[str]) -> None:
+        """Take in what `save_programs` wrote; calls of that form are then served without tracing.
+
+        Raises PlanError, naming the difference, where it was saved for another mesh, plan, module, option or
+        version, or is damaged; OSError where there is no such file.
+        """
+        self._lowering.load(path)
 
     @property
     def plan(self) -> Resolved:

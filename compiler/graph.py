@@ -187,3 +187,14 @@ def target_name(target: Any) -> str:
     if (getattr(target, "__module__", "") or "").endswith("compiler.collectives"):
         return f"shardc.{target.__name__}"
     return getattr(target, "__name__", str(target))
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """An independent graph with the same nodes, names and meta."""
+    graph = Graph()
+    env: dict[Any, Any] = {}
+    returned = graph.graph_copy(gm.graph, env)
+    graph.output(returned)
+    for old, new in env.items():
+        new.meta = dict(old.meta)
+    return GraphModule(gm, graph)

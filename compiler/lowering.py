@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,15 +18,16 @@ from torch.distributed.tensor import DTensor, Replicate
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.carry import add_carries
 from shardc.compiler.errors import PlanError, ShardingError
-from shardc.compiler.graph import is_random, placeholders, returned
+from shardc.compiler.graph import copy_graph, is_random, placeholders, returned
 from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.original import Original
 from shardc.compiler.pipeline import Context
 from shardc.compiler.plan import call_site
-from shardc.compiler.program import Program, copy_graph
+from shardc.compiler.program import Program
 from shardc.compiler.refine import refinements
 from shardc.compiler.resolved import Resolved
+from shardc.compiler.saved import Traces, about, load, save
 from shardc.compiler.signature import InputKind, OutputKind, Signature, TensorInfo
 from shardc.compiler.spec import Spec, to_placements
 from shardc.compiler.trace import Traced, argument_names, trace
@@ -87,9 +90,12 @@ class Lowering:
     recompute: tuple[str, ...] = ()
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
+    traces: Traces = field(default_factory=Traces)
+    hashes: dict[str, str] = field(default_factory=dict)  # of the programs, by call and variant
     _entries: dict[Any, Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._asked = self.plan
         # Looked at in every call; a module that changes after compile is refused, so they stay what they are.
         self._modules = list(self.module.modules())
         self._params = [(m._parameters, n) for m in self._modules for n, p in m._parameters.items() if p is not None]
@@ -98,7 +104,7 @@ class Lowering:
         """The program for a call like this one, lowered now if it is the first such call. Errors name a line: that
         of the call, where there is no better one."""
         try:
-            key = (call_key(self._modules, [table[name] for table, name in self._params], args, kwargs), variant)
+            key = (self._call_key(args, kwargs), variant)
             if key not in self._entries:
                 self._entries[key] = self.lower(args, kwargs, variant)
             return self._entries[key]
@@ -106,6 +112,9 @@ class Lowering:
             if error.where:
                 raise
             raise error.at(call_site()) from error.__cause__
+
+    def _call_key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple:
+        return call_key(self._modules, [table[name] for table, name in self._params], args, kwargs)
 
     def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
         """Trace, run the pipeline, agree with the other ranks, bind. variant: "reduce", "keep" (gradients are
@@ -127,10 +136,26 @@ class Lowering:
         training = tuple(m.training for m in self._modules)
         original = Original(self.module, traced.signature, self.values, training, autocast_state())
         program = Program.build(traced, ctx, original)
+        key = _text_key(self._call_key(args, kwargs), variant)
+        self.hashes[key] = program.hash
+        self.traces.check(key, program.hash)
         if self.ranks is not None:
             self.ranks.agree(str(program), "the compiled program")
         self.programs.append(program)
         return Entry(program, self._executable(program))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        save(path, self.traces, self.hashes, self._about())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        try:
+            load(path, self.traces, self._about())
+        except PlanError as error:
+            raise error.at(call_site()) from None
+
+    def _about(self) -> dict[str, Any]:
+        options = {"strict": self.strict, "recompute": self.recompute}
+        return about(self.module, self.mesh, self._asked.report(), options)
 
     def _check_results(self, signature: Signature) -> None:
         """Raises PlanError where forward returns another number of values than there are layouts for."""
@@ -200,14 +225,23 @@ class Lowering:
         layouts = None
         if self.ranks is not None:
             if needs_trace(self.plan):
-                layouts = self._traced_layouts(trace(self.module, *call, marks=self.plan.marked, params=infos))
+                layouts = self._traced_layouts(self._traced(call, infos, True))
             call = self._global_call(args, kwargs, layouts)
-        traced = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
+        traced = self._traced(call, infos, grad)
         check_counts(traced.gm, self.plan)
         for node in traced.gm.graph.nodes:
             if node.op == "call_function" and node.meta.get("phase") == "forward":
                 node.meta["recompute"] = node.meta.get("recompute") or self._recomputed_as(node.meta.get("path", ""))
         return traced
+
+    def _traced(self, call: tuple[Any, Any], infos: Mapping[str, TensorInfo], grad: bool) -> Traced:
+        """From what is kept, or made now."""
+        key = _text_key(self._call_key(*call), self.plan.marked, sorted(infos.items()), grad)
+        found = self.traces.find(key)
+        if found is None:
+            found = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
+            self.traces.keep(key, found)
+        return found
 
     def _recomputed_as(self, path: str) -> str:
         """The outermost module around a path that the user asked to recompute, if any: a region of its own."""
@@ -303,6 +337,11 @@ def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwa
     flags = tuple(m.training for m in modules)
     kinds = tuple((p.requires_grad, p.dtype) for p in params)
     return described, structure, flags, kinds, torch.is_grad_enabled(), autocast_state()
+
+
+def _text_key(*parts: Any) -> str:
+    """The same in every process for equal parts."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _constant(x: Any) -> Any:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.accounts import Collective, collectives_of, peak_bytes
 from shardc.compiler.averages import Averages
 from shardc.compiler.explain import cause, explain
-from shardc.compiler.graph import returned, spec
+from shardc.compiler.graph import copy_graph, returned, spec
 from shardc.compiler.halves import Halves, halves
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, Record, Stage, run_passes
@@ -121,14 +120,3 @@ def input_names(signature: Signature) -> dict[str, str]:
         of = f" of output {entry.of}" if entry.kind is InputKind.TANGENT else f" {entry.name}"
         out[entry.node] = (word + of).strip()
     return out
-
-
-def copy_graph(gm: GraphModule) -> GraphModule:
-    """An independent graph with the same nodes, names and meta."""
-    graph = torch.fx.Graph()
-    env: dict[Any, Any] = {}
-    returned = graph.graph_copy(gm.graph, env)
-    graph.output(returned)
-    for old, new in env.items():
-        new.meta = dict(old.meta)
-    return GraphModule(gm, graph)

@@ -150,6 +150,10 @@ class Resolved:
             return name
         return next((fqn for fqn, layout in self.params.items() if name in layout.aliases), name)
 
+    def layout(self, name: str) -> ParamLayout | None:
+        """Of a parameter under any of its names, or of a buffer that the plan names; other buffers have none."""
+        return self.params.get(self.canonical(name)) or self.buffers.get(name)
+
     def reshards(self, axis: str, unit: str) -> bool | int:
         """Whether (or to how many ranks) a gather unit frees its parameters after forward."""
         return self.unit_reshard.get((axis, unit), self.reshard_after[axis])

@@ -42,7 +42,7 @@ def agree(
     Raises RankMismatchError on every one of the ranks: naming those that differ, their digests and the first
     line that does; or those that did not come within `timeout` seconds, or that the store is gone.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_backend() == "fake":  # its other ranks are not there to ask
         return
     ranks = groups.ranks if isinstance(groups, Groups) else groups
     everyone = tuple(range(dist.get_world_size()) if ranks is None else ranks)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 import shardc
 from shardc import Mesh, PlanError, Program, ShardingError
 from shardc.compiler import lowering
-from shardc.compiler.graph import returned, spec
+from shardc.compiler.graph import copy_graph, returned, spec
 from shardc.compiler.pipeline import Context
-from shardc.compiler.program import copy_graph
 from shardc.compiler.signature import OutputKind
 from shardc.compiler.trace import Traced, trace
 

@@ -54,6 +54,7 @@ LAYERS = {  # first match wins
     },
     # What compile is made of: one room in several files, the only one that sees both passes and runtime.
     **{f"compiler.{m}": API for m in "api compiled lowering program prove train_step check_rule".split()},
+    "compiler.saved": [*CORE, "compiler"],
     "compiler": CORE,
     "passes.pipeline": [*PASS, "passes"],
     "passes": PASS,
