@@ -41,7 +41,7 @@ class CompiledModule(nn.Module):
         device = self._lowering.plan.device_id
         if device is not None:
             args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
-        entry = self._lowering.entry(args, kwargs, self._variant())
+        entry = self._lowering.serve(args, kwargs, self._variant())
         return self._call(entry, args, kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Program:

@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.carry import add_carries
+from shardc.compiler.collectives import COLLECTIVES
 from shardc.compiler.errors import PlanError, ShardingError
-from shardc.compiler.graph import copy_graph, is_random, placeholders, returned
+from shardc.compiler.graph import copy_graph, is_random, move_of, placeholders, returned
 from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.original import Original
@@ -43,6 +44,10 @@ class Entry:
 
     program: Program
     run: Executable
+
+    def __post_init__(self) -> None:
+        moves = (move_of(node) for node in self.program.gm.graph.nodes)
+        self.moves = any(move is not None and move.target in COLLECTIVES for move in moves)
 
 
 class Kept:
@@ -93,6 +98,7 @@ class Lowering:
     traces: Traces = field(default_factory=Traces)
     hashes: dict[str, str] = field(default_factory=dict)  # of the programs, by call and variant
     _entries: dict[Any, Entry] = field(default_factory=dict)
+    _last: Entry | None = None
 
     def __post_init__(self) -> None:
         self._asked = self.plan
@@ -112,6 +118,27 @@ class Lowering:
             if error.where:
                 raise
             raise error.at(call_site()) from error.__cause__
+
+    def serve(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any) -> Entry:
+        """The program for a call that is about to run. Where it is not the last call's, the ranks compare theirs:
+        pieces of unequal sizes must not meet in one collective. Calls that move nothing are each rank's own."""
+        if self.ranks is None:
+            return self.entry(args, kwargs, variant)
+        known, calls = self._entries.get((self._call_key(args, kwargs), variant)), self.ranks.calls
+        if known is not None and not known.moves:
+            return known
+        if known is not None and known is self._last:
+            calls.number += 1
+            return known
+        with calls.entering():
+            entry = known or self.entry(args, kwargs, variant)
+            if known is not None:
+                self.ranks.agree(entry.program.hash, "the program for this call")
+        if entry.moves:
+            self._last = entry
+        else:
+            calls.number -= 1
+        return entry
 
     def _call_key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple:
         return call_key(self._modules, [table[name] for table, name in self._params], args, kwargs)
@@ -307,9 +334,10 @@ def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         return
     try:
         signature = inspect.signature(module.forward)
-        signature.bind(*args, **kwargs)
     except ValueError:  # some scripted modules have none
         return
+    try:
+        signature.bind(*args, **kwargs)
     except TypeError as error:
         raise PlanError(
             f"forward of {type(module).__name__} cannot be called so: {error}", help=f"it is forward{signature}"
@@ -350,6 +378,7 @@ def _constant(x: Any) -> Any:
     except TypeError:
         raise PlanError(
             f"an input of type {type(x).__name__} is neither a tensor nor a value that can be compared",
+            where=call_site(),
             help="pass tensors, numbers, strings, None, or lists, tuples and dicts of them",
         ) from None
     return type(x).__name__, x

@@ -31,22 +31,25 @@ KEPT = ("where", "path", "phase", "made_by")  # small texts; values and layouts 
 
 
 def bind_program(
-    gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], groups: Mapping[str, ProcessGroup]
+    gm: GraphModule,
+    mesh: Mesh,
+    coords: Mapping[str, int],
+    groups: Mapping[str, ProcessGroup],
+    look: Callable[[], None] | None = None,
 ) -> GraphModule:
     """A LOCAL or SCHEDULED program as the rank at `coords` runs it: local tensors in, local tensors out.
 
-    groups: this rank's process group along each mesh dim that has more than one rank. Nodes keep their names.
-    No gradient flows through collectives. Raises ValueError for a call that has no place in such a program.
+    groups: this rank's process group along each mesh dim that has more than one rank. look: see `wire.Line`.
+    Nodes keep their names. No gradient flows through collectives.
+    Raises ValueError for a call that has no place in such a program.
     """
-    return _Binder(gm, mesh, coords, groups).bound()
+    lines = {a: Line(a, mesh[a], coords[a], groups.get(a), look) for a in mesh.names}
+    return _Binder(gm, mesh, coords, lines).bound()
 
 
 class _Binder:
-    def __init__(
-        self, gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], groups: Mapping[str, ProcessGroup]
-    ) -> None:
-        self.gm, self.mesh, self.coords = gm, mesh, dict(coords)
-        self.lines = {a: Line(a, mesh[a], coords[a], groups.get(a)) for a in mesh.names}
+    def __init__(self, gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], lines: Mapping[str, Line]) -> None:
+        self.gm, self.mesh, self.coords, self.lines = gm, mesh, dict(coords), lines
         self.graph = Graph()
         self.env: dict[Node, Node] = {}
         self.started: dict[Node, Any] = {}  # the collective behind each start

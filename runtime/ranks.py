@@ -17,7 +17,7 @@ from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec, to_placements
 from shardc.runtime.bind import bind_program
 from shardc.runtime.groups import Groups
-from shardc.runtime.handshake import agree
+from shardc.runtime.handshake import Calls, agree, calls_of
 from shardc.runtime.shards import cut
 from shardc.runtime.state import as_dtensor, broadcast, gather_whole, local_of
 
@@ -44,11 +44,16 @@ class Ranks:
     def agree(self, text: str, what: str) -> None:
         """Make sure that every rank holds the same text. Raises RankMismatchError on every rank otherwise."""
         if self.mesh.size > 1:
-            agree(text, self.groups, what)
+            agree(text, self.groups, what, call=self.calls.entered)
+
+    @property
+    def calls(self) -> Calls:
+        """The count of calls that these ranks make together, whatever the module."""
+        return calls_of(self.groups.ranks)
 
     def bind(self, gm: GraphModule) -> GraphModule:
         """A graph of symbolic collectives as this rank runs it."""
-        return bind_program(gm, self.mesh, self.coords, self.groups)
+        return bind_program(gm, self.mesh, self.coords, self.groups, self.calls.look)
 
     def wrapper(self, spec: Spec) -> Callable[[Tensor], Tensor]:
         """What labels a local gradient with its global layout."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardc.compiler.collectives import Cut
-from shardc.compiler.errors import RankFailure
+from shardc.compiler.errors import RankFailure, RankMismatchError
 from shardc.runtime.shards import combine
 
 # torch 2.13 has these under new names and warns about the old ones, which are all that 2.11 has
@@ -30,17 +31,21 @@ _gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into
 _reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 SUMMED = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
+PATIENCE = timedelta(seconds=2)  # before a rank looks whether the others are elsewhere
 SMALL = 1 << 20  # bytes: all summands gathered in one round beat two rounds up to about here (gloo, measured)
 
 
 class Line:
     """The ranks along one mesh dim as this rank sees them. index: its own place among them.
 
-    group may be None only where the rank is alone.
+    group may be None only where the rank is alone. look: what to call when others let this rank wait; it raises
+    where they will never come.
     """
 
-    def __init__(self, axis: str, size: int, index: int, group: dist.ProcessGroup | None) -> None:
-        self.axis, self.size, self.index, self.group = axis, size, index, group
+    def __init__(
+        self, axis: str, size: int, index: int, group: dist.ProcessGroup | None, look: Callable[[], None] | None = None
+    ) -> None:
+        self.axis, self.size, self.index, self.group, self.look = axis, size, index, group, look
         config = dist.get_backend_config(group) if group is not None and size > 1 else ""
         self._backends = dict(part.split(":") for part in config.split(",") if part)
 
@@ -67,7 +72,8 @@ class Collective:
     `start` issues it, `wait` finishes it; between the two a rank may do anything else. The operand may lie in
     memory in any way; the result is contiguous and shares no memory with it, except on a line of one rank,
     where nothing moves and the result is the operand. No gradient flows through.
-    Raises RankFailure naming the node, mesh dim and ranks where the backend reports an error or timeout.
+    Raises RankFailure naming the node, mesh dim and ranks where the backend reports an error or timeout, and
+    RankMismatchError where the others' inputs call for another program.
     """
 
     def __init__(self, kind: str, line: Line, node: str, moves: bool) -> None:
@@ -88,10 +94,25 @@ class Collective:
         """The result of what `start` issued."""
         if issued.work is not None:
             try:
-                issued.work.wait()
+                self._finish(issued)
+            except RankMismatchError:
+                raise
             except RuntimeError as error:
                 raise self._lost(error) from error
         return issued.finish()
+
+    def _finish(self, issued: Issued) -> None:
+        if self.line.look is None or self.line.backend(issued.sent) != "gloo":  # elsewhere a wait does not block
+            issued.work.wait()
+            return
+        while True:
+            try:
+                issued.work.wait(PATIENCE)
+                return
+            except RuntimeError:
+                if issued.work.is_completed():
+                    raise
+            self.line.look()
 
     def _alone(self, x: Tensor) -> Tensor:
         raise NotImplementedError
