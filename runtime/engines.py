@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec
-from shardc.runtime.blame import blaming_line, blaming_next
+from shardc.runtime.blame import blaming_line
 from shardc.runtime.shards import cut, join
 from shardc.runtime.simulate import simulate
 
@@ -43,9 +43,7 @@ class SimulatedRanks:
         return [self._join(p, x) for p, x in zip(found, _returned(self._backward), strict=True)]
 
     def _run(self, gm: GraphModule, inputs: Sequence[list[Any]]) -> list[list[Any]]:
-        done: list[Node] = []
-        with blaming_next(gm, done):
-            return simulate(gm, self._mesh, inputs, lambda node, _: done.append(node))
+        return simulate(gm, self._mesh, inputs)
 
     def _cut(self, x: Tensor, spec: Spec) -> list[Tensor]:
         return [cut(x.detach(), spec, self._mesh, at) for at in self._coords]
