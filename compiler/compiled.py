@@ -18,7 +18,7 @@ from shardc.compiler.program import Program
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.signature import InputKind, OutputKind
 from shardc.compiler.spec import Spec
-from shardc.runtime.state import as_held, local_of, whole
+from shardc.runtime.state import as_dtensor, as_held, local_of, whole
 
 
 class CompiledModule(nn.Module):
@@ -37,18 +37,22 @@ class CompiledModule(nn.Module):
     # ---- calling
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*self.prepared(args, kwargs))
+
+    def prepared(self, args: Any, kwargs: Any) -> tuple[Entry, list[Any]]:
+        """The program for a call that is about to run, and its inputs in signature order."""
         self._owners.check()
         device = self._lowering.plan.device_id
         if device is not None:
             args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
         entry = self._lowering.serve(args, kwargs, self._variant())
-        return self._call(entry, args, kwargs)
+        return entry, self._flat(entry, args, kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Program:
         """Compile for inputs like these ahead of time, from real, fake or meta tensors."""
         return self._lowering.entry(args, kwargs).program
 
-    def _call(self, entry: Entry, args: Any, kwargs: Any) -> Any:
+    def _flat(self, entry: Entry, args: Any, kwargs: Any) -> list[Any]:
         signature = entry.program.signature
         batch = [local_of(x) for x in signature.flatten_inputs(args, kwargs)]
         rest, flat = iter(batch), []
@@ -59,13 +63,22 @@ class CompiledModule(nn.Module):
                 flat.append(item.value)
             elif item.kind is InputKind.BATCH:
                 flat.append(next(rest))
+        return flat
+
+    def _call(self, entry: Entry, flat: list[Any]) -> Any:
         outputs, mutations = entry.run(flat)
+        self.mutate(entry, flat, mutations)
+        signature = entry.program.signature
+        entries = [signature.outputs[i] for i in signature.indices(OutputKind.OUTPUT)]
+        return signature.unflatten_outputs([v for v, e in zip(outputs, entries, strict=True) if e.node is not None])
+
+    def mutate(self, entry: Entry, flat: list[Any], mutations: list[Any]) -> None:
+        """Write what forward changed back to where it came from."""
+        signature = entry.program.signature
         for value, place in zip(mutations, signature.indices(OutputKind.MUTATION), strict=True):
             source = signature.outputs[place].of
             with torch.no_grad():
                 local_of(flat[source or 0]).copy_(value)
-        entries = [signature.outputs[i] for i in signature.indices(OutputKind.OUTPUT)]
-        return signature.unflatten_outputs([v for v, e in zip(outputs, entries, strict=True) if e.node is not None])
 
     # ---- gradient accumulation
 
@@ -108,8 +121,7 @@ class CompiledModule(nn.Module):
             return self._model.load_state_dict(state_dict, strict, assign)
         live = {**dict(self._model.named_parameters(remove_duplicate=False)), **dict(self._model.named_buffers())}
         placed = {
-            key: as_held(value, live[key], self._stored(key), ranks.device_mesh, ranks.coords) if key in live else value
-            for key, value in state_dict.items()
+            key: self.placed(key, value, live[key]) if key in live else value for key, value in state_dict.items()
         }
         return self._model.load_state_dict(placed, strict, assign)
 
@@ -119,6 +131,18 @@ class CompiledModule(nn.Module):
         ranks = self._lowering.ranks
         first = ranks is None or not any(ranks.coords.values())
         return state if first or not rank0_only else {}
+
+    def placed(self, key: str, value: Tensor, held: Tensor) -> Tensor:
+        """A whole tensor or a DTensor, laid out as the parameter or buffer `held` of this name."""
+        ranks = self._lowering.ranks
+        if ranks is None:
+            return whole(value)
+        return as_held(value, held, self._stored(key), ranks.device_mesh, ranks.coords)
+
+    def labelled(self, key: str, local: Tensor) -> Tensor:
+        """A local tensor of a sharded parameter's local shape, under the parameter's global layout."""
+        ranks = self._lowering.ranks
+        return local if ranks is None else as_dtensor(local, self._stored(key), ranks.device_mesh)
 
     def _stored(self, key: str) -> Spec:
         plan: Resolved = self._lowering.plan
