@@ -44,7 +44,7 @@ def simulate(
         elif node.op == "output":
             return [env[v] if isinstance(v, Node) else [v] * mesh.size for v in node.args[0]]
         elif (move := move_of(node)) is not None:
-            env[node] = COLLECT[move.target](move, env[move.args[0]], mesh, coords)
+            env[node] = _move(move, env, mesh, coords)
         else:
             draws = is_random(node)
             env[node] = [_run(node, env, mesh, at, rank, draws) for rank, at in enumerate(coords)]
@@ -53,6 +53,11 @@ def simulate(
         for dead in last.get(node, ()):
             del env[dead]
     raise AssertionError("a graph ends with its output")
+
+
+def _move(move: Call, env: dict[Node, Pieces], mesh: Mesh, coords: list[dict[str, int]]) -> Pieces:
+    found = [COLLECT[move.target](part, env[part.args[0]], mesh, coords) for part in move.each()]
+    return found[0] if isinstance(move.args[0], Node) else [list(values) for values in zip(*found, strict=True)]
 
 
 def _run(node: Node, env: dict[Node, Pieces], mesh: Mesh, coords: dict[str, int], rank: int, draws: bool) -> Any:

@@ -27,7 +27,7 @@ from shardc.runtime.shards import combine
 
 # torch 2.13 has these under new names and warns about the old ones, which are all that 2.11 has
 _gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 SUMMED = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 SMALL = 1 << 20  # bytes: all summands gathered in one round beat two rounds up to about here (gloo, measured)
@@ -217,7 +217,7 @@ class ReduceScatter(Collective):
     def _by_backend(self, x: Tensor, mine: int) -> Issued:
         flat = self.pieces.dealt(x, self.pieces.longest)
         total = room(flat, self.pieces.longest)
-        work = self._issue(_reduce_pieces, total, flat, dist.ReduceOp.SUM)
+        work = self._issue(reduce_pieces, total, flat, dist.ReduceOp.SUM)
         return Issued(work, lambda: total[:mine].view(self.shape), flat)
 
 
@@ -270,15 +270,16 @@ class Pieces:
 
     def joined(self, got: Tensor) -> Tensor:
         """The whole, flat or in its own shape, from its pieces one after another."""
-        return got if self.leading else self._joined(got.split_with_sizes(self.numels))
+        return got if self.leading else self.join(got.split_with_sizes(self.numels))
 
     def joined_rows(self, rows: Tensor) -> Tensor:
         """The whole, flat or in its own shape, from rows of the longest piece, less what else they hold."""
         if self.leading and self.gapless:
             return rows.view(-1)[: sum(self.numels)]
-        return self._joined([row[:n] for row, n in zip(rows.unbind(), self.numels, strict=True)])
+        return self.join([row[:n] for row, n in zip(rows.unbind(), self.numels, strict=True)])
 
-    def _joined(self, flats: Sequence[Tensor]) -> Tensor:
+    def join(self, flats: Sequence[Tensor]) -> Tensor:
+        """The whole, from its flat pieces."""
         return torch.cat([p.view(v) for p, v in zip(flats, self.views, strict=True)], self.cut.dim)
 
 
