@@ -11,8 +11,8 @@
     %gx: f32[4, 8] = aten.mm(%grad, %g_1)
 
 Views and casts of the parameter that backward uses are made again from the second gather, else they would keep
-the first alive. Where backward computes a region again, the gather for it belongs to the region. Left alone: gathers that are kept (`reshard_after_forward=False`), and those that backward, or
-forward, does not use.
+the first alive. Where backward computes a region again, the gather for it belongs to the region. Left alone:
+gathers that are kept (`reshard_after_forward=False`), and those that backward, or forward, does not use.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Issued(NamedTuple):
     """A collective under way: what to wait for, and then to do. It keeps what is still being sent."""
 
     work: Any  # a torch.distributed.Work, or None where nothing moves
-    finish: Callable[[], Tensor]
+    finish: Callable[[], Any]  # the result, or a list of them
     sent: Tensor
 
 
@@ -84,7 +84,7 @@ class Collective:
             return Issued(None, lambda: self._alone(x), x)
         return self._start(x) if self.moves else Issued(None, lambda: self._empty(x), x)
 
-    def wait(self, issued: Issued) -> Tensor:
+    def wait(self, issued: Issued) -> Any:
         """The result of what `start` issued."""
         if issued.work is not None:
             try:
