@@ -18,19 +18,21 @@ from torch import Tensor
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec, chunk
 
+Value = Any  # a tensor, or several that move together
+
 
 def reshard(x: Tensor, spec: Spec) -> Tensor:
     """Any change of layout, not yet lowered."""
     return x
 
 
-def all_gather(x: Tensor, dim: int, axis: str) -> Tensor:
-    """[n@axis] -> [n]"""
+def all_gather(x: Value, dim: int | Sequence[int], axis: str) -> Value:
+    """[n@axis] -> [n]; of several values, each with its own dim, in one go"""
     return x
 
 
-def reduce_scatter(x: Tensor, dim: int, axis: str, op: str = "sum") -> Tensor:
-    """[n]+axis -> [n@axis]"""
+def reduce_scatter(x: Value, dim: int | Sequence[int], axis: str, op: str = "sum") -> Value:
+    """[n]+axis -> [n@axis]; of several values, each with its own dim, in one go"""
     return x
 
 
@@ -54,12 +56,12 @@ def make_partial(x: Tensor, axis: str) -> Tensor:
     return x
 
 
-def start(x: Tensor, kind: str, *args: Any) -> Tensor:
+def start(x: Value, kind: str, *args: Any) -> Value:
     """`start(x, "all_reduce", "tp")`: a collective under way. Nothing but `wait` may take what this gives."""
     return x
 
 
-def wait(started: Tensor) -> Tensor:
+def wait(started: Value) -> Value:
     """The result of what `start` began, when it is there."""
     return started
 

@@ -124,8 +124,8 @@ def _leaves_region(node: Node, forward: set[Node]) -> bool:
 
 def _reads(node: Node, changed: set[str]) -> bool:
     """Whether a value is one of these inputs, if only a piece or another layout of it."""
-    while (move := move_of(node)) is not None:
-        node = move.args[0]
+    if (move := move_of(node)) is not None:
+        return any(_reads(part.args[0], changed) for part in move.each())
     return node.name in changed
 
 

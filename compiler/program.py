@@ -75,13 +75,15 @@ class Program:
         return halves(self.gm, self.signature)
 
     def collectives(self) -> list[Collective]:
-        """What moves, in program order."""
+        """What moves, forward first; what backward computes again moves in both."""
         names, nodes = input_names(self.signature), {n.name: n for n in self.gm.graph.nodes}
 
         def why(c: Collective) -> str:
-            return c.why or cause(nodes[c.name].args[0], c.mesh_dim, names)
+            return c.why or cause(nodes[c.name].all_input_nodes[0], c.mesh_dim, names)
 
-        return [c._replace(why=why(c)) for c in collectives_of(self.gm, self.mesh)]
+        forward, backward = self.halves.forward, self.halves.backward
+        late = [c._replace(phase="backward") for c in collectives_of(backward, self.mesh)] if backward else []
+        return [c._replace(why=why(c)) for c in [*collectives_of(forward, self.mesh), *late]]
 
     def peak_bytes(self) -> int:
         """Bytes alive at the worst moment of forward and backward on the rank that holds most."""

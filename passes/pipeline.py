@@ -10,6 +10,7 @@ from shardc.passes.canonicalize import Canonicalize
 from shardc.passes.choose_factors import ChooseFactors
 from shardc.passes.fuse_cross_entropy import FuseCrossEntropy
 from shardc.passes.insert_reshards import InsertReshards
+from shardc.passes.join_units import JoinUnits
 from shardc.passes.localize import Localize
 from shardc.passes.lower_reshards import LowerReshards
 from shardc.passes.merge_equal import MergeEqual
@@ -36,6 +37,7 @@ def pipeline(ctx: Context) -> list[Any]:
         LowerReshards(),  # ... and cost something
         MergeEqual(),  # the first legs of two ways may be the same
         LOCALIZE,  # global shapes end here                                        RESHARDED -> LOCAL
+        JoinUnits(),  # latency: what one unit gathers, and reduces, moves at once
         BucketCollectives(),  # latency: few large reductions of gradients
         Overlap(),  # last: it fixes the order                                       LOCAL -> SCHEDULED
     ]

@@ -172,7 +172,8 @@ def _gradient(gm: GraphModule, node: Node, source: Input, averages: Averages, ct
     why = f"gradient of {source.name}"
     places = {a: layout.stored.get(a, REPLICATE) for a in order}
     wish = tuple((a, UnlessPending(p) if a in kept else p, False, why) for a, p in places.items())
-    new = insert(gm.graph, MARK, (node, f"|gradient|{source.name}|"), node, wish=wish)
+    unit = ctx.plan.gather_unit(source.name)
+    new = insert(gm.graph, MARK, (node, f"|gradient|{source.name}|"), node, wish=wish, unit=unit)
     ways = averages.divisor(source.name, ctx.plan, ctx.mesh)
     if ways == 1 or not ctx.reduce:  # what is kept back is divided when it is reduced
         return new
@@ -201,7 +202,7 @@ def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) 
     with node.graph.inserting_before(min(users, key=order.__getitem__)):
         gather = insert(
             node.graph, reshard, (node, layout.compute_spec(ctx.mesh)), node, phase="forward", regather=freed,
-            why="; ".join(layout.keys.values()),
+            unit=ctx.plan.gather_unit(fqn), why="; ".join(layout.keys.values()),
         )  # fmt: skip
     for user in users:
         user.replace_input_with(node, gather)

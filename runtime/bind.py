@@ -19,14 +19,15 @@ from torch.distributed import ProcessGroup
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler import collectives as c
-from shardc.compiler.collectives import cut_of
-from shardc.compiler.graph import spec
+from shardc.compiler.collectives import Cut, cut_of
+from shardc.compiler.graph import move_of, spec
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
+from shardc.runtime.together import GatherTogether, ScatterTogether
 from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Line, ReduceScatter
 
 aten = torch.ops.aten
-Call = tuple[Callable[..., Tensor], tuple]  # what to call, and with what beside the operand
+Bound = tuple[Callable[..., Tensor], tuple]  # what to call, and with what beside the operand
 KEPT = ("where", "path", "phase", "made_by")  # small texts; values and layouts stay behind
 
 
@@ -68,7 +69,7 @@ class _Binder:
         if node.target in MOVES:
             x, *rest = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.values()  # pyright: ignore
             target, args = MOVES[node.target](self, node, x, *rest)
-            return target, (self.env[x], *args), {}
+            return target, (self.env[x] if isinstance(x, Node) else [self.env[value] for value in x], *args), {}
         ours = getattr(node.target, "__module__", None) == c.__name__ and node.target not in c.LOCAL_STEPS
         if ours or node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
@@ -78,18 +79,22 @@ class _Binder:
     def _leaf(self, leaf: Any) -> Any:
         return self.env[leaf] if isinstance(leaf, Node) else leaf
 
-    def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> Call:
+    def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> Bound:
         return AllReduce(op, self.lines[axis], f"%{node.name}"), ()
 
-    def all_gather(self, node: Node, x: Node, dim: int, axis: str) -> Call:
+    def all_gather(self, node: Node, x: Any, dim: Any, axis: str) -> Bound:
+        if not isinstance(x, Node):
+            return GatherTogether(*self._cuts(node), self.lines[axis], f"%{node.name}"), ()
         cut = cut_of(spec(x), dim, axis, self.mesh, self.coords, spec(x))
         return AllGather(cut, self._shape(node), self.lines[axis], f"%{node.name}"), ()
 
-    def reduce_scatter(self, node: Node, x: Node, dim: int, axis: str, op: str = "sum") -> Call:
+    def reduce_scatter(self, node: Node, x: Any, dim: Any, axis: str, op: str = "sum") -> Bound:
+        if not isinstance(x, Node):
+            return ScatterTogether(*self._cuts(node), op, self.lines[axis], f"%{node.name}"), ()
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
         return ReduceScatter(cut, self._shape(node), op, self.lines[axis], f"%{node.name}"), ()
 
-    def all_to_all(self, node: Node, x: Node, source: int, dim: int, axis: str) -> Call:
+    def all_to_all(self, node: Node, x: Node, source: int, dim: int, axis: str) -> Bound:
         before, after = spec(x), spec(node)
         send = cut_of(after, dim, axis, self.mesh, self.coords, before)
         receive = cut_of(before, source, axis, self.mesh, self.coords, after)
@@ -98,27 +103,39 @@ class _Binder:
         moves = any(math.prod(before.local_shape(self.mesh, at)) for at in along)
         return AllToAll(send, receive, self._shape(node), moves, line, f"%{node.name}"), ()
 
-    def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> Call:
+    def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> Bound:
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
         index = self.coords[axis]
         start = sum(cut.sizes[:index])
         return piece, (list(cut.view), cut.dim, start, cut.sizes[index], list(self._shape(node)))
 
-    def make_partial(self, node: Node, x: Node, axis: str) -> Call:
+    def make_partial(self, node: Node, x: Node, axis: str) -> Bound:
         return aten.zeros_like.default if self.coords[axis] else aten.alias.default, ()
 
-    def start(self, node: Node, x: Node, kind: str, args: tuple) -> Call:
+    def start(self, node: Node, x: Node, kind: str, args: tuple) -> Bound:
         self.started[node], rest = MOVES[c.NAMED[kind]](self, node, x, *args)
         return self.started[node].start, rest
 
-    def wait(self, node: Node, x: Node) -> Call:
+    def wait(self, node: Node, x: Node) -> Bound:
         return self.started[x].wait, ()
+
+    def _cuts(self, node: Node) -> tuple[list[Cut], list[tuple[int, ...]]]:
+        """How each value that moves here is dealt, and the shape of what this rank gets of it."""
+        move = move_of(node)
+        assert move is not None
+        cuts, shapes = [], []
+        for part in move.each():
+            after = part.meta["spec"]
+            split = spec(part.args[0]) if part.target is c.all_gather else after
+            cuts.append(cut_of(split, part.args[1], part.axis, self.mesh, self.coords, split))
+            shapes.append(after.local_shape(self.mesh, self.coords))
+        return cuts, shapes
 
     def _shape(self, node: Node) -> tuple[int, ...]:
         return spec(node).local_shape(self.mesh, self.coords)
 
 
-MOVES: dict[Any, Callable[..., Call]] = {
+MOVES: dict[Any, Callable[..., Bound]] = {
     c.all_reduce: _Binder.all_reduce,
     c.all_gather: _Binder.all_gather,
     c.reduce_scatter: _Binder.reduce_scatter,

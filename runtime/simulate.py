@@ -52,7 +52,7 @@ def simulate(
             env[first] = list(next(feed))
         elif (move := move_of(first)) is not None:
             with blaming(first):
-                env[first] = COLLECT[move.target](move, env[move.args[0]], mesh, [rank.coords for rank in ranks])
+                env[first] = _move(move, env, mesh, [rank.coords for rank in ranks])
         elif len(stretch) == 1:
             env[first] = [rank.value(first) for rank in ranks]
         else:
@@ -64,6 +64,11 @@ def simulate(
             for dead in last.get(node, ()):
                 del env[dead]
     return [env[v] if isinstance(v, Node) else [v] * mesh.size for v in output.args[0]]
+
+
+def _move(move: Call, env: Env, mesh: Mesh, coords: list[dict[str, int]]) -> Pieces:
+    found = [COLLECT[move.target](part, env[part.args[0]], mesh, coords) for part in move.each()]
+    return found[0] if isinstance(move.args[0], Node) else [list(values) for values in zip(*found, strict=True)]
 
 
 @dataclass(frozen=True)

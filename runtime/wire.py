@@ -28,7 +28,7 @@ from shardc.runtime.shards import combine
 
 # torch 2.13 has these under new names and warns about the old ones, which are all that 2.11 has
 _gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 SUMMED = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 PATIENCE = timedelta(seconds=2)  # before a rank looks whether the others are elsewhere
@@ -62,7 +62,7 @@ class Issued(NamedTuple):
     """A collective under way: what to wait for, and then to do. It keeps what is still being sent."""
 
     work: Any  # a torch.distributed.Work, or None where nothing moves
-    finish: Callable[[], Tensor]
+    finish: Callable[[], Any]  # the result, or a list of them
     sent: Tensor
 
 
@@ -90,7 +90,7 @@ class Collective:
             return Issued(None, lambda: self._alone(x), x)
         return self._start(x) if self.moves else Issued(None, lambda: self._empty(x), x)
 
-    def wait(self, issued: Issued) -> Tensor:
+    def wait(self, issued: Issued) -> Any:
         """The result of what `start` issued."""
         if issued.work is not None:
             try:
@@ -238,7 +238,7 @@ class ReduceScatter(Collective):
     def _by_backend(self, x: Tensor, mine: int) -> Issued:
         flat = self.pieces.dealt(x, self.pieces.longest)
         total = room(flat, self.pieces.longest)
-        work = self._issue(_reduce_pieces, total, flat, dist.ReduceOp.SUM)
+        work = self._issue(reduce_pieces, total, flat, dist.ReduceOp.SUM)
         return Issued(work, lambda: total[:mine].view(self.shape), flat)
 
 
@@ -291,15 +291,16 @@ class Pieces:
 
     def joined(self, got: Tensor) -> Tensor:
         """The whole, flat or in its own shape, from its pieces one after another."""
-        return got if self.leading else self._joined(got.split_with_sizes(self.numels))
+        return got if self.leading else self.join(got.split_with_sizes(self.numels))
 
     def joined_rows(self, rows: Tensor) -> Tensor:
         """The whole, flat or in its own shape, from rows of the longest piece, less what else they hold."""
         if self.leading and self.gapless:
             return rows.view(-1)[: sum(self.numels)]
-        return self._joined([row[:n] for row, n in zip(rows.unbind(), self.numels, strict=True)])
+        return self.join([row[:n] for row, n in zip(rows.unbind(), self.numels, strict=True)])
 
-    def _joined(self, flats: Sequence[Tensor]) -> Tensor:
+    def join(self, flats: Sequence[Tensor]) -> Tensor:
+        """The whole, from its flat pieces."""
         return torch.cat([p.view(v) for p, v in zip(flats, self.views, strict=True)], self.cut.dim)
 
 
