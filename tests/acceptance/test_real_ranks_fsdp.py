@@ -5,7 +5,6 @@ Each rank passes its own rows; references are computed on every rank alone, from
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
