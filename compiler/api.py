@@ -50,7 +50,9 @@ def compile(
     root, or None for the module's own annotations. mesh: a torch DeviceMesh (real ranks), or a `shardc.Mesh`
     (all ranks simulated in this process; global tensors in and out). inputs, outputs: layouts of the root's
     inputs and outputs. src_data_rank: whose values win; None: each rank slices its own. recompute: patterns of
-    modules whose activations are computed again in backward. strict: errors instead of reports.
+    modules whose activations are computed again in backward. rng: "counter", random numbers that are the same on
+    any mesh, one device included, or "replay", those that plain eager torch draws on one device. strict: errors
+    instead of reports.
 
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
     the first call or `lower`, for a module that cannot be traced or sharded so.
@@ -69,7 +71,7 @@ def compile(
     if ranks is not None:
         _take_over(model, resolved, ranks, src_data_rank)
     _COMPILED.update(model.modules())
-    lowering = Lowering(model, resolved, integers, ranks, lambda: _whole_values(model), strict, patterns)
+    lowering = Lowering(model, resolved, integers, ranks, lambda: _whole_values(model), strict, patterns, rng)
     return CompiledModule(model, lowering)
 
 

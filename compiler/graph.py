@@ -194,6 +194,11 @@ def is_random(node: Node) -> bool:
     return bool(given.get("dropout_p", None) != 0)
 
 
+def early_draws(gm: GraphModule) -> list[Node]:
+    """Random draws of forward. Used or not, they are made there and in order: the generator moves on."""
+    return [n for n in gm.graph.nodes if n.op == "call_function" and is_random(n) and n.meta.get("phase") != "backward"]
+
+
 def output_node(gm: GraphModule) -> Node:
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
 

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.fx import GraphModule
 
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.carry import add_carries
 from shardc.compiler.collectives import COLLECTIVES
+from shardc.compiler.draws import SEED
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.graph import copy_graph, is_random, move_of, placeholders, returned
 from shardc.compiler.match import find
@@ -32,7 +34,7 @@ from shardc.compiler.saved import Traces, about, load, save
 from shardc.compiler.signature import InputKind, OutputKind, Signature, TensorInfo
 from shardc.compiler.spec import Spec, to_placements
 from shardc.compiler.trace import Traced, argument_names, trace
-from shardc.passes.pipeline import CANONICALIZE
+from shardc.passes.pipeline import first_passes
 from shardc.runtime.engines import SimulatedRanks, ThisRank
 from shardc.runtime.executable import Executable, autocast_state
 from shardc.runtime.ranks import Ranks
@@ -93,6 +95,7 @@ class Lowering:
     values: Callable[[], Mapping[str, Tensor]]  # parameters and buffers, whole
     strict: bool = False
     recompute: tuple[str, ...] = ()
+    rng: str = "counter"
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
     traces: Traces = field(default_factory=Traces)
@@ -158,10 +161,10 @@ class Lowering:
             traced = add_carries(traced, [name for name, _ in carries])
         ctx = Context(
             self.mesh, self.plan, traced.signature, average=self.ranks is not None, reduce=variant != "keep",
-            carries=dict(carries), strict=self.strict,
+            carries=dict(carries), strict=self.strict, rng=self.rng,
         )  # fmt: skip
         training = tuple(m.training for m in self._modules)
-        original = Original(self.module, traced.signature, self.values, training, autocast_state())
+        original = Original(self.module, traced.signature, self.values, training, autocast_state(), self.rng)
         program = Program.build(traced, ctx, original)
         key = _text_key(self._call_key(args, kwargs), variant)
         self.hashes[key] = program.hash
@@ -181,7 +184,7 @@ class Lowering:
             raise error.at(call_site()) from None
 
     def _about(self) -> dict[str, Any]:
-        options = {"strict": self.strict, "recompute": self.recompute}
+        options = {"strict": self.strict, "recompute": self.recompute, "rng": self.rng}
         return about(self.module, self.mesh, self._asked.report(), options)
 
     def _check_results(self, signature: Signature) -> None:
@@ -196,7 +199,9 @@ class Lowering:
         """The first program shows which factor a style's open split falls on: store parameters so, rather than
         move them at every step. What torch has no placements for (uneven heads) stays as it is."""
         copy = copy_graph(traced.gm)
-        CANONICALIZE.run(copy, Context(self.mesh, self.plan, traced.signature))
+        ctx = Context(self.mesh, self.plan, traced.signature, rng=self.rng)
+        for step in first_passes(ctx):
+            step.run(copy, ctx)
         params = dict(self.plan.params)
         for name, spec in refinements(copy, traced.signature, self.plan, self.mesh).items():
             layout, placements = params[name], to_placements(spec, self.mesh)
@@ -218,10 +223,15 @@ class Lowering:
         backward = self.ranks.bind(parts.backward) if parts.backward is not None else None
         wraps, kept = self._gradients(program)
         blank = [self.ranks.zeros(n) for n in placeholders(program.gm) if n.name in _carries(signature)]
-        draws = any(is_random(n) for n in program.gm.graph.nodes)
-        seeded = self.ranks.seeded if draws else nullcontext
-        engine = ThisRank(forward, backward, results, wraps, blank, seeded)
+        drawing = [self._drawing(half) for half in (parts.forward, parts.backward)]
+        engine = ThisRank(forward, backward, results, wraps, blank, *drawing)
         return Executable(signature, engine, kept, self.kept)
+
+    def _drawing(self, half: GraphModule | None) -> Callable[[], AbstractContextManager[None]]:
+        """Around a half in which torch draws whole tensors, all ranks draw alike. (A seed agrees by itself.)"""
+        nodes = half.graph.nodes if half is not None else ()
+        whole = any(is_random(n) and n.target is not SEED for n in nodes)
+        return self.ranks.drawing_alike if whole and self.ranks is not None else nullcontext
 
     def _gradients(self, program: Program) -> tuple[dict[int, Callable[[Tensor], Tensor]], dict[int, str]]:
         """Which gradients become DTensors (those of parameters held as shards), and which are kept back."""

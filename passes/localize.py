@@ -4,6 +4,7 @@
   ==>
     %view: f32[8@dp, 4@tp, 16] = aten.view(%mm, [8@dp, 4@tp, 16])
 
+What the compiler itself put there (`shardc.draw`) is spelled out in ATen operators, also where it is whole.
 Sizes that differ between ranks stay written as what they are and are bound when the program is loaded.
 What an operator needs beyond local operands stands beside its rule, as its localize function.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.collectives import all_reduce
+from shardc.compiler.collectives import all_reduce, make_partial
 from shardc.compiler.graph import INHERITED, call_nodes, operands, specs, tensors
 from shardc.compiler.infer import Decision, OpRule, call_rule, decide_node
 from shardc.compiler.local import bind, local_size, local_start
@@ -49,7 +50,7 @@ class Localize:
             if node.target in VIEWS:
                 node.target = aten.reshape.default  # a piece may lie in memory otherwise than the whole
             rule = call_rule(node) if hasattr(node.target, "overloadpacket") else None
-            if rule is None or not _differs(node):
+            if rule is None or not (_differs(node) or getattr(node.target, "namespace", "") == "shardc"):
                 continue
             changes["localized"] += _localize(gm, node, rule, mesh)
         return changes
@@ -114,6 +115,9 @@ class GraphSite:
     def start(self, factor: str) -> Any:
         return local_start(self._factors[factor])
 
+    def runs(self, factor: str) -> list[tuple[int, Any, Any]]:
+        return [(part.size, local_start((part,)), local_size((part,))) for part in self._factors[factor]]
+
     def full(self, factor: str) -> int:
         return size_of(self._factors[factor])
 
@@ -142,6 +146,12 @@ class GraphSite:
         if isinstance(leaf, Node):
             return local_value(leaf, self._mesh)
         return torch.device("meta") if isinstance(leaf, torch.device) else leaf
+
+    def of_first_rank(self, x: Any) -> Any:
+        for axis in self._mesh.names:
+            if self._mesh[axis] > 1:
+                x = self.call(all_reduce, self.call(make_partial, x, axis), axis)
+        return x
 
     def all_reduce(self, x: Any, factor: str, op: str = "sum") -> Any:
         for axis in axes_of(self._factors[factor]):

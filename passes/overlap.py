@@ -29,7 +29,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.accounts import last_uses
 from shardc.compiler.collectives import COLLECTIVES, all_gather, start, wait
-from shardc.compiler.graph import call_nodes, local_nbytes, move_of, returned
+from shardc.compiler.graph import call_nodes, early_draws, local_nbytes, move_of, returned
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.signature import OutputKind, Signature
@@ -65,11 +65,11 @@ class Overlap:
 
 
 def _forward(gm: GraphModule, signature: Signature) -> set[Node]:
-    """What the caller's results are made of."""
+    """What the caller's results are made of, and random draws."""
     ends = returned(gm)
     first = signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)
     seen: set[Node] = set()
-    stack = [ends[i] for i in first]
+    stack = [*(ends[i] for i in first), *early_draws(gm)]
     while stack:
         node = stack.pop()
         if isinstance(node, Node) and node not in seen:

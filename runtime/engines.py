@@ -56,7 +56,8 @@ class ThisRank:
     """Local tensors in, local tensors out: the bound halves of one rank.
 
     results: how many of forward's returns are the caller's. wrap: what labels which gradients as DTensors.
-    blank: makes the zeros that stand for each carry already consumed. seeded: the generator that forward draws from.
+    blank: makes the zeros that stand for each carry already consumed. early, late: the generator that forward, and
+    backward, draws from.
     """
 
     def __init__(
@@ -66,13 +67,14 @@ class ThisRank:
         results: int,
         wrap: Mapping[int, Any],
         blank: Sequence[Any],
-        seeded: Callable[[], AbstractContextManager[None]] = nullcontext,
+        early: Callable[[], AbstractContextManager[None]] = nullcontext,
+        late: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._forward, self._backward, self._results, self._wrap = forward, backward, results, wrap
-        self._blank, self._seeded = blank, seeded
+        self._blank, self._early, self._late = blank, early, late
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
-        with torch.no_grad(), self._seeded(), blaming_line(self._forward):
+        with torch.no_grad(), self._early(), blaming_line(self._forward):
             found = list(self._forward.forward(*[_local(x) for x in inputs]))
         return found[: self._results], found[self._results :]
 
@@ -80,7 +82,7 @@ class ThisRank:
         assert self._backward is not None
         filled = [make() if c is None else c for c, make in zip(carries, self._blank, strict=True)]
         with torch.no_grad():
-            with blaming_line(self._backward):
+            with self._late(), blaming_line(self._backward):
                 found = self._backward.forward(*saved, *tangents, *filled)
             return [self._wrap[i](g) if i in self._wrap and g is not None else g for i, g in enumerate(found)]
 

@@ -31,11 +31,11 @@ INFER = [*VALUES, "compiler.collectives", "compiler.infer", "compiler.graph", *F
 WISHES = [f"compiler.{m}" for m in "layout plan resolved borders".split()]  # what passes see of a plan
 FOURTH = [
     *(f"compiler.{m}" for m in "pipeline verify text cost marks signature local refine atoms".split()),
-    *(f"compiler.{m}" for m in "averages halves accounts".split()),
+    *(f"compiler.{m}" for m in "averages halves accounts draws".split()),
     *WISHES,
 ]
 PASS = [*INFER, *FOURTH]
-CORE = [*PASS, "compiler.rules", "compiler.trace", "compiler.match"]
+CORE = [*PASS, "compiler.rules", "compiler.trace", "compiler.match", "compiler.trace_draws"]
 API = [*CORE, "compiler", "passes.pipeline", "runtime", DISTRIBUTED]
 
 LAYERS = {  # first match wins

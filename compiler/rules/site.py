@@ -27,6 +27,10 @@ class Site(Protocol):
         """The first index of a `plain=` factor that this rank holds."""
         ...
 
+    def runs(self, factor: str) -> list[tuple[int, Any, Any]]:
+        """The parts a factor is made of, major to minor: (global size, first index held, how many are)."""
+        ...
+
     def full(self, factor: str) -> int:
         """The factor's global size."""
         ...
@@ -45,6 +49,10 @@ class Site(Protocol):
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Emit an operator on local tensors."""
+        ...
+
+    def of_first_rank(self, x: Any) -> Any:
+        """What the mesh's first rank holds, on every rank."""
         ...
 
     def all_reduce(self, x: Any, factor: str, op: str = "sum") -> Any:

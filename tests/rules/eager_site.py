@@ -77,6 +77,10 @@ class EagerSite:
             raise ValueError(f"{factor} need not be one run of indices: the rule does not call it plain")
         return chunk(dim[0].size, self.mesh, dim[0].axes, self.coords)[0]
 
+    def runs(self, factor: str) -> list[tuple[int, int, int]]:
+        dim = self.decision.factor(factor)
+        return [(part.size, *chunk(part.size, self.mesh, part.axes, self.coords)) for part in dim]
+
     def full(self, factor: str) -> int:
         return self.rule.size(factor)
 
@@ -92,6 +96,11 @@ class EagerSite:
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
+
+    def of_first_rank(self, x: torch.Tensor) -> torch.Tensor:
+        if self.exchange is None:
+            raise NeedsOthersError
+        return self.exchange.swap(self.rank, x)[0]
 
     def all_reduce(self, x: torch.Tensor, factor: str, op: str = "sum") -> torch.Tensor:
         if self.exchange is None:
