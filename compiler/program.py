@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.accounts import Collective, collectives_of, peak_bytes
 from shardc.compiler.averages import Averages
+from shardc.compiler.dump import dump
 from shardc.compiler.explain import cause, explain
 from shardc.compiler.graph import returned, spec
 from shardc.compiler.halves import Halves, halves
@@ -95,6 +98,15 @@ class Program:
     def explain(self, value: str) -> str:
         """Why a value has its layout: the chain of plan entries and rules. value: its name in the text."""
         return explain(self.gm, self.global_gm, value.removeprefix("%"), input_names(self.signature))
+
+    def data(self) -> dict[str, Any]:
+        """Everything the viewer shows, as plain data; docs/viewer.md describes it."""
+        return dump(self, input_names(self.signature))
+
+    def dump(self, path: str | os.PathLike[str]) -> None:
+        """Write `data()` as JSON, to be looked at elsewhere: `shardc view program.json`."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.data(), file, separators=(",", ":"))
 
     def verify(self, *inputs: Any, **kwargs: Any) -> Any:
         """Simulate all ranks on these global inputs and compare with the original module: outputs, every

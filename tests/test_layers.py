@@ -54,6 +54,8 @@ LAYERS = {  # first match wins
     },
     # What compile is made of: one room in several files, the only one that sees both passes and runtime.
     **{f"compiler.{m}": API for m in "api compiled lowering program prove train_step check_rule".split()},
+    # A program as data; it looks at a program, and nothing is done by it.
+    "compiler.dump": [*CORE, *(f"compiler.{m}" for m in "explain flops text_changes program".split())],
     "compiler": CORE,
     "passes.pipeline": [*PASS, "passes"],
     "passes": PASS,
