@@ -82,6 +82,11 @@ def _owner(node: Node) -> Node:
     return node
 
 
+def is_view(node: Node) -> bool:
+    """Whether a node shows another one's memory and does no work itself."""
+    return _owner(node) is not node
+
+
 class Life(NamedTuple):
     """A value in memory: its bytes on the rank that holds most, and the steps of its half from and to which it
     lives. Step -1 is before the first node."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from shardc.compiler.accounts import memory_of
+from shardc.compiler.accounts import is_view, memory_of
 from shardc.compiler.explain import rule_text, source_of
 from shardc.compiler.flops import flops
 from shardc.compiler.graph import local_nbytes, move_of, specs, target_name, tensors
@@ -71,6 +71,7 @@ def _node(node: Node, mesh: Mesh, names: Mapping[str, str]) -> dict[str, Any]:
         "line": int(meta.get("line") or 0),
         "made_by": meta.get("made_by") or "",
         "recompute": meta.get("recompute") or "",
+        "view": is_view(node),
         "bytes": local_nbytes(node, mesh),
         "flops": flops(node, mesh),
     }

@@ -108,6 +108,17 @@ class Program:
         with open(path, "w", encoding="utf-8") as file:
             json.dump(self.data(), file, separators=(",", ":"))
 
+    def view(
+        self, path: str | os.PathLike[str], *, compare: Program | None = None, title: str = "", links: str = "h100"
+    ) -> None:
+        """Write the viewer's page: one HTML file that opens offline. compare: another program to set beside this
+        one. links: the machine that the timeline is estimated for, as in `shardc view --links`."""
+        from shardc.tools.page import page  # the one edge into tools; it gets data only
+
+        programs = [self.data()] if compare is None else [self.data(), compare.data()]
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page(*programs, titles=(title,) if title else (), links=links))
+
     def verify(self, *inputs: Any, **kwargs: Any) -> Any:
         """Simulate all ranks on these global inputs and compare with the original module: outputs, every
         gradient, and every value in between. Raises ShardingError naming the first value that differs and

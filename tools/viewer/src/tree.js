@@ -1,0 +1,141 @@
+// Nodes folded by module: phases, then the parts of FQNs; equal numbered siblings are one run; long lists are cut.
+
+const MOST = 150; // children of one group; beyond, they are cut into parts
+const PART = 50;
+const ORDER = ["forward", "backward", "optimizer"];
+
+export class Group {
+  constructor(key, label, parent) {
+    Object.assign(this, { kind: "group", key, label, parent, items: [], nodes: [], phase: parent?.phase ?? "", path: "" });
+  }
+}
+
+export function buildTree(nodes) {
+  const root = new Group("", "program", null);
+  const phases = [...new Set(nodes.map((n) => n.phase))].sort((a, b) => rank(a) - rank(b));
+  const groups = new Map();
+  for (const phase of phases) {
+    const group = new Group(phase, phase, root);
+    group.phase = phase;
+    groups.set(phase, group);
+    root.items.push(group);
+  }
+  for (const node of nodes) place(node, groups.get(node.phase), groups, root);
+  for (const group of [...root.items]) finish(group);
+  return { root, groups };
+}
+
+const rank = (phase) => (ORDER.indexOf(phase) + ORDER.length + 1) % (ORDER.length + 1);
+
+function place(node, group, groups, root) {
+  root.nodes.push(node);
+  group.nodes.push(node);
+  let path = "";
+  for (const part of node.path ? node.path.split(".") : []) {
+    path = path ? `${path}.${part}` : part;
+    const key = `${node.phase}/${path}`;
+    let next = groups.get(key);
+    if (!next) {
+      next = new Group(key, part, group);
+      next.path = path;
+      groups.set(key, next);
+      group.items.push(next);
+    }
+    group = next;
+    group.nodes.push(node);
+  }
+  node.group = group;
+  group.items.push({ kind: "node", key: node.name, node });
+}
+
+function finish(group) {
+  for (const item of group.items) if (item.kind === "group") finish(item);
+  group.items = runsOf(group);
+  group.items = parts(group, group.items);
+}
+
+// Numbered children with the same contents, shown as one.
+function runsOf(group) {
+  const alike = new Map();
+  for (const item of group.items) {
+    if (item.kind !== "group" || !/^\d+$/.test(item.label)) continue;
+    const s = signature(item);
+    if (!alike.has(s)) alike.set(s, []);
+    alike.get(s).push(item);
+  }
+  const out = [];
+  for (const item of group.items) {
+    const same = item.kind === "group" ? alike.get(item.signature) : null;
+    if (!same || same.length < 2) out.push(item);
+    else if (same[0] === item) {
+      const run = { kind: "run", key: `${item.key}×`, parent: group, groups: same, current: 0, phase: group.phase };
+      for (const g of same) g.run = run;
+      out.push(run);
+    }
+  }
+  return out;
+}
+
+function parts(group, items) {
+  if (items.length <= MOST) return items;
+  const size = Math.max(PART, Math.ceil(items.length / MOST));
+  const out = [];
+  const total = Math.ceil(items.length / size);
+  for (let i = 0; i < items.length; i += size) {
+    const part = new Group(`${group.key}#${i}`, `part ${out.length + 1} of ${total}`, group);
+    part.path = group.path;
+    part.isPart = true;
+    part.items = items.slice(i, i + size);
+    for (const item of part.items) adopt(item, part);
+    part.items = parts(part, part.items);
+    out.push(part);
+  }
+  return out;
+}
+
+function adopt(item, part) {
+  if (item.kind === "node") {
+    item.node.group = part;
+    part.nodes.push(item.node);
+    return;
+  }
+  item.parent = part;
+  const members = item.kind === "run" ? item.groups : [item];
+  for (const g of members) {
+    g.parent = part;
+    part.nodes.push(...g.nodes);
+  }
+}
+
+const numbers = new Map();
+
+// Equal for groups that hold the same operators with the same layouts, wired alike.
+export function signature(group) {
+  if (group.signature !== undefined) return group.signature;
+  const at = new Map(group.nodes.map((n, i) => [n.name, i]));
+  const text = group.nodes
+    .map((n) => `${n.op}|${n.type}|${n.path.slice(group.path.length)}|${n.inputs.map((i) => at.get(i) ?? "x")}`)
+    .join("\n");
+  if (!numbers.has(text)) numbers.set(text, numbers.size);
+  return (group.signature = numbers.get(text));
+}
+
+// What a group holds, in short.
+export function summary(group) {
+  if (group.summary) return group.summary;
+  const moves = new Map();
+  let moved = 0;
+  for (const n of group.nodes) {
+    if (!n.moves) continue;
+    if (n.collective) moved += n.collective.bytes_on_wire;
+    if (n.collective || !n.op.includes("local")) moves.set(n.moves, (moves.get(n.moves) ?? 0) + 1);
+  }
+  const held = group.nodes.reduce((sum, n) => sum + (n.param?.bytes_per_rank ?? 0), 0);
+  return (group.summary = { moves, moved, held, values: group.nodes.length });
+}
+
+export const ancestors = (item) => {
+  const out = [];
+  for (let g = item; g; g = g.parent) out.push(g);
+  return out;
+};
