@@ -53,6 +53,7 @@ DEVICES = {
 LEFT_OUT = (
     "kernels reach their peak rates (real ones reach half, and less for small sizes)",
     "collectives are rings at the full bandwidth of their link: no contention, no topology, no protocol overhead",
+    "every operator that is no view is a kernel of its own: nothing is fused, and a reshape counts as a copy",
     "computation and communication do not slow each other down",
     "every rank is as fast as rank 0, which holds the largest pieces",
     "no time for Python, launches on an idle device, the allocator, loading data, or an optimizer outside the program",

@@ -138,7 +138,7 @@ export function meshPicture(app, axis) {
   const across = dims.at(-1)?.size ?? 1;
   const stride = {};
   dims.reduceRight((n, d) => ((stride[d.name] = n), n * d.size), 1);
-  const shown = Math.min(size, 128);
+  const shown = Math.min(size, 64);
   const cells = Array.from({ length: shown }, (_, r) => {
     const others = dims.filter((d) => d.name !== axis);
     const with0 = axis && others.every((d) => Math.floor(r / stride[d.name]) % d.size === 0);

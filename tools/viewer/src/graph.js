@@ -20,7 +20,11 @@ export class Graph {
 
   // Show another tree; what is open stays open where it still is.
   show(tree, fresh) {
+    const old = this.tree;
     this.tree = tree;
+    for (const [key, group] of old && !fresh ? old.groups : []) {
+      if (group.run?.groups[group.run.current] === group) tree.groups.get(key)?.run?.show(tree.groups.get(key));
+    }
     if (fresh) this.openAtFirst();
     this.arrange();
     if (fresh) this.fit();
@@ -79,7 +83,7 @@ export class Graph {
   reveal(node) {
     for (const g of ancestors(node.group)) {
       if (g.run) {
-        g.run.current = g.run.groups.indexOf(g);
+        g.run.show(g);
         this.open.add(g.run.key);
       } else if (g.parent) this.open.add(g.key);
     }

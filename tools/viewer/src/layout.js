@@ -23,7 +23,8 @@ export function titleOf(item) {
   if (item.kind === "node") return item.node.name;
   if (item.kind !== "run") return item.label;
   const numbers = item.groups.map((g) => Number(g.label));
-  const row = numbers.every((n, i) => n === numbers[0] + i);
+  const step = Math.sign(numbers.at(-1) - numbers[0]);
+  const row = numbers.every((n, i) => n === numbers[0] + i * step);
   const names = row ? `${numbers[0]} … ${numbers.at(-1)}` : numbers.length > 4 ? `${numbers.slice(0, 3).join(", ")} … ${numbers.at(-1)}` : numbers.join(", ");
   return `${names}  ×${numbers.length}`;
 }

@@ -10,6 +10,17 @@ export class Group {
   }
 }
 
+// Equal groups, of which one is shown for all.
+class Run {
+  constructor(parent, groups) {
+    Object.assign(this, { kind: "run", key: `${groups[0].key}×`, parent, groups, current: 0, phase: parent.phase });
+    for (const g of groups) g.run = this;
+  }
+  show(group) {
+    this.current = this.groups.indexOf(group);
+  }
+}
+
 export function buildTree(nodes) {
   const root = new Group("", "program", null);
   const phases = [...new Set(nodes.map((n) => n.phase))].sort((a, b) => rank(a) - rank(b));
@@ -68,9 +79,7 @@ function runsOf(group) {
     const same = item.kind === "group" ? alike.get(item.signature) : null;
     if (!same || same.length < 2) out.push(item);
     else if (same[0] === item) {
-      const run = { kind: "run", key: `${item.key}×`, parent: group, groups: same, current: 0, phase: group.phase };
-      for (const g of same) g.run = run;
-      out.push(run);
+      out.push(new Run(group, same));
     }
   }
   return out;
