@@ -71,6 +71,7 @@ def _node(node: Node, mesh: Mesh, names: Mapping[str, str]) -> dict[str, Any]:
         "line": int(meta.get("line") or 0),
         "made_by": meta.get("made_by") or "",
         "recompute": meta.get("recompute") or "",
+        "origin": meta.get("origin") or "",
         "view": is_view(node),
         "bytes": local_nbytes(node, mesh),
         "flops": flops(node, mesh),

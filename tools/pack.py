@@ -98,6 +98,7 @@ def _nodes(packer: Packer, nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         out[key] = packer.texts(n[key] for n in nodes)
     for key in NUMBERS:
         out[key] = [n[key] for n in nodes]
+    out["origin"] = [packer.names.of(n["name"]) - packer.names.of(n["origin"]) if n["origin"] else 0 for n in nodes]
     out["view"] = [int(n["view"]) for n in nodes]
     out["results"] = packer.texts(json.dumps(n["results"]) for n in nodes)
     args = [packer.text_with_refs(n["name"], n["args"]) for n in nodes]

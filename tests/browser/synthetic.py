@@ -83,7 +83,7 @@ class _Maker:
                 "name": name, "op": op, "args": args.format(*inputs), "moves": moves, "type": kind,
                 "results": [{**result, "split": split, "pending": pending}], "inputs": list(dict.fromkeys(inputs)),
                 "path": path, "phase": phase, "where": f"{self.file}:{line} in forward", "file": self.file,
-                "line": line, "made_by": "lower-reshards" if moves else "", "recompute": "",
+                "line": line, "made_by": "lower-reshards" if moves else "", "recompute": "", "origin": "",
                 "view": op == "aten.view", "bytes": size, "flops": 2**36 if op == "aten.mm" else 0,
             }
         )  # fmt: skip

@@ -128,8 +128,8 @@ function drawFrame(pen, box, theme, marks) {
 
 function drawBox(pen, box, theme, marks, detail) {
   const { item, x, y, w, h } = box;
-  const move = item.kind === "node" && item.node.moves !== "";
-  const collective = move && Boolean(item.node.collective);
+  const move = item.kind === "node" && item.node.isMove;
+  const collective = move;
   if (item.kind === "run") for (const d of [6, 3]) pen.rect(x + d, y - d, w, h, { fill: theme.box, stroke: theme.frame });
   const stroke = collective ? theme.move : theme.frame;
   const round = collective ? h / 2 : item.kind === "node" ? 3 : 6;

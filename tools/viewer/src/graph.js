@@ -79,6 +79,16 @@ export class Graph {
     return null;
   }
 
+  // The keys of the boxes that stand for these nodes.
+  boxesOf(nodes) {
+    const keys = new Set();
+    for (const node of nodes) {
+      const box = node?.group && this.boxOf({ kind: "node", key: node.name, node });
+      if (box && !box.open) keys.add(box.item.key);
+    }
+    return keys;
+  }
+
   // Open all that hides a node, and go there.
   reveal(node) {
     for (const g of ancestors(node.group)) {

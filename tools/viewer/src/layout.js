@@ -34,7 +34,7 @@ const short = (text, most = 46) => (text.length > most ? `${text.slice(0, most -
 function nodeLabels(n) {
   if (n.param) return [`param ${n.path && n.param.fqn.startsWith(`${n.path}.`) ? n.param.fqn.slice(n.path.length + 1) : n.param.fqn}`, short(n.type)];
   if (n.op === "input") return [n.args.length > 34 ? `…${n.args.slice(-33)}` : n.args, short(n.type)];
-  if (!n.moves) return [short(n.op.replace("aten.", "")), short(n.type)];
+  if (!n.isMove) return [short(n.op.replace("aten.", "")), short(n.type)];
   const c = n.collective;
   const what = n.op === "shardc.start" ? `start ${n.moves}` : n.moves;
   return c ? [`${what} over ${c.mesh_dim}`, short(n.type), `${bytes(c.bytes_on_wire)} on the wire`] : [what, short(n.type)];

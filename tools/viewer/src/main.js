@@ -21,7 +21,8 @@ class App {
   constructor(parts) {
     this.programs = parts.map((p) => new Program({ ...p, data: unpack(p.program) }));
     this.tab = null;
-    this.graph = new Graph($("graph"), { onpick: (item) => this.picked(item), onchange: () => this.outline?.draw() });
+    this.graph = new Graph($("graph"), { onpick: (item) => this.picked(item), onchange: () => this.arranged() });
+    this.changed = [];
     this.outline = new Outline(this, $("outline"));
     this.search = new Search(this, $("search"), $("found"), $("results"));
     this.readTheme();
@@ -103,13 +104,27 @@ class App {
     this.now = this.program.at(k);
     const tree = { ...buildTree(this.now.nodes), byName: this.now.byName };
     const step = k && k < passes.length ? passes[k - 1] : null;
-    this.graph.marks.changed = new Set(step ? [...step.added, ...step.changed].map(([n]) => n) : []);
+    this.changed = step ? [...step.added, ...step.changed].map(([n]) => n) : [];
     if (this.graph.picked) this.graph.picked = this.same(this.graph.picked, tree);
     this.graph.marks.selected = this.graph.picked?.key ?? null;
     this.graph.show(tree, fresh);
     this.search.run();
     this.picked(this.graph.picked ?? null);
     if (this.tab === "passes") this.panel("passes");
+  }
+
+  // What is marked is marked again where it now stands.
+  arranged() {
+    const { graph } = this;
+    this.outline?.draw();
+    graph.marks.changed = graph.boxesOf(this.changed.map((name) => this.now.byName.get(name)));
+    this.search?.mark();
+  }
+
+  // Mark these values as different.
+  mark(names) {
+    this.changed = names;
+    this.arranged();
   }
 
   same(item, tree) {

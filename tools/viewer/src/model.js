@@ -34,6 +34,7 @@ export class Program {
       n.index = i;
       n.users = [];
       n.collective = this.moves.get(n.name) ?? null;
+      n.isMove = n.collective !== null || (n.replayed && n.moves !== "");
       n.param = this.params.get(n.name) ?? null;
       byName.set(n.name, n);
     });
@@ -91,11 +92,15 @@ function replayed(data, k, final) {
   let lines = new Map(data.traced.map(([name, type, body]) => [name, [type, body]]));
   for (const step of data.passes.slice(0, k)) lines = after(lines, step);
   const nodes = [];
-  for (const [name, [type, body]] of lines) if (name !== "return") nodes.push(nodeOf(name, type, body, lines, final));
+  const later = new Map(final.nodes.filter((n) => n.origin).map((n) => [n.origin, n]));
+  for (const [name, [type, body]] of lines) {
+    if (name !== "return") nodes.push(nodeOf(name, type, body, lines, final.byName.get(name) ?? later.get(name)));
+  }
   const byName = new Map(nodes.map((n) => [n.name, n]));
-  settle(nodes, byName);
-  settle([...nodes].reverse(), null, usersOf(nodes));
+  const users = usersOf(nodes);
+  for (const n of [...nodes].reverse()) settle(n, users.get(n.name) ?? []);
   for (const n of nodes) {
+    settle(n, n.inputs.map((i) => byName.get(i)));
     n.path ??= "";
     n.phase ??= "forward";
   }
@@ -120,11 +125,11 @@ export function after(lines, step) {
   return step.order ? new Map(step.order.map((name) => [name, out.get(name)])) : out;
 }
 
-function nodeOf(name, type, body, lines, final) {
-  const known = final.byName.get(name);
+// known: the node of the end that this one is, or becomes.
+function nodeOf(name, type, body, lines, known) {
   const [text, made_by = ""] = splitLast(body, "  # ");
   const open = text.indexOf("(");
-  const isInput = known ? known.op === "input" : open < 0;
+  const isInput = open < 0 || known?.op === "input";
   const op = isInput ? "input" : text.slice(0, open);
   const short = op.replace("shardc.", "");
   const moves = COLLECTIVES.includes(short) ? short : op === "shardc.start" ? (COLLECTIVES.find((c) => text.includes(`, ${c}, `)) ?? "") : "";
@@ -133,7 +138,7 @@ function nodeOf(name, type, body, lines, final) {
   const keep = known && !isInput ? { where: known.where, file: known.file, line: known.line } : { where: "", file: "", line: 0 };
   return {
     name, op, args, moves, type, made_by, inputs, ...keep, results: [], bytes: 0, flops: 0, recompute: "", view: false,
-    path: known?.path, phase: known?.phase, layout: layoutOfText(type),
+    path: known?.path, phase: known?.phase, layout: layoutOfText(type), replayed: true,
   };
 }
 
@@ -148,10 +153,8 @@ function usersOf(nodes) {
   return users;
 }
 
-function settle(nodes, byName, users) {
-  for (const n of nodes) {
-    const near = byName ? n.inputs.map((i) => byName.get(i)) : (users.get(n.name) ?? []);
-    n.path ??= near.find((m) => m?.path !== undefined)?.path;
-    n.phase ??= near.some((m) => m?.phase === "backward") && byName ? "backward" : near.find((m) => m?.phase)?.phase;
-  }
+function settle(n, near) {
+  n.path ??= near.find((m) => m?.path !== undefined)?.path;
+  if (near.length && near.every((m) => m?.phase === "backward")) n.phase ??= "backward";
+  n.phase ??= near.find((m) => m?.phase && m.phase !== "backward")?.phase;
 }

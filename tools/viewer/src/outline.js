@@ -31,7 +31,7 @@ export class Outline {
     const [title, ...rest] = labels(item);
     const twist = el("span", { class: "twist", "aria-hidden": "true" }, item.kind === "node" ? "·" : open ? "▾" : "▸");
     const text = item.kind === "node" ? `${title}` : title;
-    const head = el("span", { class: item.kind === "node" && item.node.collective ? "row move" : "row" }, twist, text, el("small", {}, ` ${rest.join(", ")}`));
+    const head = el("span", { class: item.kind === "node" && item.node.isMove ? "row move" : "row" }, twist, text, el("small", {}, ` ${rest.join(", ")}`));
     const out = el("div", {
       role: "treeitem", "aria-level": level, "aria-selected": String(graph.marks.selected === item.key), tabindex: "-1",
       "aria-expanded": item.kind === "node" ? null : String(open), "aria-label": [title, ...rest].join(", "),

@@ -96,6 +96,7 @@ export function comparePanel(app) {
   if (!others.length) return fill(box, head);
   const [a, b] = [app.program, others[0]];
   const { values, collectives } = difference(a, b);
+  app.mark(values.map((v) => v.name));
   const sum = (p, of) => p.data.collectives.reduce((n, c) => n + of(c), 0);
   const facts = [
     ["collectives", (p) => p.data.collectives.length], ["bytes on the wire", (p) => sum(p, (c) => c.bytes_on_wire)],
@@ -121,5 +122,5 @@ export function comparePanel(app) {
   ], values, { limit: 200, caption: `${count(values.length)} values that differ, or are only in one` });
   moved.id = "moves-differ";
   laid.id = "values-differ";
-  return fill(box, head, el("p", {}, button(`show B (${b.title}) in the picture`, () => app.use(b))), compared, moved, laid);
+  return fill(box, head, el("p", {}, "In the picture, what differs is outlined. ", button(`show B (${b.title}) in the picture`, () => app.use(b))), compared, moved, laid);
 }

@@ -25,7 +25,7 @@ export function find(nodes, text) {
 function test(word) {
   const [, field, rest] = /^(\w+):(.+)$/.exec(word) ?? [];
   if (field === "collective") return (n) => n.collective?.kind.includes(rest) ?? false;
-  if (word === "collective") return (n) => n.collective !== null;
+  if (word === "collective") return (n) => n.isMove;
   const match = matcher(FIELDS[field] ? rest : word);
   if (FIELDS[field]) return (n) => match(FIELDS[field](n));
   const fields = Object.values(FIELDS);
@@ -81,12 +81,7 @@ export class Search {
   // Closed boxes that hold something found are marked too.
   mark() {
     const { graph } = this.app;
-    const keys = new Set();
-    for (const n of this.found) {
-      const box = n.group && graph.boxOf({ kind: "node", key: n.name, node: n });
-      if (box && !box.open) keys.add(box.item.key);
-    }
-    graph.marks.found = keys;
+    graph.marks.found = graph.boxesOf(this.found);
     graph.draw();
   }
 

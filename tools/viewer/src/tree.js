@@ -135,9 +135,9 @@ export function summary(group) {
   const moves = new Map();
   let moved = 0;
   for (const n of group.nodes) {
-    if (!n.moves) continue;
+    if (!n.isMove) continue;
     if (n.collective) moved += n.collective.bytes_on_wire;
-    if (n.collective || !n.op.includes("local")) moves.set(n.moves, (moves.get(n.moves) ?? 0) + 1);
+    moves.set(n.moves, (moves.get(n.moves) ?? 0) + 1);
   }
   const held = group.nodes.reduce((sum, n) => sum + (n.param?.bytes_per_rank ?? 0), 0);
   return (group.summary = { moves, moved, held, values: group.nodes.length });

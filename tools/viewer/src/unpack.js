@@ -83,6 +83,7 @@ function unpackNodes(columns, names, strings, fill) {
     line: columns.line[i],
     made_by: text("made_by", i),
     recompute: text("recompute", i),
+    origin: columns.origin[i] ? names[own - columns.origin[i]] : "",
     view: columns.view[i] === 1,
     bytes: columns.bytes[i],
     flops: columns.flops[i],
