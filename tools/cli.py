@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train a small GPT on 4 local ranks and compare with one device")
     demo.add_argument("--steps", type=int, default=60)
     demo.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="picture of the loss curves")
+    demo.add_argument("--page", type=Path, default=Path("demo.html"), help="the page that shows the program")
     demo.set_defaults(run=_demo)
     view = commands.add_parser("view", help="write a page that shows a program, or compares two")
     _add_target(view, nargs="+")
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> int:
     from shardc.tools.demo import demo
 
-    return demo(options.steps, options.output)
+    return demo(options.steps, options.output, options.page)
 
 
 def _run(options: argparse.Namespace) -> int:

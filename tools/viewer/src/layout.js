@@ -50,18 +50,19 @@ function sizeOf(item) {
 // Edges between the items of one group, each once with how many values pass.
 function edgesOf(group) {
   if (group.edges) return group.edges;
-  const at = new Map();
+  const total = group.nodes.reduce((most, n) => Math.max(most, n.index), 0) + 1;
+  const at = new Int32Array(total).fill(-1);
   group.items.forEach((item, i) => {
     const nodes = item.kind === "node" ? [item.node] : item.kind === "run" ? item.groups.flatMap((g) => g.nodes) : item.nodes;
-    for (const n of nodes) at.set(n.name, i);
+    for (const n of nodes) at[n.index] = i;
   });
   const found = new Map();
   const size = group.items.length;
   for (const n of group.nodes) {
-    const to = at.get(n.name);
-    for (const input of n.inputs) {
-      const from = at.get(input);
-      if (from === undefined || to === undefined || from === to) continue;
+    const to = at[n.index];
+    for (const input of n.from) {
+      const from = at[input.index] ?? -1;
+      if (from < 0 || to < 0 || from === to) continue;
       found.set(from * size + to, (found.get(from * size + to) ?? 0) + 1);
     }
   }
@@ -76,10 +77,10 @@ export function layout(group, open) {
   if (group.laid?.state === state) return group.laid;
   const inner = group.items.map((item) => (item.kind !== "node" && open.has(item.key) ? layout(shown(item), open) : null));
   const sizes = group.items.map((item, i) => (inner[i] ? framed(inner[i], item) : sizeOf(item)));
+  if (group.parent === null) return (group.laid = { state, ...besides(group, sizes, inner), group });
   const edges = edgesOf(group);
   const g = new dagre.graphlib.Graph();
-  const across = group.parent === null;
-  g.setGraph({ rankdir: across ? "LR" : "TB", nodesep: across ? 30 : 14, ranksep: across ? 60 : 28, edgesep: 8 });
+  g.setGraph({ rankdir: "TB", nodesep: 14, ranksep: 28, edgesep: 8 });
   g.setDefaultEdgeLabel(() => ({}));
   sizes.forEach(({ w, h }, i) => g.setNode(String(i), { width: w, height: h }));
   for (const [a, b] of edges) g.setEdge(String(a), String(b), {});
@@ -90,15 +91,19 @@ export function layout(group, open) {
   });
   const lines = edges.map(([a, b, n]) => ({ points: g.edge(String(a), String(b)).points, n, from: group.items[a], to: group.items[b] }));
   const { width = 0, height = 0 } = g.graph();
-  group.laid = { state, w: Math.max(width, 0), h: Math.max(height, 0), boxes: across ? level(boxes) : boxes, edges: across ? [] : lines, group };
+  group.laid = { state, w: Math.max(width, 0), h: Math.max(height, 0), boxes, edges: lines, group };
   return group.laid;
 }
 
-// Phases stand side by side, tops level.
-function level(boxes) {
-  const top = Math.min(...boxes.map((b) => b.y));
-  for (const box of boxes) box.y = top;
-  return boxes;
+// Phases stand side by side.
+function besides(group, sizes, inner) {
+  let x = 0;
+  const boxes = group.items.map((item, i) => {
+    const box = { item, x, y: 0, ...sizes[i], inner: inner[i] };
+    x += box.w + 60;
+    return box;
+  });
+  return { w: Math.max(0, x - 60), h: Math.max(0, ...sizes.map((s) => s.h)), boxes, edges: [] };
 }
 
 const framed = (inner, item) => ({ w: Math.max(inner.w + 2 * PAD, (titleOf(item).length + (item.kind === "run" ? shown(item).path.length + 6 : 0)) * CHAR + 40), h: inner.h + HEAD + PAD });

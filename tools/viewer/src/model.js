@@ -2,6 +2,36 @@
 
 export const COLLECTIVES = ["all_gather", "reduce_scatter", "all_reduce", "all_to_all"];
 
+// A value: what the data says of it, and what the page adds.
+class Node {
+  constructor(n) {
+    this.name = n.name;
+    this.op = n.op;
+    this.args = n.args;
+    this.moves = n.moves;
+    this.type = n.type;
+    this.results = n.results;
+    this.inputs = n.inputs;
+    this.path = n.path;
+    this.phase = n.phase;
+    this.where = n.where;
+    this.file = n.file;
+    this.line = n.line;
+    this.made_by = n.made_by;
+    this.recompute = n.recompute;
+    this.origin = n.origin;
+    this.bytes = n.bytes;
+    this.flops = n.flops;
+    this.replayed = n.replayed ?? false;
+    this.layout = n.replayed ? layoutOfText(n.type) : layoutOf(n);
+    this.index = 0;
+    this.from = [];
+    this.users = [];
+    this.collective = this.param = this.group = null;
+    this.isMove = false;
+  }
+}
+
 export class Program {
   constructor({ title, data, timeline }) {
     Object.assign(this, { title, data, timeline });
@@ -10,7 +40,7 @@ export class Program {
     this.inputs = new Map(data.inputs.map((i) => [i.node, i]));
     this.params = new Map(data.parameters.map((p) => [p.node, p]));
     this.stages = new Map();
-    this.final = this.link(data.nodes.map((n) => ({ ...n, layout: layoutOf(n) })));
+    this.final = this.link(data.nodes.map((n) => new Node(n)));
   }
 
   get passes() {
@@ -32,13 +62,15 @@ export class Program {
     const byName = new Map();
     nodes.forEach((n, i) => {
       n.index = i;
-      n.users = [];
       n.collective = this.moves.get(n.name) ?? null;
       n.isMove = n.collective !== null || (n.replayed && n.moves !== "");
       n.param = this.params.get(n.name) ?? null;
       byName.set(n.name, n);
     });
-    for (const n of nodes) for (const i of n.inputs) byName.get(i)?.users.push(n.name);
+    for (const n of nodes) {
+      n.from = n.inputs.map((name) => byName.get(name)).filter(Boolean);
+      for (const input of n.from) input.users.push(n.name);
+    }
     return { nodes, byName };
   }
 
@@ -72,17 +104,22 @@ export class Program {
 }
 
 // Which mesh dims split a value and over which it is pending: of its first result.
+const layouts = new WeakMap(); // equal results are one object
+
 function layoutOf(node) {
   const first = node.results[0];
-  if (!first || first.layout === null) return { split: [], pending: [], known: false };
-  return { split: Object.keys(first.split), pending: Object.keys(first.pending), known: true };
+  if (!first || first.layout === null) return NO_LAYOUT;
+  if (!layouts.has(first)) layouts.set(first, { split: Object.keys(first.split), pending: Object.keys(first.pending) });
+  return layouts.get(first);
 }
+
+const NO_LAYOUT = { split: [], pending: [] };
 
 function layoutOfText(type) {
   const [, dims = "", tail = ""] = /\[(.*?)\]([^,)]*)/.exec(type) ?? [];
   const split = [...dims.matchAll(/@([^\s,)]+)/g)].flatMap((m) => m[1].split("."));
   const pending = tail.split("+").slice(1).map((p) => /\((.*)$/.exec(p)?.[1] ?? p);
-  return { split, pending, known: true };
+  return { split, pending };
 }
 
 const REFERENCE = /%(\w+)/g;
@@ -136,10 +173,8 @@ function nodeOf(name, type, body, lines, known) {
   const args = isInput ? text : text.slice(open + 1, -1);
   const inputs = isInput ? [] : [...new Set([...args.matchAll(REFERENCE)].map((m) => m[1]))].filter((n) => lines.has(n));
   const keep = known && !isInput ? { where: known.where, file: known.file, line: known.line } : { where: "", file: "", line: 0 };
-  return {
-    name, op, args, moves, type, made_by, inputs, ...keep, results: [], bytes: 0, flops: 0, recompute: "", view: false,
-    path: known?.path, phase: known?.phase, layout: layoutOfText(type), replayed: true,
-  };
+  const rest = { results: [], bytes: 0, flops: 0, recompute: "", origin: "", path: known?.path, phase: known?.phase };
+  return new Node({ name, op, args, moves, type, made_by, inputs, ...keep, ...rest, replayed: true });
 }
 
 function splitLast(text, mark) {

@@ -31,16 +31,25 @@ export function buildTree(nodes) {
     groups.set(phase, group);
     root.items.push(group);
   }
-  for (const node of nodes) place(node, groups.get(node.phase), groups, root);
+  const places = new Map();
+  for (const node of nodes) {
+    const key = `${node.phase}/${node.path}`;
+    if (!places.has(key)) places.set(key, chain(node, groups, root));
+    const around = places.get(key);
+    for (const group of around) group.nodes.push(node);
+    node.group = around.at(-1);
+    node.group.items.push({ kind: "node", key: node.name, node });
+  }
   for (const group of [...root.items]) finish(group);
   return { root, groups };
 }
 
 const rank = (phase) => (ORDER.indexOf(phase) + ORDER.length + 1) % (ORDER.length + 1);
 
-function place(node, group, groups, root) {
-  root.nodes.push(node);
-  group.nodes.push(node);
+// The groups around a node, outermost first; made where they are not there yet.
+function chain(node, groups, root) {
+  let group = groups.get(node.phase);
+  const out = [root, group];
   let path = "";
   for (const part of node.path ? node.path.split(".") : []) {
     path = path ? `${path}.${part}` : part;
@@ -53,10 +62,9 @@ function place(node, group, groups, root) {
       group.items.push(next);
     }
     group = next;
-    group.nodes.push(node);
+    out.push(group);
   }
-  node.group = group;
-  group.items.push({ kind: "node", key: node.name, node });
+  return out;
 }
 
 function finish(group) {
@@ -117,16 +125,28 @@ function adopt(item, part) {
 }
 
 const numbers = new Map();
+const words = new Map();
+const number = (table, text) => table.get(text) ?? (table.set(text, table.size), table.size - 1);
+
+// Where a node stands in a list, or -1.
+function positions(nodes) {
+  const low = nodes.reduce((m, n) => Math.min(m, n.index), Infinity);
+  const high = nodes.reduce((m, n) => Math.max(m, n.index), -1);
+  const at = new Int32Array(Math.max(0, high - low + 1)).fill(-1);
+  nodes.forEach((n, i) => (at[n.index - low] = i));
+  return (n) => at[n.index - low] ?? -1;
+}
 
 // Equal for groups that hold the same operators with the same layouts, wired alike.
 export function signature(group) {
   if (group.signature !== undefined) return group.signature;
-  const at = new Map(group.nodes.map((n, i) => [n.name, i]));
-  const text = group.nodes
-    .map((n) => `${n.op}|${n.type}|${n.path.slice(group.path.length)}|${n.inputs.map((i) => at.get(i) ?? "x")}`)
-    .join("\n");
-  if (!numbers.has(text)) numbers.set(text, numbers.size);
-  return (group.signature = numbers.get(text));
+  const at = positions(group.nodes);
+  const codes = [];
+  for (const n of group.nodes) {
+    codes.push(number(words, `${n.op}|${n.type}|${n.path.slice(group.path.length)}`));
+    for (const input of n.from) codes.push(-2 - at(input));
+  }
+  return (group.signature = number(numbers, codes.join()));
 }
 
 // What a group holds, in short.

@@ -40,23 +40,35 @@ export function unpack(packed) {
       return row;
     });
   };
-  const nodes = unpackNodes(packed.nodes, names, strings, fill);
-  const first = nodes.length ? names.indexOf(nodes[0].name) : 0;
-  return {
-    ...data,
-    nodes,
-    returned: fill(strings[packed.returned[0]], first, packed.returned[1]),
-    reasons: unpackReasons(packed.reasons, names, strings),
-    traced: lines(packed.traced),
-    passes: packed.passes.map((step) => ({
-      ...step,
-      removed: sums(step.removed).map((n) => names[n]),
-      changed: lines(step.changed),
-      added: lines(step.added),
-      ...(step.order ? { order: sums(step.order).map((n) => names[n]) } : {}),
-    })),
-    memory: { ...packed.memory, halves: packed.memory.halves.map((half) => unpackHalf(half, names)) },
-  };
+  const some = (list) => sums(list).map((n) => names[n]);
+  const passes = packed.passes.map((step) =>
+    lazily({ ...step }, {
+      removed: () => some(step.removed),
+      changed: () => lines(step.changed),
+      added: () => lines(step.added),
+      ...(step.order ? { order: () => some(step.order) } : {}),
+    }),
+  );
+  return lazily({ ...data, passes }, {
+    nodes: () => unpackNodes(packed.nodes, names, strings, fill),
+    returned: () => fill(strings[packed.returned[0]], packed.nodes.name[0] ?? 0, packed.returned[1]),
+    reasons: () => unpackReasons(packed.reasons, names, strings),
+    traced: () => lines(packed.traced),
+    memory: () => ({ ...packed.memory, halves: packed.memory.halves.map((half) => unpackHalf(half, names)) }),
+  });
+}
+
+// Properties that are made when first asked for: most of a large program is never looked at.
+function lazily(object, makers) {
+  for (const [key, make] of Object.entries(makers)) {
+    const get = () => {
+      const value = make();
+      Object.defineProperty(object, key, { value, enumerable: true });
+      return value;
+    };
+    Object.defineProperty(object, key, { get, enumerable: true, configurable: true });
+  }
+  return object;
 }
 
 function unpackNodes(columns, names, strings, fill) {
