@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +47,8 @@ def plan(sharded: bool = False) -> Plan:
     return Plan(dp=FullyShard("layers.*") if sharded else Replicated(), tp=tp)
 
 
-def program(sharded: bool = False, **options) -> Program:
-    """Net on dp=2 x tp=2; sharded: with FullyShard over dp."""
-    compiled = shardc.compile(Net(), plan(sharded), mesh=Mesh(dp=2, tp=2), **options)
+@cache
+def program(sharded: bool = False, recompute: str | None = None) -> Program:
+    """Net on dp=2 x tp=2, made once; sharded: with FullyShard over dp."""
+    compiled = shardc.compile(Net(), plan(sharded), mesh=Mesh(dp=2, tp=2), recompute=recompute)
     return compiled.lower(torch.zeros(8, 4, dtype=torch.long))
