@@ -72,6 +72,17 @@ def search(view: Chromium, words: str) -> list[str]:
     return view.js(f"{APP}.search.found.map(n => n.name)")
 
 
+def test_the_browser_reports_what_goes_wrong(browser: Chromium, tmp_path: Path):
+    """Else the other tests could not fail for it."""
+    path = tmp_path / "bad.html"
+    path.write_text("<script>fetch('https://example.org/x').catch(() => {}); setTimeout(() => nothing())</script>")
+    browser.errors.clear()
+    browser.open(path, wait="document.readyState === 'complete'")
+    browser.js("new Promise(done => setTimeout(done, 200))")
+    assert any("nothing is not defined" in e for e in browser.errors)
+    assert "https://example.org/x" in browser.requests
+
+
 def test_opens_with_no_network(view: Chromium, file: Path):
     assert view.requests[0] == file.as_uri()
     assert view.js("navigator.onLine") is False
