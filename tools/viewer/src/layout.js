@@ -4,7 +4,7 @@ import * as dagre from "@dagrejs/dagre";
 import { summary } from "./tree.js";
 import { bytes, count } from "./dom.js";
 
-const CHAR = 6.7;
+const CHAR = 7;
 const HEAD = 26;
 const PAD = 12;
 
@@ -43,7 +43,7 @@ function nodeLabels(n) {
 function sizeOf(item) {
   const lines = labels(item);
   const longest = Math.max(...lines.map((line) => line.length));
-  const w = Math.min(300, Math.max(item.kind === "node" ? 80 : 130, longest * CHAR + 24));
+  const w = Math.min(360, Math.max(item.kind === "node" ? 80 : 130, longest * CHAR + 24));
   return { w: Math.ceil(w / 10) * 10, h: 12 + lines.length * 15 };
 }
 
