@@ -27,6 +27,7 @@ from shardc.compiler.rules import all_rules as _rules  # noqa: F401  fills the r
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 from shardc.compiler.text import text
 from shardc.compiler.trace import Traced
+from shardc.compiler.trace_log import log_passes
 from shardc.passes.pipeline import pipeline
 
 
@@ -53,6 +54,7 @@ class Program:
             if step.gives >= Stage.LOCAL and global_gm is gm:
                 global_gm = copy_graph(gm)
             records += run_passes(gm, [step], ctx, names, records[-1] if records else None)
+        log_passes(records)
         return cls(gm, global_gm, ctx.signature, ctx.mesh, ctx.plan, records, original, _averages(gm, ctx))
 
     def __str__(self) -> str:

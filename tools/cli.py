@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("-o", "--output", type=Path, default=Path("graph.html"), help="the page (graph.html)")
     view.add_argument("--dump", type=Path, help="write the program as JSON too, to be viewed elsewhere")
     view.add_argument("--trace", type=Path, help="write the estimated timeline too, for Perfetto or chrome://tracing")
+    view.add_argument("--model-explorer", type=Path, help="write the graph too, for Google's Model Explorer")
     view.set_defaults(run=_view)
     explain = commands.add_parser("explain", help="plan, collectives and memory of a program; or why a value lies so")
     _add_target(explain)
@@ -96,6 +97,7 @@ def _data(target: str, mesh: str | None) -> dict[str, Any]:
 
 def _view(options: argparse.Namespace) -> int:
     from shardc.tools.links import parse_links
+    from shardc.tools.model_explorer import model_explorer
     from shardc.tools.page import page
     from shardc.tools.timeline import chrome_trace, estimate, mesh_of
 
@@ -108,6 +110,9 @@ def _view(options: argparse.Namespace) -> int:
     if options.trace:
         timeline = estimate(programs[0], parse_links(options.links, mesh_of(programs[0])))
         options.trace.write_text(json.dumps(chrome_trace(programs[0], timeline)), encoding="utf-8")
+    if options.model_explorer:
+        graph = model_explorer(programs[0], options.target[0])
+        options.model_explorer.write_text(json.dumps(graph), encoding="utf-8")
     print(options.output)
     return 0
 

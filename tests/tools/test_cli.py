@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,30 @@ def test_view_writes_page_dump_and_trace(tmp_path: Path, capsys):
     again = tmp_path / "again.html"
     assert main(["view", str(dump), "-o", str(again)]) == 0
     assert again.stat().st_size > 100_000
+
+
+def test_view_writes_a_graph_for_model_explorer(dumped: Path, tmp_path: Path):
+    out = tmp_path / "m.json"
+    assert main(["view", str(dumped), "-o", str(tmp_path / "g.html"), "--model-explorer", str(out)]) == 0
+    data, (graph,) = json.loads(dumped.read_text()), json.loads(out.read_text())["graphs"]
+    nodes = {n["id"]: n for n in graph["nodes"]}
+    assert list(nodes) == [n["name"] for n in data["nodes"]]
+    assert all(e["sourceNodeId"] in nodes for n in graph["nodes"] for e in n["incomingEdges"])
+    moved = [n["label"] for n in graph["nodes"] if n["label"].startswith("all_reduce ")]
+    assert len(moved) == len(data["collectives"])
+    assert nodes["layers_0_up_weight"]["namespace"] == "forward/layers/0/up"
+
+
+def test_torch_trace_holds_every_pass(tmp_path: Path):
+    """What tlparse reads; in a process of its own, as torch looks at TORCH_TRACE once."""
+    env = {**os.environ, "TORCH_TRACE": str(tmp_path)}
+    command = [sys.executable, "-m", "shardc.tools.cli", "explain", TARGET, "mm", *MESH]
+    subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
+    (log,) = tmp_path.glob("*.log")
+    lines = log.read_text().splitlines()
+    names = [json.loads(line[line.index("{") :])["artifact"]["name"] for line in lines if '"name": "shardc_' in line]
+    assert names[0] == "shardc_0_traced" and names[-1].endswith("_overlap")
+    assert any("@tp" in line and "aten.mm" in line for line in lines if line.startswith("\t%"))
 
 
 def test_view_compares_two(dumped: Path, tmp_path: Path):
