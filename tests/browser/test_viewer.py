@@ -283,6 +283,21 @@ def test_a_large_program(browser: Chromium, tmp_path: Path):
     assert browser.errors == []
 
 
+def test_a_program_without_modules_is_cut_into_parts(browser: Chromium, tmp_path: Path):
+    data = synthetic(20, 6_000)
+    for node in data["nodes"]:
+        node["path"] = ""
+    path = tmp_path / "flat.html"
+    path.write_text(page(data), encoding="utf-8")
+    browser.errors.clear()
+    browser.open(path)
+    assert browser.js(f"{APP}.graph.scene.boxes.length") < 200
+    name = data["nodes"][4_000]["name"]
+    browser.js(f"{APP}.reveal({json.dumps(name)})")
+    assert browser.js(f"{APP}.graph.boxOf({APP}.graph.picked).item.key") == name
+    assert browser.errors == []
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_pictures(browser: Chromium, file: Path, tmp_path: Path, dark: bool):
     """Kept in $SHARDC_PICTURES, to be looked at."""

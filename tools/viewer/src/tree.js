@@ -1,7 +1,7 @@
 // Nodes folded by module: phases, then the parts of FQNs; equal numbered siblings are one run; long lists are cut.
 
-const MOST = 150; // children of one group; beyond, they are cut into parts
-const PART = 50;
+const MOST = 80; // children of one group; beyond, they are cut into parts
+const PART = 40;
 const ORDER = ["forward", "backward", "optimizer"];
 
 export class Group {
