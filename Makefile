@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz clean
+.PHONY: help demo test test-browser check fuzz clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ demo: $(READY) ## train a GPT on 4 local ranks and on one device, and compare (u
 
 test: $(READY) ## all tests, as continuous integration runs them (under 15 minutes on 2 cores)
 	$(BIN)/pytest -n 2 --dist loadgroup
+
+test-browser: $(READY) ## the viewer in a real browser; installs Debian's chromium where it can
+	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } \
+		|| echo "chromium cannot be installed here: these tests will be skipped"
+	SHARDC_BROWSER=1 $(BIN)/pytest -rs tests/browser
 
 check: $(READY) ## lint, format, types and the fast tests (under 2 minutes)
 	$(BIN)/ruff check .

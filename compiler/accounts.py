@@ -7,6 +7,7 @@ pieces of p bytes and a value of s bytes over n ranks.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -99,11 +100,37 @@ def is_part(node: Node) -> bool:
     return source.target is c.wait or move_of(source) is not None
 
 
+def is_view(node: Node) -> bool:
+    """Whether a node shows another one's memory and does no work itself."""
+    return _owner(node) is not node
+
+
+class Life(NamedTuple):
+    """A value in memory: its bytes on the rank that holds most, and the steps of its half from and to which it
+    lives. Step -1 is before the first node."""
+
+    name: str
+    nbytes: int
+    begin: int
+    end: int
+
+
+class Memory(NamedTuple):
+    """One half over time: its nodes in order, the bytes alive while each runs, and what they are made of."""
+
+    order: tuple[str, ...]
+    start: int  # bytes of inputs and saved values, before the first node
+    alive: tuple[int, ...]
+    values: tuple[Life, ...]
+
+    @property
+    def peak(self) -> int:
+        return max(self.start, *self.alive) if self.alive else self.start
+
+
 def peak_bytes(parts: Halves, signature: Signature, mesh: Mesh) -> int:
     """The most bytes alive at once: inputs and saved values for as long as they are, the rest until last use."""
-    forward = _peak(parts.forward, mesh)
-    backward = _peak(parts.backward, mesh) if parts.backward is not None else 0
-    return max(forward, backward)
+    return max(memory_of(gm, mesh).peak for gm in (parts.forward, parts.backward) if gm is not None)
 
 
 def last_uses(nodes: Sequence[Node]) -> dict[Node, int]:
@@ -115,18 +142,18 @@ def last_uses(nodes: Sequence[Node]) -> dict[Node, int]:
     return last
 
 
-def _peak(gm: GraphModule, mesh: Mesh) -> int:
+def memory_of(gm: GraphModule, mesh: Mesh) -> Memory:
+    """What is alive when, in one half. What nothing uses lives on to the end, as inputs do."""
     nodes = list(gm.graph.nodes)
     last = last_uses(nodes)
-    alive = sum(local_nbytes(n, mesh) for n in nodes if n.op == "placeholder")
-    peak, ends = alive, {}
-    for node, i in last.items():
-        ends.setdefault(i, []).append(node)
-    for i, node in enumerate(nodes):
-        if node.op == "call_function" and _owner(node) is node:
-            alive += local_nbytes(node, mesh)
-            peak = max(peak, alive)
-        for dead in ends.get(i, ()):
-            if dead.op != "placeholder":
-                alive -= local_nbytes(dead, mesh)
-    return peak
+    end = len(nodes) - 1
+    calls = [(i, n) for i, n in enumerate(nodes) if n.op == "call_function" and _owner(n) is n]
+    inputs = [Life(n.name, local_nbytes(n, mesh), -1, end) for n in nodes if n.op == "placeholder"]
+    values = [*inputs, *(Life(n.name, local_nbytes(n, mesh), i, last.get(n, end)) for i, n in calls)]
+    steps = [0] * (len(nodes) + 1)
+    for life in values[len(inputs) :]:
+        steps[life.begin] += life.nbytes
+        steps[life.end + 1] -= life.nbytes
+    start = sum(life.nbytes for life in inputs)
+    alive = tuple(start + held for held in itertools.accumulate(steps[:-1]))
+    return Memory(tuple(n.name for n in nodes), start, alive, tuple(values))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch.fx import GraphModule, Node
 
@@ -31,7 +31,7 @@ def explain(gm: GraphModule, before: GraphModule, name: str, names: dict[str, st
         lines.append("  whole on every rank: no mesh dim splits it")
     for axis in dict.fromkeys(axes):
         lines.append(f"  {axis}:")
-        lines += [f"    {line}" for line in _chain(node, axis, names)]
+        lines += [f"    {line}" for line in _chain(node, axis, names, by_name)]
     return "\n".join(lines)
 
 
@@ -40,24 +40,40 @@ def cause(node: Node, axis: str, names: dict[str, str]) -> str:
     return list(_chain(node, axis, names))[-1]
 
 
-def _chain(node: Node, axis: str, names: dict[str, str]) -> Iterator[str]:
+def _chain(node: Node, axis: str, names: dict[str, str], by_name: Mapping[str, Node] | None = None) -> Iterator[str]:
+    """by_name: the graph to go on in, for names that it has."""
     for _ in range(DEPTH):
-        reason = node.meta.get("why")
-        if node.op == "placeholder":
-            yield f"%{node.name} is {names.get(node.name, 'an input')}, laid out so by {reason or 'its default'}"
-            return
-        if reason:
-            yield f"%{node.name} was laid out so by {reason}"
-            return
-        rule = node.meta.get("rule")
-        source = next((n for n in node.all_input_nodes if any(_has(s, axis) for s in specs(n))), None)
-        how = f" (rule {rule.text})" if rule is not None and rule.text else ""
+        source = source_of(node, axis)
+        yield _line(node, source, names)
         if source is None:
-            yield f"%{node.name} = {target_name(node.target)}{how}: the split begins here"
             return
-        yield f"%{node.name} = {target_name(node.target)}{how}, from %{source.name}: {specs(source)[0]}"
-        node = source
+        node = (by_name or {}).get(source.name, source)
     yield "..."
+
+
+def source_of(node: Node, axis: str) -> Node | None:
+    """The operand from which a value has its split, or its pending sum, over a mesh dim; None at a chain's end."""
+    if node.op == "placeholder" or node.meta.get("why"):
+        return None
+    return next((n for n in node.all_input_nodes if any(_has(s, axis) for s in specs(n))), None)
+
+
+def rule_text(node: Node) -> str:
+    """The rule that propagation used; empty where there was none."""
+    rule = node.meta.get("rule")
+    return rule.text if rule is not None and rule.text else ""
+
+
+def _line(node: Node, source: Node | None, names: dict[str, str]) -> str:
+    reason = node.meta.get("why")
+    if node.op == "placeholder":
+        return f"%{node.name} is {names.get(node.name, 'an input')}, laid out so by {reason or 'its default'}"
+    if reason:
+        return f"%{node.name} was laid out so by {reason}"
+    how = f" (rule {rule_text(node)})" if rule_text(node) else ""
+    if source is None:
+        return f"%{node.name} = {target_name(node.target)}{how}: the split begins here"
+    return f"%{node.name} = {target_name(node.target)}{how}, from %{source.name}: {specs(source)[0]}"
 
 
 def _has(layout, axis: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.accounts import Collective, collectives_of, peak_bytes
 from shardc.compiler.averages import Averages
+from shardc.compiler.dump import dump
 from shardc.compiler.explain import cause, explain
 from shardc.compiler.graph import copy_graph, returned, spec
 from shardc.compiler.halves import Halves, halves
@@ -23,6 +26,7 @@ from shardc.compiler.rules import all_rules as _rules  # noqa: F401  fills the r
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 from shardc.compiler.text import text
 from shardc.compiler.trace import Traced
+from shardc.compiler.trace_log import log_passes
 from shardc.passes.pipeline import pipeline
 
 
@@ -49,6 +53,7 @@ class Program:
             if step.gives >= Stage.LOCAL and global_gm is gm:
                 global_gm = copy_graph(gm)
             records += run_passes(gm, [step], ctx, names, records[-1] if records else None)
+        log_passes(records)
         return cls(gm, global_gm, ctx.signature, ctx.mesh, ctx.plan, records, original, _averages(gm, ctx))
 
     def __str__(self) -> str:
@@ -96,6 +101,26 @@ class Program:
     def explain(self, value: str) -> str:
         """Why a value has its layout: the chain of plan entries and rules. value: its name in the text."""
         return explain(self.gm, self.global_gm, value.removeprefix("%"), input_names(self.signature))
+
+    def data(self) -> dict[str, Any]:
+        """Everything the viewer shows, as plain data; docs/viewer.md describes it."""
+        return dump(self, input_names(self.signature))
+
+    def dump(self, path: str | os.PathLike[str]) -> None:
+        """Write `data()` as JSON, to be looked at elsewhere: `shardc view program.json`."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.data(), file, separators=(",", ":"))
+
+    def view(
+        self, path: str | os.PathLike[str], *, compare: Program | None = None, title: str = "", links: str = "h100"
+    ) -> None:
+        """Write the viewer's page: one HTML file that opens offline. compare: another program to set beside this
+        one. links: the machine that the timeline is estimated for, as in `shardc view --links`."""
+        from shardc.tools.page import page  # the one edge into tools; it gets data only
+
+        programs = [self.data()] if compare is None else [self.data(), compare.data()]
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page(*programs, titles=(title,) if title else (), links=links))
 
     def verify(self, *inputs: Any, **kwargs: Any) -> Any:
         """Simulate all ranks on these global inputs and compare with the original module: outputs, every

@@ -138,7 +138,8 @@ def _inherit(nodes: list[Node], found: Mapping[Node, Any]) -> dict[Node, Any]:
 
 
 def _operands(node: Node) -> list[Node]:
-    return node.all_input_nodes
+    """The latest first: a sum of gradients belongs where its last summand comes from, not where the sum began."""
+    return sorted(node.all_input_nodes, reverse=True)
 
 
 def _users(node: Node) -> list[Node]:

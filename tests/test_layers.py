@@ -38,6 +38,8 @@ PASS = [*INFER, *FOURTH]
 CORE = [*PASS, "compiler.rules", "compiler.trace", "compiler.match", "compiler.trace_draws"]
 API = [*CORE, "compiler", "passes.pipeline", "runtime", DISTRIBUTED]
 
+VIEWER = [f"tools.{m}" for m in "pack timeline links".split()]  # what reads a dumped program, and nothing else
+
 LAYERS = {  # first match wins
     "compiler.errors": [],
     "compiler.mesh": ["compiler.errors", *DEVICE_MESH],
@@ -53,8 +55,12 @@ LAYERS = {  # first match wins
         for m in "layout plan annotate styles wording match splits roots forwards report resolve*".split()
     },
     # What compile is made of: one room in several files, the only one that sees both passes and runtime.
-    **{f"compiler.{m}": API for m in "api compiled lowering program prove train_step check_rule".split()},
     "compiler.saved": [*CORE, "compiler"],
+    **{f"compiler.{m}": API for m in "api compiled lowering prove train_step check_rule".split()},
+    # A program as data; it looks at a program, and nothing is done by it.
+    "compiler.dump": [*CORE, *(f"compiler.{m}" for m in "explain flops text_changes program".split())],
+    # A program shows itself: it hands its data, and no more, to the page maker, a leaf.
+    "compiler.program": [*API, "tools.page"],
     "compiler": CORE,
     "passes.pipeline": [*PASS, "passes"],
     "passes": PASS,
@@ -69,6 +75,7 @@ LAYERS = {  # first match wins
         "runtime",
         DISTRIBUTED,
     ],
+    **{f"tools.{m}": VIEWER for m in "page pack timeline links program_json model_explorer".split()},
     "tools": ["compiler", "tools", "shardc", DISTRIBUTED],
 }
 WATCHED = [*PARTS, "shardc", "tests", "examples", "benchmarks", "torch.fx", DISTRIBUTED]
@@ -189,6 +196,9 @@ REFUSED = {
     "the runtime imports a rule": ("runtime.bind", "from shardc.compiler.rules import table"),
     "tools import a pass": ("tools.opt", "from shardc.passes.localize import Localize"),
     "anyone imports tools": ("compiler.api", "from shardc.tools import cli"),
+    "a program imports more of tools": ("compiler.program", "from shardc.tools import cli"),
+    "the compiler imports the page maker": ("compiler.dump", "from shardc.tools.page import page"),
+    "the page maker looks at a program": ("tools.page", "from shardc.compiler.dump import dump"),
     "anyone imports tests": ("tools.opt", "from tests.models import mlp"),
     "private torch, imported": ("passes.fuse", "from torch._inductor import config"),
     "private torch, deeper": ("compiler.graph", "from torch.fx._symbolic_trace import Tracer"),
@@ -200,6 +210,7 @@ REFUSED = {
     "a relative import": ("compiler.graph", "from .spec import Spec"),
 }
 GRANTED = {
+    "a program shows itself": ("compiler.program", "from shardc.tools.page import page"),
     "a pass uses the graph": ("passes.fuse", "from shardc.compiler.graph import replace"),
     "the list imports every pass": ("passes.pipeline", "from shardc.passes.localize import Localize"),
     "the api sees both sides": (

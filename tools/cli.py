@@ -1,4 +1,4 @@
-"""The `shardc` command: demo, explain, run."""
+"""The `shardc` command: demo, view, explain, run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardc import Program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,11 +30,18 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train a small GPT on 4 local ranks and compare with one device")
     demo.add_argument("--steps", type=int, default=60)
     demo.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="picture of the loss curves")
+    demo.add_argument("--page", type=Path, default=Path("demo.html"), help="the page that shows the program")
     demo.set_defaults(run=_demo)
+    view = commands.add_parser("view", help="write a page that shows a program, or compares two")
+    _add_target(view, nargs="+")
+    view.add_argument("-o", "--output", type=Path, default=Path("graph.html"), help="the page (graph.html)")
+    view.add_argument("--dump", type=Path, help="write the program as JSON too, to be viewed elsewhere")
+    view.add_argument("--trace", type=Path, help="write the estimated timeline too, for Perfetto or chrome://tracing")
+    view.add_argument("--model-explorer", type=Path, help="write the graph too, for Google's Model Explorer")
+    view.set_defaults(run=_view)
     explain = commands.add_parser("explain", help="plan, collectives and memory of a program; or why a value lies so")
-    explain.add_argument("target", help="file.py:function or package.module:function -> (model, plan, inputs)")
+    _add_target(explain)
     explain.add_argument("value", nargs="?", help="a value's name in the program's text")
-    explain.add_argument("--mesh", required=True, help="such as dp=2,tp=4; no devices are needed")
     explain.add_argument("--json", action="store_true")
     explain.set_defaults(run=_explain)
     run = commands.add_parser("run", help="run a script on local gloo ranks")
@@ -44,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> int:
     from shardc.tools.demo import demo
 
-    return demo(options.steps, options.output)
+    return demo(options.steps, options.output, options.page)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -61,16 +72,66 @@ def run_script(rank: int, script: str, arguments: list[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def _explain(options: argparse.Namespace) -> int:
-    from shardc.tools.explain import as_json, load_target, parse_mesh, show
+def _add_target(command: argparse.ArgumentParser, **options: Any) -> None:
+    what = "file.py:function or package.module:function -> (model, plan, inputs), or a dumped .json"
+    command.add_argument("target", help=what, **options)
+    command.add_argument("--mesh", help="such as dp=2,tp=4; no devices are needed")
+    links = "a100, h100, h200, nvlink=450GB/s,ib=50GB/s or tp=450GB/s,dp=50GB/s: for the estimate of the timeline"
+    command.add_argument("--links", default="h100", help=links)
 
-    compiled, program = load_target(options.target, parse_mesh(options.mesh))
+
+def _program(target: str, mesh: str | None) -> Program:
+    from shardc.tools.explain import load_target, parse_mesh
+
+    if mesh is None:
+        raise ValueError("--mesh is missing: write --mesh dp=2,tp=4")
+    return load_target(target, parse_mesh(mesh))
+
+
+def _data(target: str, mesh: str | None) -> dict[str, Any]:
+    """A program as plain data: from a dump, or compiled now."""
+    from shardc.tools.program_json import load
+
+    return load(target) if target.endswith(".json") else _program(target, mesh).data()
+
+
+def _view(options: argparse.Namespace) -> int:
+    from shardc.tools.links import parse_links
+    from shardc.tools.model_explorer import model_explorer
+    from shardc.tools.page import page
+    from shardc.tools.timeline import chrome_trace, estimate, mesh_of
+
+    if len(options.target) > 2:
+        raise ValueError("one program is shown, or two are compared")
+    programs = [_data(target, options.mesh) for target in options.target]
+    options.output.write_text(page(*programs, titles=options.target, links=options.links), encoding="utf-8")
+    if options.dump:
+        options.dump.write_text(json.dumps(programs[0], separators=(",", ":")), encoding="utf-8")
+    if options.trace:
+        timeline = estimate(programs[0], parse_links(options.links, mesh_of(programs[0])))
+        options.trace.write_text(json.dumps(chrome_trace(programs[0], timeline)), encoding="utf-8")
+    if options.model_explorer:
+        graph = model_explorer(programs[0], options.target[0])
+        options.model_explorer.write_text(json.dumps(graph), encoding="utf-8")
+    print(options.output)
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from shardc.tools.explain import as_json, show
+    from shardc.tools.program_json import explain
+
+    if options.value and not options.target.endswith(".json"):
+        text = _program(options.target, options.mesh).explain(options.value)
+        print(json.dumps({"value": options.value, "explanation": text}) if options.json else text)
+        return 0
+    data = _data(options.target, options.mesh)
     if options.value:
-        print(program.explain(options.value))
+        print(explain(data, options.value))
     elif options.json:
-        print(json.dumps(as_json(compiled, program), indent=1))
+        print(json.dumps(as_json(data, options.links), indent=1))
     else:
-        show(compiled, program)
+        show(data, options.links)
     return 0
 
 

@@ -36,7 +36,7 @@ class Run:
     seconds: float
 
 
-def demo(steps: int = 60, picture: Path = Path("demo.png")) -> int:
+def demo(steps: int = 60, picture: Path = Path("demo.png"), page: Path = Path("demo.html")) -> int:
     """Run it all; 0 if the curves agree, 1 if they differ."""
     console = Console()
     text = standard_library()
@@ -46,11 +46,12 @@ def demo(steps: int = 60, picture: Path = Path("demo.png")) -> int:
         f"A GPT of {count:,} parameters, {text.files} files of Python's standard library "
         f"({len(text.train):,} bytes to train on), mesh dp={DP} x tp={TP} of gloo ranks on this machine."
     )
-    sharded: Run = shardc.launch(train_rank, DP * TP, (steps,))[0]
+    sharded: Run = shardc.launch(train_rank, DP * TP, (steps, str(page)))[0]
     alone = train_alone(steps, console)
     _report(console, sharded, alone, model)
     _draw(sharded, alone, picture)
     console.print(f"loss curves: {picture}")
+    console.print(f"the program, to open in a browser: {page}")
     console.print("\nA sample:\n" + _sample(sharded.weights, text), markup=False, highlight=False)
     worst = max(abs(a - b) for a, b in zip(sharded.losses, alone.losses, strict=True))
     if worst > TOLERANCE:
@@ -59,8 +60,8 @@ def demo(steps: int = 60, picture: Path = Path("demo.png")) -> int:
     return 0
 
 
-def train_rank(rank: int, steps: int) -> Run | None:
-    """What each rank runs; rank 0 reports."""
+def train_rank(rank: int, steps: int, page: str) -> Run | None:
+    """What each rank runs; rank 0 reports, and writes the program's page."""
     text = standard_library()
     torch.manual_seed(SEED)
     mesh = init_device_mesh("cpu", (DP, TP), mesh_dim_names=("dp", "tp"))
@@ -77,6 +78,7 @@ def train_rank(rank: int, steps: int) -> Run | None:
     if rank:
         return None
     program = next(p for p in model.programs if any(c.phase == "backward" for c in p.collectives()))
+    program.view(page, title=f"demo: GPT, dp={DP} tp={TP}")
     found: Counter[tuple[str, str]] = Counter()
     moved: Counter[tuple[str, str]] = Counter()
     for c in program.collectives():
