@@ -18,14 +18,16 @@ from shardc.compiler.carry import add_carries
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.graph import is_random, placeholders, returned
 from shardc.compiler.match import find
+from shardc.compiler.layout import Precision
 from shardc.compiler.mesh import Mesh
+from shardc.compiler.mixed import add_casts, call_dtypes, computed_as, info_as
 from shardc.compiler.original import Original
 from shardc.compiler.pipeline import Context
 from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program, copy_graph
 from shardc.compiler.refine import refinements
 from shardc.compiler.resolved import Resolved
-from shardc.compiler.signature import InputKind, OutputKind, Signature, TensorInfo
+from shardc.compiler.signature import InputKind, OutputKind, Signature
 from shardc.compiler.spec import Spec, to_placements
 from shardc.compiler.trace import Traced, argument_names, trace
 from shardc.passes.pipeline import CANONICALIZE
@@ -85,6 +87,7 @@ class Lowering:
     values: Callable[[], Mapping[str, Tensor]]  # parameters and buffers, whole
     strict: bool = False
     recompute: tuple[str, ...] = ()
+    precision: Precision | None = None
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
     _entries: dict[Any, Entry] = field(default_factory=dict)
@@ -125,7 +128,7 @@ class Lowering:
             carries=dict(carries), strict=self.strict,
         )  # fmt: skip
         training = tuple(m.training for m in self._modules)
-        original = Original(self.module, traced.signature, self.values, training, autocast_state())
+        original = Original(self.module, traced.signature, self.values, training, autocast_state(), self.precision)
         program = Program.build(traced, ctx, original)
         if self.ranks is not None:
             self.ranks.agree(str(program), "the compiled program")
@@ -195,14 +198,19 @@ class Lowering:
         """The traced module at global shapes. On real ranks the caller passes pieces: sizes are multiplied by
         the mesh dims that split them, for which the names (and styles on the root's border) must be known."""
         grad = torch.is_grad_enabled()
-        infos = {fqn: held_info(x, self.plan) for fqn, x in held(self.module).items()}
-        call: tuple[Any, Any] = (tuple(args), dict(kwargs))
+        tensors = held(self.module)
+        infos = {fqn: info_as(x, self.precision) for fqn, x in tensors.items()}
+        given: tuple[Any, Any] = (tuple(args), dict(kwargs))
+        call = pytree.tree_map(lambda x: computed_as(x, self.precision), given)
         layouts = None
         if self.ranks is not None:
             if needs_trace(self.plan):
                 layouts = self._traced_layouts(trace(self.module, *call, marks=self.plan.marked, params=infos))
-            call = self._global_call(args, kwargs, layouts)
+            call = self._global_call(*call, layouts)
         traced = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
+        if self.precision is not None:
+            dtypes = {fqn: x.dtype for fqn, x in tensors.items()}
+            traced = add_casts(traced, dtypes | call_dtypes(traced, *given), self.precision)
         check_counts(traced.gm, self.plan)
         for node in traced.gm.graph.nodes:
             if node.op == "call_function" and node.meta.get("phase") == "forward":
@@ -286,11 +294,6 @@ def held(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by FQN, tied ones under every name."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return dict(named)
-
-
-def held_info(x: Tensor, plan: Resolved) -> TensorInfo:
-    """What tracing needs to know of a parameter or buffer: its global shape, on the device it computes on."""
-    return TensorInfo.of(x)
 
 
 def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwargs: Any) -> tuple:
