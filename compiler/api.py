@@ -19,7 +19,7 @@ from shardc.compiler.mesh import Mesh
 from shardc.compiler.mixed import with_precision
 from shardc.compiler.plan import call_site, warn_user
 from shardc.compiler.program import Program
-from shardc.compiler.resolve import mesh_dims, resolve
+from shardc.compiler.resolve import check_placements, mesh_dims, resolve
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.wording import shown
 from shardc.runtime.groups import default_device_mesh
@@ -63,6 +63,8 @@ def compile(
         _check_source(src_data_rank, integers)
         patterns = _patterns(recompute, model, strict)
         resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
+        if device_mesh is not None:
+            check_placements(resolved)
         _refuse_meta(model)
     except PlanError as error:
         raise error.at(call_site()) from None
