@@ -18,6 +18,7 @@ from shardc.compiler.program import Program
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.signature import InputKind, OutputKind
 from shardc.compiler.spec import Spec
+from shardc.runtime.norms import Piece, scale, total_norm
 from shardc.runtime.state import as_dtensor, as_held, local_of, whole
 
 
@@ -95,6 +96,40 @@ class CompiledModule(nn.Module):
         """As of any module; gradients kept at unsynchronised steps are forgotten too."""
         super().zero_grad(set_to_none)
         self._lowering.kept.clear()
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients, in place, so that their norm as one vector is at most `max_norm`. All ranks call it.
+
+        norm_type: any p above zero, or inf. What several ranks hold alike counts once; gradients that stay local
+        (ignored parameters) count on every rank. Returns the norm before, the same on every rank. Raises
+        ValueError for another norm_type, ShardingError while gradients of unsynchronised steps are kept back.
+        """
+        p = float(norm_type)
+        if not p > 0:
+            raise ValueError(f"norm_type is {norm_type}: it is a number above zero, or inf")
+        if self._lowering.kept.layouts():
+            raise ShardingError(
+                "gradients of unsynchronised steps are not reduced yet, so their norm is not known",
+                where=call_site(),
+                help="run a synchronised backward, outside of no_sync(), before clip_grad_norm_",
+            )
+        held = list(self.named_parameters())
+        device = next((x.device for _, x in held), torch.device("cpu"))
+        ranks = self._lowering.ranks
+        pieces = [Piece(None if x.grad is None else local_of(x.grad), self._split_over(name)) for name, x in held]
+        norm = total_norm(pieces, p, ranks.lines if ranks is not None else {}, device)
+        dtypes = [piece.gradient.dtype.to_real() for piece in pieces if piece.gradient is not None]
+        norm = norm.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
+        scale([piece.gradient for piece in pieces if piece.gradient is not None], norm, max_norm)
+        return norm
+
+    def _split_over(self, name: str) -> tuple[str, ...]:
+        """The mesh dims along which ranks have different gradients of a parameter."""
+        plan, mesh = self._lowering.plan, self._lowering.mesh
+        own = plan.canonical(name)
+        local = [a for a, names in plan.ignored.items() if own in names]
+        axes = {*plan.params[own].stored_spec(mesh).axes(), *local}
+        return tuple(a for a in mesh.names if a in axes)
 
     def _variant(self) -> Any:
         if self._lowering.ranks is None or not torch.is_grad_enabled():

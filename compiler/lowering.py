@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,13 +15,16 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.fx import GraphModule
 
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
+from shardc.compiler.calls import call_key, check_call, global_shape, held, text_key
 from shardc.compiler.carry import add_carries
 from shardc.compiler.collectives import COLLECTIVES
 from shardc.compiler.draws import SEED
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.graph import copy_graph, is_random, move_of, placeholders, returned
+from shardc.compiler.layout import Precision
 from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
+from shardc.compiler.mixed import add_casts, call_dtypes, computed_as, info_as
 from shardc.compiler.original import Original
 from shardc.compiler.pipeline import Context
 from shardc.compiler.plan import call_site
@@ -96,6 +97,7 @@ class Lowering:
     strict: bool = False
     recompute: tuple[str, ...] = ()
     rng: str = "counter"
+    precision: Precision | None = None
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
     traces: Traces = field(default_factory=Traces)
@@ -164,9 +166,11 @@ class Lowering:
             carries=dict(carries), strict=self.strict, rng=self.rng,
         )  # fmt: skip
         training = tuple(m.training for m in self._modules)
-        original = Original(self.module, traced.signature, self.values, training, autocast_state(), self.rng)
+        original = Original(
+            self.module, traced.signature, self.values, training, autocast_state(), self.rng, self.precision
+        )
         program = Program.build(traced, ctx, original)
-        key = _text_key(self._call_key(args, kwargs), variant)
+        key = text_key(self._call_key(args, kwargs), variant)
         self.hashes[key] = program.hash
         self.traces.check(key, program.hash)
         if self.ranks is not None:
@@ -184,7 +188,7 @@ class Lowering:
             raise error.at(call_site()) from None
 
     def _about(self) -> dict[str, Any]:
-        options = {"strict": self.strict, "recompute": self.recompute, "rng": self.rng}
+        options = {"strict": self.strict, "recompute": self.recompute, "rng": self.rng, "precision": self.precision}
         return about(self.module, self.mesh, self._asked.report(), options)
 
     def _check_results(self, signature: Signature) -> None:
@@ -257,14 +261,19 @@ class Lowering:
         """The traced module at global shapes. On real ranks the caller passes pieces: sizes are multiplied by
         the mesh dims that split them, for which the names (and styles on the root's border) must be known."""
         grad = torch.is_grad_enabled()
-        infos = {fqn: held_info(x, self.plan) for fqn, x in held(self.module).items()}
-        call: tuple[Any, Any] = (tuple(args), dict(kwargs))
+        tensors = held(self.module)
+        infos = {fqn: info_as(x, self.precision) for fqn, x in tensors.items()}
+        given: tuple[Any, Any] = (tuple(args), dict(kwargs))
+        call: tuple[Any, Any] = pytree.tree_map(lambda x: computed_as(x, self.precision), given)
         layouts = None
         if self.ranks is not None:
             if needs_trace(self.plan):
                 layouts = self._traced_layouts(self._traced(call, infos, True))
-            call = self._global_call(args, kwargs, layouts)
+            call = self._global_call(*call, layouts)
         traced = self._traced(call, infos, grad)
+        if self.precision is not None:
+            dtypes = {fqn: x.dtype for fqn, x in tensors.items()}
+            traced = add_casts(traced, dtypes | call_dtypes(traced, *given), self.precision)
         check_counts(traced.gm, self.plan)
         for node in traced.gm.graph.nodes:
             if node.op == "call_function" and node.meta.get("phase") == "forward":
@@ -273,7 +282,7 @@ class Lowering:
 
     def _traced(self, call: tuple[Any, Any], infos: Mapping[str, TensorInfo], grad: bool) -> Traced:
         """From what is kept, or made now."""
-        key = _text_key(self._call_key(*call), self.plan.marked, sorted(infos.items()), grad)
+        key = text_key(self._call_key(*call), self.plan.marked, sorted(infos.items()), grad)
         found = self.traces.find(key)
         if found is None:
             found = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
@@ -287,7 +296,7 @@ class Lowering:
         found = (prefix for prefix in ["", *prefixes] if any(find(pattern, [prefix]) for pattern in self.recompute))
         return next(("the root" if prefix == "" else prefix for prefix in found), "")
 
-    def _check_label(self, x: Tensor, name: str, layout: Mapping[str, Any]) -> None:
+    def _checklabel(self, x: Tensor, name: str, layout: Mapping[str, Any]) -> None:
         """A DTensor says itself how it lies; that must be what the program was told."""
         if not isinstance(x, DTensor):
             return
@@ -311,84 +320,12 @@ class Lowering:
             if not isinstance(x, Tensor):
                 continue
             layout = layouts[i] if layouts is not None else border_layout(name, head, x.dim(), self.plan)
-            self._check_label(x, name, layout or {})
+            self._checklabel(x, name, layout or {})
             shape = global_shape(x, layout or {}, self.mesh)
             if shape != tuple(x.shape):
                 leaves[i] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)
         return pytree.tree_unflatten(leaves, structure)
 
 
-def _label(x: Tensor) -> str | None:
-    """The placements a DTensor bears; plain tensors bear none."""
-    return str(getattr(x, "placements", "")) or None
-
-
 def _carries(signature: Signature) -> set[str]:
     return {signature.inputs[i].node for i in signature.indices(InputKind.CARRY)}
-
-
-def global_shape(x: Tensor, layout: Mapping[str, Any], mesh: Mesh) -> tuple[int, ...]:
-    """The shape of which a plain tensor is one rank's piece: s rows here are s x w rows in all."""
-    shape = list(x.shape)
-    if isinstance(x, DTensor):
-        return tuple(shape)  # it knows
-    for axis, placement in layout.items():
-        if getattr(placement, "dim", None) is not None:
-            shape[placement.dim] *= mesh[axis]
-    return tuple(shape)
-
-
-def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises PlanError where forward cannot be called with these. Hooks may change what forward is given."""
-    if module._forward_pre_hooks:
-        return
-    try:
-        signature = inspect.signature(module.forward)
-    except ValueError:  # some scripted modules have none
-        return
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise PlanError(
-            f"forward of {type(module).__name__} cannot be called so: {error}", help=f"it is forward{signature}"
-        ) from None
-
-
-def held(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by FQN, tied ones under every name."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return dict(named)
-
-
-def held_info(x: Tensor, plan: Resolved) -> TensorInfo:
-    """What tracing needs to know of a parameter or buffer: its global shape, on the device it computes on."""
-    return TensorInfo.of(x)
-
-
-def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwargs: Any) -> tuple:
-    """What decides whether two calls share a program."""
-    leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    described = tuple(
-        (tuple(x.shape), x.dtype, x.device, x.requires_grad, _label(x)) if isinstance(x, Tensor) else _constant(x)
-        for x in leaves
-    )
-    flags = tuple(m.training for m in modules)
-    kinds = tuple((p.requires_grad, p.dtype) for p in params)
-    return described, structure, flags, kinds, torch.is_grad_enabled(), autocast_state()
-
-
-def _text_key(*parts: Any) -> str:
-    """The same in every process for equal parts."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _constant(x: Any) -> Any:
-    try:
-        hash(x)
-    except TypeError:
-        raise PlanError(
-            f"an input of type {type(x).__name__} is neither a tensor nor a value that can be compared",
-            where=call_site(),
-            help="pass tensors, numbers, strings, None, or lists, tuples and dicts of them",
-        ) from None
-    return type(x).__name__, x

@@ -74,8 +74,9 @@ def _is_given(node: Node) -> bool:
 
 def _gather_at_once(members: Sequence[Node]) -> None:
     first, values = members[0], [node.all_input_nodes[0] for node in members]
+    order = {node: i for i, node in enumerate(first.graph.nodes)}
     for value in values:
-        if value.op != "placeholder":  # no cast of an input is needed later than what it is cast for
+        if order[value] > order[first]:
             first.prepend(value)
     with first.graph.inserting_before(first):
         _take_apart(_joint(members, values), members)

@@ -20,6 +20,7 @@ from shardc.runtime.groups import Groups
 from shardc.runtime.handshake import Calls, agree, calls_of
 from shardc.runtime.shards import cut
 from shardc.runtime.state import as_dtensor, broadcast, gather_whole, local_of
+from shardc.runtime.wire import Line
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ class Ranks:
         made = nn.Parameter(as_dtensor(cut(whole, after, self.mesh, self.coords).contiguous(), after, self.device_mesh))
         made.requires_grad_(param.requires_grad)
         torch.utils.swap_tensors(param, made)
+
+    @cached_property
+    def lines(self) -> dict[str, Line]:
+        """The ranks along each mesh dim, by its name."""
+        look = self.calls.look
+        return {a: Line(a, self.mesh[a], self.coords[a], self.groups.get(a), look) for a in self.mesh.names}
 
     @contextmanager
     def drawing_alike(self) -> Iterator[None]:
