@@ -35,6 +35,18 @@ class Site(Protocol):
         """The factor's global size."""
         ...
 
+    def place(self, factor: str) -> Any:
+        """Which piece of a `plain=` factor this rank holds: pieces are counted in the order of their indices."""
+        ...
+
+    def ways(self, factor: str) -> int:
+        """Into how many pieces the factor is split."""
+        ...
+
+    def least(self, factor: str) -> int:
+        """The fewest indices of the factor that some rank of the mesh holds."""
+        ...
+
     def may_be_empty(self, factor: str) -> bool:
         """Whether some rank of the mesh holds no index of the factor."""
         ...

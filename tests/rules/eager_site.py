@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -84,9 +86,21 @@ class EagerSite:
     def full(self, factor: str) -> int:
         return self.rule.size(factor)
 
-    def may_be_empty(self, factor: str) -> bool:
+    def place(self, factor: str) -> int:
+        self.start(factor)
+        axes = axes_of(self.decision.factor(factor))
+        orders = itertools.product(*(range(self.mesh[a]) for a in axes))
+        return list(orders).index(tuple(self.coords[a] for a in axes))
+
+    def ways(self, factor: str) -> int:
+        return math.prod(self.mesh[a] for a in axes_of(self.decision.factor(factor)))
+
+    def least(self, factor: str) -> int:
         dim = self.decision.factor(factor)
-        return any(not indices(dim, self.mesh, self.mesh.coords(r)) for r in range(self.mesh.size))
+        return min(len(indices(dim, self.mesh, self.mesh.coords(r))) for r in range(self.mesh.size))
+
+    def may_be_empty(self, factor: str) -> bool:
+        return self.least(factor) == 0
 
     def result_shape(self, i: int = 0) -> list[int]:
         return list(self.decision.results[i].local_shape(self.mesh, self.coords))
