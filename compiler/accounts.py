@@ -52,6 +52,8 @@ def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
         shape = specs(node)[0].local_shape(mesh, coords) if specs(node) else value.shape
         numel = math.prod(shape)
         sent = 2 * (n - 1) * numel * value.element_size() // n
+    elif move.target is c.fetch:
+        numel, sent = _fetched(move, value)
     else:
         split = source if move.target is c.all_gather else node
         dim = move.args[2] if move.target is c.all_to_all else move.args[1]
@@ -64,6 +66,16 @@ def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
         move.target.__name__, axis, meta.get("phase", "forward"), value.dtype, numel, sent,
         meta.get("path", ""), meta.get("where", ""), node.name, meta.get("why", ""),
     )  # fmt: skip
+
+
+def _fetched(move: Call, value: torch.Tensor) -> tuple[int, int]:
+    """(elements of the dim's whole, bytes sent by the rank that sends most). value: what rank 0 gets."""
+    dim, _, held, wanted = move.args[1:]
+    asked = [c.indices_of(runs) for runs in wanted]
+    rest = math.prod(n for d, n in enumerate(value.shape) if d != dim)
+    owner = [r for r, n in enumerate(held) for _ in range(n)]
+    sent = [sum(owner[i] == me for r, mine in enumerate(asked) if r != me for i in mine) for me in range(len(held))]
+    return sum(held) * rest, max(sent) * rest * value.element_size()
 
 
 ALIASES = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",

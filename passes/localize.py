@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.collectives import all_reduce, make_partial
+from shardc.compiler.collectives import all_reduce, fetch, make_partial
 from shardc.compiler.graph import INHERITED, call_nodes, operands, specs, tensors
 from shardc.compiler.infer import Decision, OpRule, call_rule, decide_node
 from shardc.compiler.local import bind, local_place, local_size, local_start
@@ -159,6 +159,13 @@ class GraphSite:
             if self._mesh[axis] > 1:
                 x = self.call(all_reduce, self.call(make_partial, x, axis), axis)
         return x
+
+    def fetch(self, x: Any, dim: int, factor: str, wanted: Callable[[int, int], Sequence[range]]) -> Any:
+        ((part),) = self._factors[factor]
+        (axis,) = part.axes
+        pieces = [chunk(part.size, self._mesh, part.axes, {axis: i}) for i in range(self._mesh[axis])]
+        runs = tuple(tuple((r.start, r.stop, r.step) for r in wanted(*piece) if len(r)) for piece in pieces)
+        return self.call(fetch, x, dim, axis, tuple(n for _, n in pieces), runs)
 
     def all_reduce(self, x: Any, factor: str, op: str = "sum") -> Any:
         for axis in axes_of(self._factors[factor]):

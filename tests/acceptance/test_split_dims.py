@@ -28,6 +28,8 @@ ROWS, COLUMNS = 5, 13
 # What each moves: (kind, phase, elements). One number for each of the 5 rows and each of the 3 ranks is 15; the
 # all-reduces of 5 are sums over the columns.
 ONCE, TWICE = [("all_reduce", "forward", 15)], [("all_reduce", "forward", 15)] * 2
+FETCHED = [("fetch", phase, 65) for phase in ("forward", "backward")]
+BACKWARDS = [("fetch", "backward", 65), ("all_reduce", "backward", 15), ("fetch", "backward", 65)]
 SUM = [("all_reduce", "forward", 5)]
 MOVES: dict[str, tuple[Callable[[Tensor], Tensor], list[tuple[str, str, int]]]] = {
     "argmax": (lambda x: x.argmax(1, keepdim=True) + x, TWICE),
@@ -36,6 +38,9 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], list[tuple[str, str, int]]]] 
     "max": (lambda x: torch.cat([*x.max(1)]), TWICE),
     "min": (lambda x: x.min(1).values, TWICE),
     "cumsum": (lambda x: x.cumsum(1).detach() + x, ONCE),
+    "cumsum, trained": (lambda x: x.cumsum(1), [*ONCE, *BACKWARDS]),
+    "flip": (lambda x: x.flip(0, 1), FETCHED),
+    "roll": (lambda x: x.roll((2, -4), (0, 1)), FETCHED),
     "cumprod": (lambda x: x.cumprod(1).detach() + x, ONCE),
     "logcumsumexp": (lambda x: x.logcumsumexp(1).detach() + x, ONCE),
     "topk": (lambda x: x.topk(3, 1).values, [("all_reduce", "forward", 45)] * 2),

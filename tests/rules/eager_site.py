@@ -116,6 +116,20 @@ class EagerSite:
             raise NeedsOthersError
         return self.exchange.swap(self.rank, x)[0]
 
+    def fetch(
+        self, x: torch.Tensor, dim: int, factor: str, wanted: Callable[[int, int], Sequence[range]]
+    ) -> torch.Tensor:
+        if self.exchange is None:
+            raise NeedsOthersError
+        (axis,) = axes_of(self.decision.factor(factor))
+        if factor not in self.rule.lone:
+            raise ValueError(f"{factor} need not be split by one mesh dim: the rule does not call it lone")
+        kept = {a: c for a, c in self.coords.items() if a != axis}
+        every = self.exchange.swap(self.rank, x)
+        mine = [t for r, t in enumerate(every) if kept.items() <= self.mesh.coords(r).items()]
+        at = [i for run in wanted(self.start(factor), self.size(factor)) for i in run]
+        return torch.cat(mine, dim).index_select(dim, torch.tensor(at, dtype=torch.int64))
+
     def all_reduce(self, x: torch.Tensor, factor: str, op: str = "sum") -> torch.Tensor:
         if self.exchange is None:
             raise NeedsOthersError
