@@ -55,6 +55,8 @@ def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
         shape = specs(node)[0].local_shape(mesh, coords) if specs(node) else value.shape
         numel = math.prod(shape)
         sent = 2 * (n - 1) * numel * value.element_size() // n
+    elif move.target is c.fetch:
+        numel, sent = _fetched(move, value)
     else:
         dealt = [_pieces(part, mesh, coords) for part in move.each()]
         pieces = [sum(numels) for numels in zip(*dealt, strict=True)]
@@ -74,6 +76,16 @@ def _pieces(part: Call, mesh: Mesh, coords: dict[str, int]) -> list[int]:
     dim = part.args[2] if part.target is c.all_to_all else part.args[1]
     cut = cut_of(split, dim, part.axis, mesh, coords, specs(source)[0])
     return [math.prod(cut.piece_view(i)) for i in range(mesh[part.axis])]
+
+
+def _fetched(move: Call, value: torch.Tensor) -> tuple[int, int]:
+    """(elements of the dim's whole, bytes sent by the rank that sends most). value: what rank 0 gets."""
+    dim, _, held, wanted = move.args[1:]
+    asked = [c.indices_of(runs) for runs in wanted]
+    rest = math.prod(n for d, n in enumerate(value.shape) if d != dim)
+    owner = [r for r, n in enumerate(held) for _ in range(n)]
+    sent = [sum(owner[i] == me for r, mine in enumerate(asked) if r != me for i in mine) for me in range(len(held))]
+    return sum(held) * rest, max(sent) * rest * value.element_size()
 
 
 ALIASES = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",

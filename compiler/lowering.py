@@ -296,7 +296,7 @@ class Lowering:
         found = (prefix for prefix in ["", *prefixes] if any(find(pattern, [prefix]) for pattern in self.recompute))
         return next(("the root" if prefix == "" else prefix for prefix in found), "")
 
-    def _checklabel(self, x: Tensor, name: str, layout: Mapping[str, Any]) -> None:
+    def _check_label(self, x: Tensor, name: str, layout: Mapping[str, Any]) -> None:
         """A DTensor says itself how it lies; that must be what the program was told."""
         if not isinstance(x, DTensor):
             return
@@ -320,7 +320,7 @@ class Lowering:
             if not isinstance(x, Tensor):
                 continue
             layout = layouts[i] if layouts is not None else border_layout(name, head, x.dim(), self.plan)
-            self._checklabel(x, name, layout or {})
+            self._check_label(x, name, layout or {})
             shape = global_shape(x, layout or {}, self.mesh)
             if shape != tuple(x.shape):
                 leaves[i] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)

@@ -24,7 +24,7 @@ from shardc.compiler.graph import move_of, spec
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
 from shardc.runtime.together import GatherTogether, ScatterTogether
-from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Line, ReduceScatter
+from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Fetch, Line, ReduceScatter
 
 aten = torch.ops.aten
 Bound = tuple[Callable[..., Tensor], tuple]  # what to call, and with what beside the operand
@@ -103,6 +103,9 @@ class _Binder:
         moves = any(math.prod(before.local_shape(self.mesh, at)) for at in along)
         return AllToAll(send, receive, self._shape(node), moves, line, f"%{node.name}"), ()
 
+    def fetch(self, node: Node, x: Node, dim: int, axis: str, held: Sequence[int], wanted: Sequence[c.Runs]) -> Bound:
+        return Fetch(dim, held, wanted, self.lines[axis], f"%{node.name}"), ()
+
     def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> Bound:
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
         index = self.coords[axis]
@@ -140,6 +143,7 @@ MOVES: dict[Any, Callable[..., Bound]] = {
     c.all_gather: _Binder.all_gather,
     c.reduce_scatter: _Binder.reduce_scatter,
     c.all_to_all: _Binder.all_to_all,
+    c.fetch: _Binder.fetch,
     c.local_slice: _Binder.local_slice,
     c.make_partial: _Binder.make_partial,
     c.start: _Binder.start,

@@ -193,6 +193,17 @@ def _all_to_all(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     return out
 
 
+def _fetch(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    dim, axis, _, wanted = move.args[1:]
+    out: Pieces = [None] * mesh.size
+    for group in _groups(mesh, axis):
+        whole = torch.cat([pieces[r] for r in group], dim)
+        for r in group:
+            at = torch.tensor(c.indices_of(wanted[coords[r][axis]]), dtype=torch.int64, device=whole.device)
+            out[r] = whole.index_select(dim, at)
+    return out
+
+
 def _make_partial(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     axis = move.args[1]
     return [torch.zeros_like(x) if at[axis] else x for x, at in zip(pieces, coords, strict=True)]
@@ -203,6 +214,7 @@ COLLECT = {
     c.all_gather: _all_gather,
     c.reduce_scatter: _reduce_scatter,
     c.all_to_all: _all_to_all,
+    c.fetch: _fetch,
     c.local_slice: _local_slice,
     c.make_partial: _make_partial,
 }

@@ -13,6 +13,7 @@ all-reduce here takes half that of all_reduce for 256 bytes, about the same for 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardc.compiler.collectives import Cut
+from shardc.compiler.collectives import Cut, Runs, indices_of
 from shardc.compiler.errors import RankFailure, RankMismatchError
 from shardc.runtime.shards import combine
 
@@ -264,6 +265,45 @@ class AllToAll(Collective):
         flat = self.send.dealt(x)
         work, got = self._exchange(flat, self.send.numels, self.receive.numels)
         return Issued(work, lambda: self.receive.joined(got).view(self.shape), flat)
+
+
+class Fetch(Collective):
+    """[n@axis] -> the indices that each rank wants. held: how many each has of dim; wanted: each rank's, as runs."""
+
+    def __init__(self, dim: int, held: Sequence[int], wanted: Sequence[Runs], line: Line, node: str = "fetch") -> None:
+        asked = [indices_of(runs) for runs in wanted]
+        super().__init__("fetch", line, node, moves=any(asked))
+        begins = [0, *itertools.accumulate(held)]
+        owner = [r for r, n in enumerate(held) for _ in range(n)]
+        me = line.index
+        send = [[i - begins[me] for i in mine if owner[i] == me] for mine in asked]
+        sources = sorted(range(len(asked[me])), key=lambda i: owner[asked[me][i]])  # where what comes in belongs
+        self.dim, self.send = dim, [i for rows in send for i in rows]
+        self.order = sorted(range(len(sources)), key=sources.__getitem__)
+        self.sent = [len(rows) for rows in send]
+        self.got = [sum(owner[i] == r for i in asked[me]) for r in range(len(held))]
+
+    def _alone(self, x: Tensor) -> Tensor:
+        return _rows(x, self.dim, self.send).contiguous()
+
+    def _empty(self, x: Tensor) -> Tensor:
+        return _rows(x, self.dim, []).contiguous()
+
+    def _start(self, x: Tensor) -> Issued:
+        rows = _rows(x, self.dim, self.send).movedim(self.dim, 0)
+        wide = math.prod(rows.shape[1:])
+        flat = _flat(rows)
+        work, got = self._exchange(flat, [n * wide for n in self.sent], [n * wide for n in self.got])
+
+        def finish() -> Tensor:
+            whole = got.view(len(self.order), *rows.shape[1:])
+            return _rows(whole, 0, self.order).movedim(0, self.dim).contiguous()
+
+        return Issued(work, finish, flat)
+
+
+def _rows(x: Tensor, dim: int, at: Sequence[int]) -> Tensor:
+    return x.index_select(dim, torch.tensor(at, dtype=torch.int64, device=x.device))
 
 
 class Pieces:

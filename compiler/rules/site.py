@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -35,6 +35,18 @@ class Site(Protocol):
         """The factor's global size."""
         ...
 
+    def place(self, factor: str) -> Any:
+        """Which piece of a `plain=` factor this rank holds: pieces are counted in the order of their indices."""
+        ...
+
+    def ways(self, factor: str) -> int:
+        """Into how many pieces the factor is split."""
+        ...
+
+    def least(self, factor: str) -> int:
+        """The fewest indices of the factor that some rank of the mesh holds."""
+        ...
+
     def may_be_empty(self, factor: str) -> bool:
         """Whether some rank of the mesh holds no index of the factor."""
         ...
@@ -53,6 +65,11 @@ class Site(Protocol):
 
     def of_first_rank(self, x: Any) -> Any:
         """What the mesh's first rank holds, on every rank."""
+        ...
+
+    def fetch(self, x: Any, dim: int, factor: str, wanted: Callable[[int, int], Sequence[range]]) -> Any:
+        """Of a local tensor split along dim by a `plain=`, `lone=` factor: other indices than this rank holds, from
+        the ranks that hold them. wanted: of (first index held, how many are), the global indices to get."""
         ...
 
     def all_reduce(self, x: Any, factor: str, op: str = "sum") -> Any:
