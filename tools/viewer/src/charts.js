@@ -106,9 +106,9 @@ export function timelineSets(timeline, nodes) {
 }
 
 export function timelinePanel(app) {
-  const { timeline, data } = app.program;
+  const { timeline } = app.program;
   if (!timeline) return el("p", {}, "A program opened from a file has no timeline; `shardc view` makes one.");
-  const sets = timelineSets(timeline, data.nodes);
+  const sets = timelineSets(timeline, app.program.final.nodes);
   const chart = new TimelineChart(app, `timeline of rank 0: ${seconds(timeline.seconds)}, of which ${seconds(timeline.exposed)} exposed communication`);
   chart.show(sets.estimate);
   const choices = Object.keys(sets).length > 1 ? Object.keys(sets).map((name) => button(name, () => chart.show(sets[name]))) : [];
