@@ -75,7 +75,7 @@ LAYERS = {  # first match wins
         "runtime",
         DISTRIBUTED,
     ],
-    **{f"tools.{m}": VIEWER for m in "page pack timeline links program_json model_explorer".split()},
+    **{f"tools.{m}": VIEWER for m in "page pack timeline links program_json model_explorer measured".split()},
     "tools": ["compiler", "tools", "shardc", DISTRIBUTED],
 }
 WATCHED = [*PARTS, "shardc", "tests", "examples", "benchmarks", "torch.fx", DISTRIBUTED]

@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_target(view, nargs="+")
     view.add_argument("-o", "--output", type=Path, default=Path("graph.html"), help="the page (graph.html)")
     view.add_argument("--dump", type=Path, help="write the program as JSON too, to be viewed elsewhere")
+    view.add_argument("--measured", type=Path, help="a torch.profiler trace of a rank, to be shown beside the estimate")
     view.add_argument("--trace", type=Path, help="write the estimated timeline too, for Perfetto or chrome://tracing")
     view.add_argument("--model-explorer", type=Path, help="write the graph too, for Google's Model Explorer")
     view.set_defaults(run=_view)
@@ -97,6 +98,7 @@ def _data(target: str, mesh: str | None) -> dict[str, Any]:
 
 def _view(options: argparse.Namespace) -> int:
     from shardc.tools.links import parse_links
+    from shardc.tools.measured import join, load_trace
     from shardc.tools.model_explorer import model_explorer
     from shardc.tools.page import page
     from shardc.tools.timeline import chrome_trace, estimate, mesh_of
@@ -104,7 +106,9 @@ def _view(options: argparse.Namespace) -> int:
     if len(options.target) > 2:
         raise ValueError("one program is shown, or two are compared")
     programs = [_data(target, options.mesh) for target in options.target]
-    options.output.write_text(page(*programs, titles=options.target, links=options.links), encoding="utf-8")
+    measured = join(programs[0], load_trace(options.measured)) if options.measured else None
+    text = page(*programs, titles=options.target, links=options.links, measured=measured)
+    options.output.write_text(text, encoding="utf-8")
     if options.dump:
         options.dump.write_text(json.dumps(programs[0], separators=(",", ":")), encoding="utf-8")
     if options.trace:

@@ -25,13 +25,19 @@ POLICY = (
 )
 
 
-def page(*programs: dict[str, Any], titles: Sequence[str] = (), links: str = "h100") -> str:
-    """The HTML of one dumped program, or of two to be compared. links: as `parse_links` reads it."""
+def page(
+    *programs: dict[str, Any], titles: Sequence[str] = (), links: str = "h100", measured: dict[str, Any] | None = None
+) -> str:
+    """The HTML of one dumped program, or of two to be compared. links: as `parse_links` reads it.
+    measured: of the first, as `tools.measured.join` gives it."""
     names = (*titles, *(_title(data) for data in programs[len(titles) :]))
     parts = [
         {"title": title, "program": pack(data), "timeline": _timeline(data, links)}
         for title, data in zip(names, programs, strict=True)
     ]
+    if measured is not None:
+        number = {n["name"]: i for i, n in enumerate(programs[0]["nodes"])}
+        parts[0]["timeline"]["measured"] = {**measured, "events": _columns(measured["events"], number)}
     data = json.dumps(parts, separators=(",", ":")).encode()
     static = files("shardc.tools") / "static"
     script, style, shell = ((static / name).read_text("utf-8") for name in ("viewer.js", "viewer.css", "viewer.html"))
@@ -56,14 +62,18 @@ def _timeline(data: dict[str, Any], links: str) -> dict[str, Any]:
     out = estimate(data, used).as_json(used)
     number = {n["name"]: i for i, n in enumerate(data["nodes"])}
     events, waits = out["events"], out["waits"]
-    out["events"] = {
+    out["events"] = _columns(events, number)
+    out["waits"] = [[number[name], begin, end] for name, begin, end in waits]
+    return out
+
+
+def _columns(events: Sequence[Sequence[Any]], number: dict[str, int]) -> dict[str, Any]:
+    return {
         "node": distances([number[e[0]] for e in events]),
         "wire": [int(e[1] == "communication") for e in events],
         "begin": distances([e[2] for e in events]),
         "lasts": [e[3] - e[2] for e in events],
     }
-    out["waits"] = [[number[name], begin, end] for name, begin, end in waits]
-    return out
 
 
 def _digest(text: str) -> str:

@@ -1,6 +1,6 @@
 // Memory over the schedule, and one rank's timeline: canvases with tables beside them.
 
-import { bytes, count, el, fill, seconds, table } from "./dom.js";
+import { button, bytes, count, el, fill, seconds, table } from "./dom.js";
 import { link } from "./details.js";
 
 function sized(canvas) {
@@ -85,92 +85,140 @@ function rule(c, x, h, colour) {
 
 const LANES = ["compute", "communication", "exposed"];
 
-export function unpackTimeline(timeline, nodes) {
-  const { node, wire, begin, lasts } = timeline.events;
+function unpackEvents({ node, wire, begin, lasts }, nodes) {
   let at = 0;
   let when = 0;
-  const events = node.map((d, i) => {
+  return node.map((d, i) => {
     at += d;
     when += begin[i];
     return { name: nodes[at].name, lane: wire[i], begin: when, end: when + lasts[i] };
   });
+}
+
+// {events, total, phases} of the estimate, and of what was measured where there is that.
+export function timelineSets(timeline, nodes) {
   const waits = timeline.waits.map(([i, from, to]) => ({ name: nodes[i].name, lane: 2, begin: from, end: to }));
-  return [...events, ...waits];
+  const estimate = { events: [...unpackEvents(timeline.events, nodes), ...waits], phases: timeline.phases };
+  estimate.total = Math.max(1, ...Object.values(timeline.phases).flat());
+  if (!timeline.measured) return { estimate };
+  const events = unpackEvents(timeline.measured.events, nodes);
+  return { estimate, measured: { events, phases: {}, total: events.reduce((most, e) => Math.max(most, e.end), 1) } };
 }
 
 export function timelinePanel(app) {
-  const { timeline, data } = app.program;
+  const { timeline } = app.program;
   if (!timeline) return el("p", {}, "A program opened from a file has no timeline; `shardc view` makes one.");
-  const events = unpackTimeline(timeline, data.nodes);
-  const total = Math.max(1, ...Object.values(timeline.phases).flat());
-  const view = { from: 0, to: total };
-  const canvas = el("canvas", { class: "chart", role: "img", tabindex: "0", "aria-label": `timeline of rank 0: ${seconds(timeline.seconds)}, of which ${seconds(timeline.exposed)} exposed communication` });
-  const tip = el("p", { class: "about", "aria-live": "polite" }, "Wheel zooms, dragging moves, a click goes to the value.");
-  const x = (t, w) => 96 + ((t - view.from) / (view.to - view.from)) * (w - 106);
-  const draw = () => {
-    const { c, w, h } = sized(canvas);
+  const sets = timelineSets(timeline, app.program.final.nodes);
+  const chart = new TimelineChart(app, `timeline of rank 0: ${seconds(timeline.seconds)}, of which ${seconds(timeline.exposed)} exposed communication`);
+  chart.show(sets.estimate);
+  const choices = Object.keys(sets).length > 1 ? Object.keys(sets).map((name) => button(name, () => chart.show(sets[name]))) : [];
+  return el("div", {}, facts(timeline), el("p", { class: "about" }, ...choices), chart.canvas, chart.tip, sets.measured ? beside(app, sets, timeline.measured) : null);
+}
+
+function facts({ links, ...t }) {
+  const carried = Object.entries(links.links).map(([dim, l]) => `${dim} over ${l.link} at ${l.bytes_per_second / 1e9} GB/s`);
+  return el("div", { class: "about" },
+    el("strong", {}, `Estimated step: ${seconds(t.seconds)}`),
+    `, communication ${seconds(t.communication)}, of which exposed ${seconds(t.exposed)}. Device ${links.device}; ${carried.join("; ")}. `,
+    el("details", {}, el("summary", {}, "What this leaves out"), el("ul", {}, ...links.left_out.map((x) => el("li", {}, x))), el("p", {}, `Rates: ${links.source}.`)));
+}
+
+// What was measured, value by value, beside what was estimated.
+function beside(app, sets, { matched, expected }) {
+  const lasts = (events) => new Map(events.filter((e) => e.lane < 2).map((e) => [e.name, e.end - e.begin]));
+  const guessed = lasts(sets.estimate.events);
+  const rows = [...lasts(sets.measured.events)].map(([name, ns]) => ({ name, ns, guess: guessed.get(name) ?? 0, node: app.program.final.byName.get(name) }));
+  rows.sort((a, b) => b.ns - a.ns);
+  const out = table([
+    ["value", (r) => r.name, (r) => link(app, r.name)], ["operator", (r) => r.node.op], ["module", (r) => r.node.path],
+    ["measured", (r) => r.ns, (r) => seconds(r.ns / 1e9), "n"], ["estimated", (r) => r.guess, (r) => seconds(r.guess / 1e9), "n"],
+  ], rows, { limit: 100, caption: `Measured: ${count(matched)} of ${count(expected)} operators found in the trace` });
+  out.id = "measured";
+  return out;
+}
+
+class TimelineChart {
+  constructor(app, label) {
+    this.app = app;
+    this.canvas = el("canvas", { class: "chart", role: "img", tabindex: "0", "aria-label": label });
+    this.tip = el("p", { class: "about", "aria-live": "polite" }, "Wheel zooms, dragging moves, a click goes to the value.");
+    const { canvas } = this;
+    canvas.addEventListener("wheel", (e) => {
+      e.preventDefault();
+      this.zoom(Math.exp(e.deltaY / 400), this.time(e.offsetX));
+    }, { passive: false });
+    canvas.addEventListener("keydown", (e) => {
+      if (e.key === "+" || e.key === "-") this.zoom(e.key === "+" ? 0.7 : 1.4, (this.from + this.to) / 2);
+    });
+    canvas.addEventListener("mousemove", (e) => this.over(e));
+    canvas.addEventListener("click", (e) => this.hit(e) && app.reveal(this.hit(e).name));
+    new ResizeObserver(() => this.draw()).observe(canvas);
+  }
+
+  show(set) {
+    Object.assign(this, { set, from: 0, to: set.total });
+    this.draw();
+  }
+
+  zoom(factor, t) {
+    this.from = Math.max(0, t - (t - this.from) * factor);
+    this.to = Math.min(this.set.total, t + (this.to - t) * factor);
+    this.draw();
+  }
+
+  x(t, w) {
+    return LEFT + ((t - this.from) / (this.to - this.from)) * (w - LEFT - 10);
+  }
+
+  time(px) {
+    return this.from + ((px - LEFT) / (this.canvas.clientWidth - LEFT - 10)) * (this.to - this.from);
+  }
+
+  hit(e) {
+    const t = this.time(e.offsetX);
+    const lane = Math.floor((e.offsetY - 4) / ((this.canvas.clientHeight - 26) / 3));
+    return this.set.events.find((ev) => ev.lane === lane && ev.begin <= t && t <= ev.end);
+  }
+
+  over(e) {
+    const found = this.hit(e);
+    if (found) this.tip.textContent = `%${found.name}: ${seconds((found.end - found.begin) / 1e9)} from ${seconds(found.begin / 1e9)}`;
+    if (e.buttons !== 1) return;
+    const d = this.time(0) - this.time(e.movementX);
+    if (this.from + d < 0 || this.to + d > this.set.total) return;
+    this.from += d;
+    this.to += d;
+    this.draw();
+  }
+
+  draw() {
+    const { c, w, h } = sized(this.canvas);
     if (!w) return;
-    const { theme } = app;
+    const { theme } = this.app;
     const lane = (h - 26) / 3;
     c.save();
     c.beginPath();
-    c.rect(96, 0, w, h);
+    c.rect(LEFT, 0, w, h);
     c.clip();
     const colours = [theme.compute, theme.move, theme.exposed];
-    let last = [-1, -1, -1];
-    for (const e of events) {
-      const a = x(e.begin, w);
-      const b = Math.max(a + 0.6, x(e.end, w));
-      if (b < 96 || a > w || b < last[e.lane] + 0.4) continue;
+    const last = [-1, -1, -1];
+    for (const e of this.set.events) {
+      const a = this.x(e.begin, w);
+      const b = Math.max(a + 0.6, this.x(e.end, w));
+      if (b < LEFT || a > w || b < last[e.lane] + 0.4) continue;
       last[e.lane] = b;
       c.fillStyle = colours[e.lane];
       c.fillRect(a, 4 + e.lane * lane, Math.max(0.6, b - a - (b - a > 3 ? 0.7 : 0)), lane - 8);
     }
-    for (const [name, [from]] of Object.entries(timeline.phases)) {
-      rule(c, x(from, w), h, theme.frame);
+    for (const [name, [from]] of Object.entries(this.set.phases)) {
+      rule(c, this.x(from, w), h, theme.frame);
       c.fillStyle = theme.text;
-      c.fillText(`${name}, from ${seconds(from / 1e9)}`, x(from, w) + 3, h - 4);
+      c.fillText(`${name}, from ${seconds(from / 1e9)}`, this.x(from, w) + 3, h - 4);
     }
     c.restore();
     c.fillStyle = theme.text;
     LANES.forEach((name, i) => c.fillText(name, 6, 4 + i * lane + lane / 2));
-  };
-  const hit = (e) => {
-    const { clientWidth: w, clientHeight: h } = canvas;
-    const t = view.from + ((e.offsetX - 96) / (w - 106)) * (view.to - view.from);
-    const lane = Math.floor((e.offsetY - 4) / ((h - 26) / 3));
-    return events.find((ev) => ev.lane === lane && ev.begin <= t && t <= ev.end);
-  };
-  const zoom = (factor, t) => {
-    view.from = Math.max(0, t - (t - view.from) * factor);
-    view.to = Math.min(total, t + (view.to - t) * factor);
-    draw();
-  };
-  canvas.addEventListener("wheel", (e) => {
-    e.preventDefault();
-    zoom(Math.exp(e.deltaY / 400), view.from + ((e.offsetX - 96) / (canvas.clientWidth - 106)) * (view.to - view.from));
-  }, { passive: false });
-  canvas.addEventListener("keydown", (e) => {
-    const mid = (view.from + view.to) / 2;
-    if (e.key === "+" || e.key === "-") zoom(e.key === "+" ? 0.7 : 1.4, mid);
-  });
-  canvas.addEventListener("mousemove", (e) => {
-    const found = hit(e);
-    if (found) tip.textContent = `%${found.name}: ${seconds((found.end - found.begin) / 1e9)} from ${seconds(found.begin / 1e9)}`;
-    if (e.buttons !== 1) return;
-    const d = (-e.movementX / (canvas.clientWidth - 106)) * (view.to - view.from);
-    if (view.from + d < 0 || view.to + d > total) return;
-    view.from += d;
-    view.to += d;
-    draw();
-  });
-  canvas.addEventListener("click", (e) => hit(e) && app.reveal(hit(e).name));
-  new ResizeObserver(draw).observe(canvas);
-  const { links } = timeline;
-  const carried = Object.entries(links.links).map(([dim, l]) => `${dim} over ${l.link} at ${l.bytes_per_second / 1e9} GB/s`);
-  const facts = el("div", { class: "about" },
-    el("strong", {}, `Estimated step: ${seconds(timeline.seconds)}`),
-    `, communication ${seconds(timeline.communication)}, of which exposed ${seconds(timeline.exposed)}. Device ${links.device}; ${carried.join("; ")}. `,
-    el("details", {}, el("summary", {}, "What this leaves out"), el("ul", {}, ...links.left_out.map((t) => el("li", {}, t))), el("p", {}, `Rates: ${links.source}.`)));
-  return el("div", {}, facts, canvas, tip);
+  }
 }
+
+const LEFT = 96; // where the lanes begin, right of their names

@@ -120,7 +120,7 @@ function overview(app) {
     el("h2", {}, program.title),
     el("p", {}, "Choose a box. A click opens and closes a module; the wheel zooms, dragging moves; arrow keys go from box to box, Enter opens."),
     list(
-      row("values", count(data.nodes.length)),
+      row("values", count(program.final.nodes.length)),
       row("collectives", count(data.collectives.length)),
       row("bytes on the wire", count(data.collectives.reduce((sum, c) => sum + c.bytes_on_wire, 0))),
       row("peak bytes per rank", el("span", { id: "peak" }, count(data.memory.peak_bytes))),

@@ -7,7 +7,7 @@ class Node {
   constructor(n) {
     this.name = n.name;
     this.op = n.op;
-    this.args = n.args;
+    this.argsMade = n.args;
     this.moves = n.moves;
     this.type = n.type;
     this.results = n.results;
@@ -30,6 +30,11 @@ class Node {
     this.collective = this.param = this.group = null;
     this.isMove = false;
   }
+
+  get args() {
+    if (typeof this.argsMade === "function") this.argsMade = this.argsMade();
+    return this.argsMade;
+  }
 }
 
 export class Program {
@@ -40,7 +45,7 @@ export class Program {
     this.inputs = new Map(data.inputs.map((i) => [i.node, i]));
     this.params = new Map(data.parameters.map((p) => [p.node, p]));
     this.stages = new Map();
-    this.final = this.link(data.nodes.map((n) => new Node(n)));
+    this.final = this.link((data.lateNodes ?? data.nodes).map((n) => new Node(n)));
   }
 
   get passes() {

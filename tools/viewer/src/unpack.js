@@ -19,7 +19,9 @@ const runs = (flat) => {
 };
 
 export async function unpackText(base64) {
-  const bytes = Uint8Array.from(atob(base64.trim()), (c) => c.charCodeAt(0));
+  const text = atob(base64.trim());
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return JSON.parse(await new Response(stream).text());
 }
@@ -49,13 +51,17 @@ export function unpack(packed) {
       ...(step.order ? { order: () => some(step.order) } : {}),
     }),
   );
-  return lazily({ ...data, passes }, {
-    nodes: () => unpackNodes(packed.nodes, names, strings, fill),
+  const unpacked = lazily({ ...data, passes }, {
     returned: () => fill(strings[packed.returned[0]], packed.nodes.name[0] ?? 0, packed.returned[1]),
     reasons: () => unpackReasons(packed.reasons, names, strings),
     traced: () => lines(packed.traced),
     memory: () => ({ ...packed.memory, halves: packed.memory.halves.map((half) => unpackHalf(half, names)) }),
   });
+  // Not kept: the page makes its own nodes of them, and asks for the text of their arguments when it is shown.
+  const nodes = (late) => unpackNodes(packed.nodes, names, strings, fill, late);
+  Object.defineProperty(unpacked, "nodes", { get: () => nodes(false), enumerable: true });
+  Object.defineProperty(unpacked, "lateNodes", { get: () => nodes(true) });
+  return unpacked;
 }
 
 // Properties that are made when first asked for: most of a large program is never looked at.
@@ -71,7 +77,7 @@ function lazily(object, makers) {
   return object;
 }
 
-function unpackNodes(columns, names, strings, fill) {
+function unpackNodes(columns, names, strings, fill, late) {
   const results = new Map();
   const result = (k) => {
     if (!results.has(k)) results.set(k, JSON.parse(strings[k]));
@@ -80,10 +86,15 @@ function unpackNodes(columns, names, strings, fill) {
   const refs = runs(columns.args_refs);
   const inputs = runs(columns.inputs);
   const text = (key, i) => strings[columns[key][i]];
+  const argsOf = (own, i) => {
+    const found = refs();
+    const make = () => fill(text("args", i), own, found);
+    return late && found.length ? make : make();
+  };
   return sums(columns.name).map((own, i) => ({
     name: names[own],
     op: text("op", i),
-    args: fill(text("args", i), own, refs()),
+    args: argsOf(own, i),
     moves: text("moves", i),
     type: text("type", i),
     results: result(columns.results[i]),
