@@ -89,10 +89,9 @@ def agrees_as_ranks(
     for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
         same(x.grad, y.grad, f"gradient of input {i}")
     for (name, p), q in zip(compiled.named_parameters(), alone.parameters(), strict=True):
-        local = math.prod(mesh[a] for a, names in program.plan.ignored.items() if name in names)
-        times = ways[0] if alike and ways else 1
-        if q.grad is not None and times > 1:
-            q.grad /= times / local
+        averaged = [a for a in (split[0] if alike and split else ()) if name not in program.plan.ignored.get(a, ())]
+        if q.grad is not None:
+            q.grad /= math.prod(mesh[a] for a in averaged)
         same(p.grad, q.grad, f"gradient of {name}")
     program.verify(*inputs)
     return program
