@@ -80,8 +80,8 @@ def _pieces(part: Call, mesh: Mesh, coords: dict[str, int]) -> list[int]:
 
 def _fetched(move: Call, value: torch.Tensor) -> tuple[int, int]:
     """(elements of the dim's whole, bytes sent by the rank that sends most). value: what rank 0 gets."""
-    dim, _, held, wanted = move.args[1:]
-    asked = [c.indices_of(runs) for runs in wanted]
+    dim, _, held, wanted = move.args[1:5]
+    asked = [[i for i in c.indices_of(runs) if 0 <= i < sum(held)] for runs in wanted]
     rest = math.prod(n for d, n in enumerate(value.shape) if d != dim)
     owner = [r for r, n in enumerate(held) for _ in range(n)]
     sent = [sum(owner[i] == me for r, mine in enumerate(asked) if r != me for i in mine) for me in range(len(held))]

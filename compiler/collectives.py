@@ -47,10 +47,12 @@ def all_to_all(x: Tensor, source: int, dim: int, axis: str) -> Tensor:
     return x
 
 
-def fetch(x: Tensor, dim: int, axis: str, held: Sequence[int], wanted: Sequence[Runs]) -> Tensor:
+def fetch(
+    x: Tensor, dim: int, axis: str, held: Sequence[int], wanted: Sequence[Runs], fill: float | None = None
+) -> Tensor:
     """Inside one operator's local form: each rank gets the indices of a split dim that it wants, in its order, from
-    whichever ranks hold them. held: how many each rank along the axis has, in order. Locally, [5] -> [what rank 0
-    wants]."""
+    whichever ranks hold them; `fill` for those that there are not. held: how many each rank along the axis has, in
+    order. Locally, [5] -> [what rank 0 wants]."""
     return x.narrow(dim, 0, 0).new_empty([*x.shape[:dim], len(indices_of(wanted[0])), *x.shape[dim + 1 :]])
 
 

@@ -41,11 +41,15 @@ def decide(
     """Lay out one call. specs and nbytes: per tensor operand, its layout and its global size in bytes. put_off:
     mesh dims over which a pending sum travels on even where it grows."""
     found = [_factors_of(names, spec, rule, mesh) for names, spec in zip(rule.operands, specs, strict=True)]
+    if rule.follows:
+        found = [{rule.leader(name): dim for name, dim in factors.items()} for factors in found]
     choices: dict[str, str | None] = {}
     groups: dict[str, frozenset[int]] = {}
     for axis in _axes(specs, mesh):
         choices[axis], groups[axis] = _choose(axis, rule, specs, found, nbytes, mesh, axis in put_off)
-    factors = {f: _merge(f, rule, choices, found, nbytes, mesh) for f in rule.factors()}
+    factors = {f: _merge(rule.leader(f), rule, choices, found, nbytes, mesh) for f in rule.factors()}
+    for name in (name for pair in rule.follows for name in pair):
+        factors[name] = (Part(rule.size(name), axes_of(factors[name])),)
     operands = tuple(
         _lay_out(names, factors, mesh).with_pending(
             {a: "sum" for a, c in choices.items() if c == PENDING and i in groups[a]}, mesh
@@ -104,7 +108,8 @@ def _may_split(name: str, dim: Dim, rule: OpRule, mesh: Mesh) -> bool:
         return False
     if name in rule.lone and len(axes_of(dim)) > 1:
         return False
-    return name not in rule.nonempty or not may_be_empty(dim, mesh)
+    tied = [f for f in rule.nonempty if rule.leader(f) == rule.leader(name)]
+    return not any(may_be_empty(dim if f == name else (Part(rule.size(f), axes_of(dim)),), mesh) for f in tied)
 
 
 def may_be_empty(dim: Dim, mesh: Mesh) -> bool:
@@ -183,7 +188,7 @@ def _cost(
     n = mesh[axis]
     share, total = (n - 1) / n, 0.0
     for i, (now, names, size) in enumerate(zip(state, rule.operands, nbytes, strict=True)):
-        has = any(choice in dim for dim in names)
+        has = any(choice == rule.leader(name) for dim in names for name in dim)
         if choice == PENDING and i in group or now is None or now == choice:
             continue
         if now == "pending":
@@ -229,9 +234,9 @@ def _lay_out(names: tuple, factors: dict[str, Dim], mesh: Mesh) -> Spec:
 
 
 def _result(names: tuple, factors: dict[str, Dim], passed: dict[str, str], rule: OpRule, mesh: Mesh) -> Spec:
-    written = {name for dim in names for name in dim}
+    written = {rule.leader(name) for dim in names for name in dim}
     pending = dict(passed)
     for factor, op in rule.reductions:
-        if factor not in written:
+        if rule.leader(factor) not in written:
             pending |= {axis: op for axis in axes_of(factors[factor])}
     return _lay_out(names, factors, mesh).with_pending(pending, mesh)

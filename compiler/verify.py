@@ -82,7 +82,7 @@ def _check_call(node: Node, stage: Stage, mesh: Mesh) -> None:
 def _check_collective(node: Node, move: Call, before: Spec, after: Spec, mesh: Mesh) -> None:
     axis = move.axis
     if move.target is c.fetch:
-        if before.dim_of(axis) != move.args[1] or after.dim_of(axis) != move.args[1]:
+        if before.dim_of(axis) != move.args[1] or after.dim_of(axis) not in (move.args[1], None):
             raise _broken(node, f"cannot turn {before} into {after}")
         return
     was, now = _state(before, axis), _state(after, axis)

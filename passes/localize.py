@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from shardc.compiler.infer import Decision, OpRule, call_rule, decide_node
 from shardc.compiler.local import bind, local_place, local_size, local_start
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
+from shardc.compiler.rules.site import Wanted
 from shardc.compiler.spec import Spec, axes_of, chunk, size_of
 from shardc.compiler.verify import Stage
 
@@ -160,12 +161,18 @@ class GraphSite:
                 x = self.call(all_reduce, self.call(make_partial, x, axis), axis)
         return x
 
-    def fetch(self, x: Any, dim: int, factor: str, wanted: Callable[[int, int], Sequence[range]]) -> Any:
+    def fetch(self, x: Any, dim: int, factor: str, wanted: Wanted, of: str = "", fill: float | None = None) -> Any:
+        axis, held = self._pieces(factor)
+        _, aims = self._pieces(of or factor)
+        runs = tuple(tuple((r.start, r.stop, r.step) for r in wanted(*aim) if len(r)) for aim in aims)
+        filled = () if fill is None else (fill,)
+        return self.call(fetch, x, dim, axis, tuple(n for _, n in held), runs, *filled)
+
+    def _pieces(self, factor: str) -> tuple[str, list[tuple[int, int]]]:
+        """The one mesh dim that splits a factor, and (first index, size) of each piece."""
         ((part),) = self._factors[factor]
         (axis,) = part.axes
-        pieces = [chunk(part.size, self._mesh, part.axes, {axis: i}) for i in range(self._mesh[axis])]
-        runs = tuple(tuple((r.start, r.stop, r.step) for r in wanted(*piece) if len(r)) for piece in pieces)
-        return self.call(fetch, x, dim, axis, tuple(n for _, n in pieces), runs)
+        return axis, [chunk(part.size, self._mesh, part.axes, {axis: i}) for i in range(self._mesh[axis])]
 
     def all_reduce(self, x: Any, factor: str, op: str = "sum") -> Any:
         for axis in axes_of(self._factors[factor]):

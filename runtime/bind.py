@@ -103,8 +103,10 @@ class _Binder:
         moves = any(math.prod(before.local_shape(self.mesh, at)) for at in along)
         return AllToAll(send, receive, self._shape(node), moves, line, f"%{node.name}"), ()
 
-    def fetch(self, node: Node, x: Node, dim: int, axis: str, held: Sequence[int], wanted: Sequence[c.Runs]) -> Bound:
-        return Fetch(dim, held, wanted, self.lines[axis], f"%{node.name}"), ()
+    def fetch(
+        self, node: Node, x: Node, dim: int, axis: str, held: Sequence[int], wanted: Sequence[c.Runs], *fill: float
+    ) -> Bound:
+        return Fetch(dim, held, wanted, self.lines[axis], f"%{node.name}", *fill), ()
 
     def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> Bound:
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))

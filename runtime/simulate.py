@@ -194,13 +194,16 @@ def _all_to_all(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
 
 
 def _fetch(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    dim, axis, _, wanted = move.args[1:]
+    dim, axis, _, wanted, *fill = move.args[1:]
     out: Pieces = [None] * mesh.size
     for group in _groups(mesh, axis):
         whole = torch.cat([pieces[r] for r in group], dim)
+        n = whole.shape[dim]
+        beside = whole.new_full((*whole.shape[:dim], 1, *whole.shape[dim + 1 :]), *fill) if fill else whole
         for r in group:
-            at = torch.tensor(c.indices_of(wanted[coords[r][axis]]), dtype=torch.int64, device=whole.device)
-            out[r] = whole.index_select(dim, at)
+            at = [i if 0 <= i < n else n for i in c.indices_of(wanted[coords[r][axis]])]
+            source = torch.cat([whole, beside], dim) if fill else whole
+            out[r] = source.index_select(dim, torch.tensor(at, dtype=torch.int64, device=whole.device))
     return out
 
 

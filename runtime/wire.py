@@ -268,38 +268,50 @@ class AllToAll(Collective):
 
 
 class Fetch(Collective):
-    """[n@axis] -> the indices that each rank wants. held: how many each has of dim; wanted: each rank's, as runs."""
+    """[n@axis] -> the indices that each rank wants. held: how many each has of dim; wanted: each rank's, as runs;
+    fill: what stands for indices that there are not."""
 
-    def __init__(self, dim: int, held: Sequence[int], wanted: Sequence[Runs], line: Line, node: str = "fetch") -> None:
-        asked = [indices_of(runs) for runs in wanted]
-        super().__init__("fetch", line, node, moves=any(asked))
-        begins = [0, *itertools.accumulate(held)]
+    def __init__(
+        self,
+        dim: int,
+        held: Sequence[int],
+        wanted: Sequence[Runs],
+        line: Line,
+        node: str = "fetch",
+        fill: float | None = None,
+    ) -> None:
         owner = [r for r, n in enumerate(held) for _ in range(n)]
-        me = line.index
+        every = [indices_of(runs) for runs in wanted]
+        asked = [[i for i in mine if 0 <= i < len(owner)] for mine in every]
+        super().__init__("fetch", line, node, moves=any(asked))
+        begins, me = [0, *itertools.accumulate(held)], line.index
         send = [[i - begins[me] for i in mine if owner[i] == me] for mine in asked]
-        sources = sorted(range(len(asked[me])), key=lambda i: owner[asked[me][i]])  # where what comes in belongs
-        self.dim, self.send = dim, [i for rows in send for i in rows]
-        self.order = sorted(range(len(sources)), key=sources.__getitem__)
+        self.dim, self.send, self.fill = dim, [i for rows in send for i in rows], fill
         self.sent = [len(rows) for rows in send]
         self.got = [sum(owner[i] == r for i in asked[me]) for r in range(len(held))]
+        # rows come in by rank, each rank's in the order asked; the one behind the last is the fill
+        rows = iter(sorted(range(len(asked[me])), key=lambda k: owner[asked[me][k]]))
+        place = {k: row for row, k in enumerate(rows)}
+        found = iter(range(len(place)))
+        self.order = [place[next(found)] if 0 <= i < len(owner) else len(place) for i in every[me]]
 
     def _alone(self, x: Tensor) -> Tensor:
-        return _rows(x, self.dim, self.send).contiguous()
+        return self._ordered(_rows(x, self.dim, self.send).movedim(self.dim, 0))
 
     def _empty(self, x: Tensor) -> Tensor:
-        return _rows(x, self.dim, []).contiguous()
+        return self._ordered(_rows(x, self.dim, []).movedim(self.dim, 0))
 
     def _start(self, x: Tensor) -> Issued:
         rows = _rows(x, self.dim, self.send).movedim(self.dim, 0)
         wide = math.prod(rows.shape[1:])
         flat = _flat(rows)
         work, got = self._exchange(flat, [n * wide for n in self.sent], [n * wide for n in self.got])
+        return Issued(work, lambda: self._ordered(got.view(sum(self.got), *rows.shape[1:])), flat)
 
-        def finish() -> Tensor:
-            whole = got.view(len(self.order), *rows.shape[1:])
-            return _rows(whole, 0, self.order).movedim(0, self.dim).contiguous()
-
-        return Issued(work, finish, flat)
+    def _ordered(self, rows: Tensor) -> Tensor:
+        if self.fill is not None:
+            rows = torch.cat([rows, rows.new_full((1, *rows.shape[1:]), self.fill)])
+        return _rows(rows, 0, self.order).movedim(0, self.dim).contiguous()
 
 
 def _rows(x: Tensor, dim: int, at: Sequence[int]) -> Tensor:

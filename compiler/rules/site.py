@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+Wanted = Callable[[int, int], Sequence[range]]
+
 
 class Site(Protocol):
     """One call being made local. Sizes are ints, or symbolic where they differ between ranks; both take + - *.
@@ -67,9 +69,10 @@ class Site(Protocol):
         """What the mesh's first rank holds, on every rank."""
         ...
 
-    def fetch(self, x: Any, dim: int, factor: str, wanted: Callable[[int, int], Sequence[range]]) -> Any:
+    def fetch(self, x: Any, dim: int, factor: str, wanted: Wanted, of: str = "", fill: float | None = None) -> Any:
         """Of a local tensor split along dim by a `plain=`, `lone=` factor: other indices than this rank holds, from
-        the ranks that hold them. wanted: of (first index held, how many are), the global indices to get."""
+        the ranks that hold them. wanted: of (first index, how many) that a rank holds of the factor `of`, by default
+        the same, the global indices it gets. fill: what stands for indices that there are not."""
         ...
 
     def all_reduce(self, x: Any, factor: str, op: str = "sum") -> Any:

@@ -85,6 +85,13 @@ def _(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1, *
         return site.call(aten.slice.Tensor, site.args[0], dim, *bounds)
 
     part = cut(x.shape[dim], start, end, step)
+    if part.long == "c" and results[0].shape[dim] == 1:
+        return _one(x, dim % x.dim(), part.start, keep=True)
+    if part.long == "c":  # single indices: each rank fetches those of its piece of the slice
+        first = part.start
+        return _moved(
+            x, results[0], {dim % x.dim(): lambda i, n: [range(first + i * step, first + (i + n) * step, step)]}
+        )
     return _sliced(x.dim(), dim, part, local, ("long", "short"), "0")
 
 
@@ -94,7 +101,36 @@ def _(grad: Any, shape: Any, dim: int, start: Any, end: Any, step: int, *, resul
         return site.call(aten.slice_backward.default, site.args[0], site.result_shape(), dim, *bounds)
 
     part = cut(shape[dim], start, end, step)
+    if part.long == "c" and step == 1 and grad.shape[dim]:
+        first = part.start
+        return _moved(grad, results[0], {dim % grad.dim(): lambda i, n: [range(i - first, i - first + n)]}, fill=0)
     return _sliced(len(shape), dim, part, local, ("short", "long"), "0")
+
+
+def _moved(x: Any, result: Any, of: Mapping[int, Any], fill: float | None = None) -> OpRule:
+    """A rule of a result whose indices of some dims are others of x, or none. of: per dim, which those of a piece
+    of the result are, given its first index and size."""
+    rank = x.dim()
+    left, right = dims(rank, {d: f"x{d}" for d in of}), dims(rank, {d: f"y{d}" for d in of})
+    tied = {f"y{d}": f"x{d}" for d in of}
+
+    def localize(site: Site) -> Any:
+        out = site.args[0]
+        for d, wanted in of.items():
+            if site.split(f"x{d}"):
+                out = site.fetch(out, d, f"x{d}", wanted, f"y{d}", fill)
+                continue
+            (run,) = wanted(0, result.shape[d])
+            if fill is None:
+                out = site.call(aten.slice.Tensor, out, d, run.start, run.stop, run.step)
+            else:
+                ends = [-run.start, run.stop - x.shape[d]]
+                out = site.call(aten.constant_pad_nd.default, out, [0, 0] * (rank - 1 - d) + ends, fill)
+        return out
+
+    names = " ".join([*tied, *tied.values()])
+    linear = "" if fill else "0"
+    return parse(line([left], [right]), plain=names, lone=names, follows=tied, linear=linear, localize=localize)
 
 
 @rule(aten.slice_scatter.default)
@@ -111,8 +147,22 @@ def _(x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, ste
 
 @rule(aten.select.int)
 def _(x: Any, dim: int, index: int, *, results: Any) -> OpRule:
-    names = dims(x.dim(), {dim: "c"})
-    return parse(line([names], [without(names, dim)]), whole="c", linear="0")
+    return _one(x, dim % x.dim(), index % x.shape[dim], keep=False)
+
+
+def _one(x: Any, d: int, at: int, keep: bool) -> OpRule:
+    """The rule of one index of a dim. Where that is split, every rank fetches it."""
+    names = dims(x.dim(), {d: "c"})
+
+    def localize(site: Site) -> Any:
+        x, *_ = site.args
+        if not site.split("c"):
+            return site.call(aten.slice.Tensor, x, d, at, at + 1) if keep else site.call(aten.select.int, x, d, at)
+        out = site.fetch(x, d, "c", lambda *_: [range(at, at + 1)])
+        return out if keep else site.call(aten.squeeze.dim, out, d)
+
+    text = line([names], [dims(x.dim(), {d: "1"}) if keep else without(names, d)])
+    return parse(text, joined="c", plain="c", lone="c", linear="0", localize=localize)
 
 
 @rule(aten.select_backward.default)
@@ -263,8 +313,9 @@ def _(x: Any, k: int = 1, turned: Sequence[int] = (0, 1), *, results: Any) -> Op
 
 @rule(aten.constant_pad_nd.default)
 def _(x: Any, pad: Sequence[int], value: Any = 0, *, results: Any) -> OpRule:
-    """pad: (before, after) of the last dim, then of the one before it, ..."""
-    padded = {-1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]}
-    left, right = (dims(x.dim(), {d: f"{side}{-d}" for d in sorted(padded)}) for side in "xy")
-    whole = " ".join(f"{side}{-d}" for d in sorted(padded) for side in "xy")
-    return parse(line([left], [right]), whole=whole, linear="" if value else "0")
+    """pad: (before, after) of the last dim, then of the one before it, ...; negative ones cut off."""
+    rank = x.dim()
+    before = {rank - 1 - i: pad[2 * i] for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]}
+    return _moved(
+        x, results[0], {d: lambda i, n, k=k: [range(i - k, i - k + n)] for d, k in sorted(before.items())}, value
+    )

@@ -9,7 +9,9 @@ dim only, `nonempty=` names only where no rank comes out empty. `joined=` names 
 localize function itself combines the pieces: a result that lacks one is complete on every rank. `linear=`
 says through which operands a pending sum may pass: "0 | 1" either of them, "0 1" both together. `(a b)` is
 one dim made of two factors, `1` a dim of size one, `...` all leading dims, `*` as a whole operand list
-repeats the operand before it for every further tensor.
+repeats the operand before it for every further tensor. `follows={"y": "x"}` says that y, of another size
+than x, is split in plain pieces over the mesh dim that splits x, as rows of an image after a convolution
+are; both are `plain=` and `lone=`, and the localize function fetches what a piece of one needs of the other.
 
 An operator whose rule depends on its arguments gets a function instead, called with the operator's
 own arguments (fake tensors) and `results=` (the fake result tensors), which returns `parse(...)`.
@@ -47,6 +49,7 @@ class OpRule:
     joined: frozenset[str] = frozenset()
     nonempty: frozenset[str] = frozenset()
     lone: frozenset[str] = frozenset()
+    follows: tuple[tuple[str, str], ...] = ()
     linear: tuple[frozenset[int], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
     shape_arg: int | None = None  # which argument is the first result's shape
@@ -55,6 +58,10 @@ class OpRule:
 
     def size(self, factor: str) -> int:
         return dict(self.sizes)[factor]
+
+    def leader(self, factor: str) -> str:
+        """The factor that this one is split with: itself, or the one it follows."""
+        return dict(self.follows).get(factor, factor)
 
     def factors(self) -> tuple[str, ...]:
         """All factor names, in order of appearance."""
@@ -74,6 +81,7 @@ def parse(
     joined: str = "",
     nonempty: str = "",
     lone: str = "",
+    follows: Mapping[str, str] | None = None,
     linear: str = "",
     sizes: Mapping[str, int] | None = None,
     shape_arg: int | None = None,
@@ -91,8 +99,8 @@ def parse(
     reductions = tuple((name, op) for op, names in contracted.items() for name in names.split())
     out = OpRule(
         operands, results, reductions, whole=_names(whole), plain=_names(plain), joined=_names(joined),
-        nonempty=_names(nonempty), lone=_names(lone), linear=_groups(linear), sizes=tuple((sizes or {}).items()),
-        shape_arg=shape_arg, localize=localize, text=text.strip(),
+        nonempty=_names(nonempty), lone=_names(lone), follows=tuple((follows or {}).items()), linear=_groups(linear),
+        sizes=tuple((sizes or {}).items()), shape_arg=shape_arg, localize=localize, text=text.strip(),
     )  # fmt: skip
     _check(out, text)
     return out
@@ -122,7 +130,8 @@ def _groups(linear: str) -> tuple[frozenset[int], ...]:
 
 def _check(rule: OpRule, text: str) -> None:
     read = {name for t in rule.operands for dim in t for name in dim} - {"*"}
-    free = rule.whole | rule.joined | {name for name, _ in rule.reductions}
+    tied = {name for pair in rule.follows for name in pair}
+    free = rule.whole | rule.joined | tied | {name for name, _ in rule.reductions}
     for result in rule.results:
         written = {name for dim in result for name in dim}
         lost = sorted(read - written - free - {"..."})

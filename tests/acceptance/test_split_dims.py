@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
-from shardc import Mesh, Program
+from shardc import Layout, Mesh, Program
 from tests.acceptance.compare import compare
 
 
@@ -60,3 +61,45 @@ def test_nothing_gathers_the_operand(name: str):
     outputs = Shard(1) if fn(x).shape == x.shape else Replicate()
     program = compare(Along(fn), {"weight": Shard(0)}, Mesh(tp=3), x, inputs=Shard(1), outputs=outputs)
     assert moved(program) == moves
+
+
+# -- images split by rows ----------------------------------------------------------------------------
+
+
+class Rows(nn.Module):
+    """Convolutions over rows that ranks share out, of an image as large as `constrain` finds it."""
+
+    def __init__(self, strided: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1, stride=1 + strided, dtype=torch.float64)
+        self.second = nn.Conv2d(4, 4, (5, 1), padding=(2, 0), groups=2, dtype=torch.float64)
+        self.third = nn.Conv2d(4, 2, 3, padding=2, dilation=2, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x).relu()).relu())
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=3), Mesh(tp=4)], ids=str)
+def test_convolutions_fetch_the_rows_around_their_own(mesh: Mesh):
+    x = torch.randn(2, 3, 11, 6, dtype=torch.float64)
+    rows = Layout(tp=Shard(2))
+    program = compare(Rows(), {"first.weight": Replicate()}, mesh, x, inputs=rows, outputs=rows)
+    kinds = [(kind, phase) for kind, phase, _ in moved(program)]
+    assert set(kinds) == {("fetch", "forward"), ("fetch", "backward"), ("all_reduce", "backward")}
+    assert kinds.count(("fetch", "forward")) == 3
+
+
+def test_strided_convolutions_stay_split_forward():
+    x = torch.randn(2, 3, 11, 6, dtype=torch.float64)
+    rows = Layout(tp=Shard(2))
+    program = compare(Rows(strided=True), {"first.weight": Replicate()}, Mesh(tp=2), x, inputs=rows, outputs=rows)
+    assert [kind for kind, phase, _ in moved(program) if phase == "forward"] == ["fetch"] * 3
+
+
+def test_pieces_of_a_dim_cut_out_and_padded_are_fetched():
+    def cut(x: Tensor) -> Tensor:
+        return F.pad(x[:, 2:9] + x[:, 4:11] + x[:, 0:1], (3, 3)) * x[:, 5:6]
+
+    x = torch.randn(ROWS, COLUMNS, dtype=torch.float64)
+    program = compare(Along(cut), {"weight": Shard(0)}, Mesh(tp=3), x, inputs=Shard(1), outputs=Shard(1))
+    assert {kind for kind, *_ in moved(program)} <= {"fetch", "all_reduce"}, moved(program)

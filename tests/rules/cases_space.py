@@ -36,6 +36,23 @@ def _convolutions() -> list[Case]:
     return out
 
 
+def _convolutions_of_rows() -> list[Case]:
+    """Sizes that split unevenly, strides, paddings and dilations; kernels that reach beyond a neighbour."""
+    out = []
+    for size, kernel, stride, padding, dilation in (
+        ((7,), (3,), 1, 1, 1), ((9,), (3,), 2, 1, 1), ((11,), (5,), 1, 2, 1), ((7,), (3,), 1, 2, 2),
+        ((5, 4), (3, 3), 1, 1, 1), ((8, 7), (3, 1), 2, 1, 2), ((4, 6), (1, 3), 1, 0, 1), ((9, 4), (7, 2), 1, 3, 1),
+    ):  # fmt: skip
+        k = len(size)
+        x, w, b = real(2, 3, *size), real(4, 3, *kernel), real(4)
+        how = ([stride] * k, [padding] * k, [dilation] * k, False, [0] * k, 1)
+        y = aten.convolution(x, w, b, *how)
+        out += [case(aten.convolution.default, x, w, b, *how), case(aten.convolution.default, x, w, None, *how)]
+        for mask in ([True] * 3, [True, False, False], [False, True, True]):
+            out += [case(aten.convolution_backward.default, y.cos(), x, w, [4], *how, mask)]
+    return out
+
+
 def _pools() -> list[Case]:
     out = []
     for lead in ((3, 5), (2, 1), (7,)):
@@ -146,6 +163,7 @@ def _on_accelerators() -> list[Case]:
 
 CASES: list[Case] = [
     *_convolutions(),
+    *_convolutions_of_rows(),
     *_pools(),
     *_resampled(),
     *_attentions(),

@@ -14,6 +14,7 @@ import torch
 
 from shardc.compiler.infer import Decision
 from shardc.compiler.mesh import Mesh
+from shardc.compiler.rules.site import Wanted
 from shardc.compiler.rules.table import OpRule
 from shardc.compiler.spec import axes_of, chunk
 from tests.rules.pieces import COMBINE, indices
@@ -117,7 +118,7 @@ class EagerSite:
         return self.exchange.swap(self.rank, x)[0]
 
     def fetch(
-        self, x: torch.Tensor, dim: int, factor: str, wanted: Callable[[int, int], Sequence[range]]
+        self, x: torch.Tensor, dim: int, factor: str, wanted: Wanted, of: str = "", fill: float | None = None
     ) -> torch.Tensor:
         if self.exchange is None:
             raise NeedsOthersError
@@ -126,9 +127,16 @@ class EagerSite:
             raise ValueError(f"{factor} need not be split by one mesh dim: the rule does not call it lone")
         kept = {a: c for a, c in self.coords.items() if a != axis}
         every = self.exchange.swap(self.rank, x)
-        mine = [t for r, t in enumerate(every) if kept.items() <= self.mesh.coords(r).items()]
-        at = [i for run in wanted(self.start(factor), self.size(factor)) for i in run]
-        return torch.cat(mine, dim).index_select(dim, torch.tensor(at, dtype=torch.int64))
+        whole = torch.cat([t for r, t in enumerate(every) if kept.items() <= self.mesh.coords(r).items()], dim)
+        (part,) = self.decision.factor(of or factor)
+        aim = chunk(part.size, self.mesh, part.axes, self.coords)
+        rows = []
+        for i in (i for run in wanted(*aim) for i in run):
+            inside = 0 <= i < whole.shape[dim]
+            if not inside and fill is None:
+                raise ValueError(f"there is no index {i}, and nothing to fill in")
+            rows.append(whole.select(dim, i) if inside else torch.full_like(whole.sum(dim), fill, dtype=x.dtype))
+        return torch.stack(rows, dim) if rows else whole.narrow(dim, 0, 0)
 
     def all_reduce(self, x: torch.Tensor, factor: str, op: str = "sum") -> torch.Tensor:
         if self.exchange is None:

@@ -43,7 +43,7 @@ def prove(
 
 def _splits(rule: OpRule) -> Iterator[Claim]:
     """Every factor by itself over several meshes, then neighbours over two mesh dims."""
-    free = [f for f in rule.factors() if f not in rule.whole]
+    free = [f for f in rule.factors() if f not in rule.whole and rule.leader(f) == f]
     for f, ways in itertools.product(free, (2, 3, 4)):
         n, mesh = rule.size(f), Mesh(x=ways)
         dims = [canonical((Part(n, ("x",)),), mesh)]
@@ -60,7 +60,9 @@ def _splits(rule: OpRule) -> Iterator[Claim]:
 
 
 def _allowed(rule: OpRule, factor: str, dim: Dim, mesh: Mesh) -> bool:
-    return factor not in rule.nonempty or all(indices(dim, mesh, mesh.coords(r)) for r in range(mesh.size))
+    tied = [f for f in rule.nonempty if rule.leader(f) == factor]
+    held = [dim if f == factor else (Part(rule.size(f), axes_of(dim)),) for f in tied]
+    return all(indices(d, mesh, mesh.coords(r)) for d in held for r in range(mesh.size))
 
 
 def _two_ways(rule: OpRule, f: str, g: str) -> bool:
@@ -83,14 +85,16 @@ def _pendings(rule: OpRule, operands: Sequence[torch.Tensor]) -> Iterator[Claim]
 def by_hand(rule: OpRule, dims: Mapping[str, Dim], mesh: Mesh) -> Decision:
     """What the rule says of a call whose factors are split so, without the search that infer makes."""
     factors = {f: dims.get(f, (Part(rule.size(f)),)) for f in rule.factors()}
+    for f, leader in rule.follows:
+        factors[f] = (Part(rule.size(f), axes_of(factors[leader])),)
 
     def lay_out(names: Sequence[Sequence[str]]) -> Spec:
         groups = [[part for f in dim for part in factors[f]] or [Part(1)] for dim in names]
         return Spec(tuple(canonical(tuple(group), mesh) for group in groups))
 
     def result(names: Sequence[Sequence[str]]) -> Spec:
-        here = {f for dim in names for f in dim}
-        pending = {a: op for f, op in rule.reductions if f not in here for a in axes_of(factors[f])}
+        here = {rule.leader(f) for dim in names for f in dim}
+        pending = {a: op for f, op in rule.reductions if rule.leader(f) not in here for a in axes_of(factors[f])}
         return lay_out(names).with_pending(pending, mesh)
 
     operands = tuple(lay_out(names) for names in rule.operands)
