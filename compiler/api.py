@@ -19,7 +19,7 @@ from shardc.compiler.mesh import Mesh
 from shardc.compiler.mixed import with_precision
 from shardc.compiler.plan import call_site, warn_user
 from shardc.compiler.program import Program
-from shardc.compiler.resolve import check_placements, mesh_dims, resolve
+from shardc.compiler.resolve import check_placements, check_resharding, mesh_dims, resolve
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.wording import shown
 from shardc.runtime.groups import default_device_mesh
@@ -50,8 +50,9 @@ def compile(
     model: an nn.Module. plan: a `Plan`, a dict of patterns -> styles for the only mesh dim, a style for the
     root, or None for the module's own annotations. mesh: a torch DeviceMesh (real ranks), or a `shardc.Mesh`
     (all ranks simulated in this process; global tensors in and out). inputs, outputs: layouts of the root's
-    inputs and outputs. precision: the dtypes that are computed with, reduced in and returned. src_data_rank: whose values win; None: each rank slices its own. recompute: patterns of
-    modules whose activations are computed again in backward. strict: errors instead of reports.
+    inputs and outputs. src_data_rank: whose values win; None: each rank slices its own. precision: the dtypes
+    that are computed with, reduced in and returned. recompute: patterns of modules whose activations are
+    computed again in backward. strict: errors instead of reports.
 
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
     the first call or `lower`, for a module that cannot be traced or sharded so.
@@ -63,6 +64,7 @@ def compile(
         _check_source(src_data_rank, integers)
         patterns = _patterns(recompute, model, strict)
         resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
+        check_resharding(resolved)
         if device_mesh is not None:
             check_placements(resolved)
         _refuse_meta(model)

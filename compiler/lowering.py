@@ -17,8 +17,8 @@ from shardc.compiler.borders import border_layout, check_counts, input_layouts, 
 from shardc.compiler.carry import add_carries
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.graph import is_random, placeholders, returned
-from shardc.compiler.match import find
 from shardc.compiler.layout import Precision
+from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.mixed import add_casts, call_dtypes, computed_as, info_as
 from shardc.compiler.original import Original
@@ -206,7 +206,7 @@ class Lowering:
         if self.ranks is not None:
             if needs_trace(self.plan):
                 layouts = self._traced_layouts(trace(self.module, *call, marks=self.plan.marked, params=infos))
-            call = self._global_call(*call, layouts)
+            call = self._global_call(call[0], call[1], layouts)
         traced = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
         if self.precision is not None:
             dtypes = {fqn: x.dtype for fqn, x in tensors.items()}
