@@ -201,12 +201,12 @@ class Lowering:
         tensors = held(self.module)
         infos = {fqn: info_as(x, self.precision) for fqn, x in tensors.items()}
         given: tuple[Any, Any] = (tuple(args), dict(kwargs))
-        call = pytree.tree_map(lambda x: computed_as(x, self.precision), given)
+        call: tuple[Any, Any] = pytree.tree_map(lambda x: computed_as(x, self.precision), given)  # pyright: ignore
         layouts = None
         if self.ranks is not None:
             if needs_trace(self.plan):
                 layouts = self._traced_layouts(trace(self.module, *call, marks=self.plan.marked, params=infos))
-            call = self._global_call(call[0], call[1], layouts)
+            call = self._global_call(*call, layouts)
         traced = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
         if self.precision is not None:
             dtypes = {fqn: x.dtype for fqn, x in tensors.items()}
