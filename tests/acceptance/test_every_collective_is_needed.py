@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.fx import GraphModule, Node
 
 import shardc
-from shardc import Layout, Mesh, Plan, Program, Replicated, ShardingError
+from shardc import FullyShard, Layout, Mesh, Plan, Program, Replicated, ShardingError
 from shardc.compiler import collectives as c
 from shardc.compiler.graph import copy_graph
 from tests.acceptance.models import MLP, MLP_TP, TRANSFORMER_TP, Block, Transformer
@@ -38,10 +38,20 @@ def call_of(node: Node) -> Node:
     return node.args[0] if node.target is c.wait else node  # pyright: ignore
 
 
+def results_of(node: Node) -> list[Node]:
+    """What a collective gives: itself, or of several values that move together each by itself."""
+    together = not isinstance(call_of(node).args[0], Node)
+    return sorted(node.users, key=lambda part: part.args[1]) if together else [node]  # pyright: ignore
+
+
 def leave_out(node: Node) -> list[Node]:
-    operand, users = call_of(node).args[0], list(node.users)
-    node.replace_all_uses_with(operand)  # pyright: ignore
-    call = call_of(node)
+    call, results = call_of(node), results_of(node)
+    operands = call.args[0] if results != [node] else [call.args[0]]
+    users = [user for result in results for user in result.users]
+    for result, operand in zip(results, operands, strict=True):  # pyright: ignore
+        result.replace_all_uses_with(operand)
+        if result is not node:
+            node.graph.erase_node(result)
     node.graph.erase_node(node)
     if call is not node:
         call.graph.erase_node(call)
@@ -49,14 +59,23 @@ def leave_out(node: Node) -> list[Node]:
 
 
 def do_twice(node: Node) -> list[Node]:
-    call, users = call_of(node), list(node.users)
+    call, results = call_of(node), results_of(node)
+    users = [user for result in results for user in result.users]
     kind = call.args[1] if node.target is c.wait else call.target.__name__  # pyright: ignore
     rest = call.args[2:] if node.target is c.wait else call.args[1:]
-    with node.graph.inserting_after(node):
-        again = node.graph.call_function(c.NAMED[kind], (node, *rest))  # pyright: ignore
-    again.meta = dict(node.meta)
-    for user in users:
-        user.replace_input_with(node, again)
+    together = results != [node]
+    with node.graph.inserting_after(results[-1]):
+        again = node.graph.call_function(c.NAMED[kind], (results if together else node, *rest))  # pyright: ignore
+    again.meta, at = dict(node.meta), again
+    for i, result in enumerate(results):
+        new = again
+        if together:
+            with node.graph.inserting_after(at):
+                new = at = node.graph.call_function(operator.getitem, (again, i))
+            new.meta = dict(result.meta)
+        for user in list(result.users):
+            if user is not again:
+                user.replace_input_with(result, new)
     return [node, again, *users]
 
 
@@ -66,7 +85,8 @@ def aim(change: Callable[[Any], Any]) -> Edit:
     def edit(node: Node) -> list[Node]:
         call = call_of(node)
         skip = 2 if call.target is c.start else 1
-        call.args = (*call.args[:skip], *(change(a) for a in call.args[skip:]))
+        rest = ([change(x) for x in a] if isinstance(a, list) else change(a) for a in call.args[skip:])
+        call.args = (*call.args[:skip], *rest)
         return [call, node, *node.users]
 
     return edit
@@ -143,6 +163,9 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Any, Mesh, dict[str, Any], Ca
     ),
     "data parallelism, a bucket for each": (
         MLP, Plan(dp=Replicated(bucket_mb=1e-6)), Mesh(dp=2), {}, lambda: torch.randn(8, 16),
+    ),
+    "units of an MLP, fully sharded within and replicated across": (
+        MLP, Plan(replica=Replicated(), dp=FullyShard("net*")), Mesh(replica=2, dp=2), {}, lambda: torch.randn(8, 16),
     ),
     "a block under sequence and data parallelism": (
         Block, Plan(dp=Replicated(), tp=BLOCK_SP), Mesh(dp=2, tp=2), {"inputs": BOTH, "outputs": BOTH},

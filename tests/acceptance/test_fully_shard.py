@@ -18,6 +18,7 @@ from shardc import FullyShard, Layout, Mesh, Plan, Program, Replicated
 from shardc.compiler.accounts import last_uses
 from tests.acceptance.compare import ADAM, SGD, compare, counts, held_numel
 from tests.acceptance.models import MLP, Block, Deep, Transformer
+from tests.acceptance.test_sequence_parallel import BLOCK_SP
 
 GATHER, AGAIN, SCATTER = (
     ("all_gather", "dp", "forward"),
@@ -236,8 +237,8 @@ def test_with_tensor_parallelism_in_either_order(hidden: int, order: tuple[str, 
     assert found[("all_reduce", "tp", "forward")] == 1
 
 
+@pytest.mark.slow
 def test_with_sequence_parallelism_and_another_dim_than_its_own():
-    from tests.acceptance.test_sequence_parallel import BLOCK_SP
 
     plan = Plan(dp=FullyShard(placement=lambda p: Shard(p.dim() - 1)), tp=BLOCK_SP)
     layout = Layout(dp=Shard(0), tp=Shard(1))
@@ -314,3 +315,13 @@ def test_a_transformer_with_tied_weights():
     program = compare(model.double(), plan, Mesh(dp=4), ids, optimizer=SGD, steps=10, grads=False)
     assert counts(program) == {GATHER: 3, AGAIN: 3, SCATTER: 3}
     assert (model.tokens.weight != before).any(1).all()  # the last rank's short shard too
+
+
+def test_parameters_kept_over_some_ranks_are_refused():
+    with pytest.raises(shardc.PlanError) as told:
+        shardc.compile(Framed(), FullyShard("layers.*", reshard_after_forward=2), mesh=Mesh(dp=4))
+    assert str(told.value).splitlines()[0] == (
+        "plan error: dp: reshard_after_forward=2 keeps parameters over some of the 4 ranks, which this version of "
+        "shardc does not do"
+    )
+    assert "two mesh dims: Plan(replica=Replicated(), dp=FullyShard(...))" in str(told.value)
