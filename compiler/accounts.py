@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,17 +49,17 @@ def collectives_of(gm: GraphModule, mesh: Mesh) -> list[Collective]:
 
 def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
     axis, coords = move.axis, mesh.coords(0)
-    n, source = mesh[axis], move.args[0]
+    n = mesh[axis]
     value = (tensors(node) or tensors_in(node.meta.get("local")))[0]
     if move.target is c.all_reduce:
         shape = specs(node)[0].local_shape(mesh, coords) if specs(node) else value.shape
         numel = math.prod(shape)
         sent = 2 * (n - 1) * numel * value.element_size() // n
+    elif move.target is c.fetch:
+        numel, sent = _fetched(move, value)
     else:
-        split = source if move.target is c.all_gather else node
-        dim = move.args[2] if move.target is c.all_to_all else move.args[1]
-        cut = cut_of(specs(split)[0], dim, axis, mesh, coords, specs(source)[0])
-        pieces = [math.prod(cut.piece_view(i)) for i in range(n)]
+        dealt = [_pieces(part, mesh, coords) for part in move.each()]
+        pieces = [sum(numels) for numels in zip(*dealt, strict=True)]
         numel, largest = sum(pieces), max(pieces)
         sent = (n - 1) * largest * value.element_size()
     meta = node.meta
@@ -67,19 +69,47 @@ def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
     )  # fmt: skip
 
 
+def _pieces(part: Call, mesh: Mesh, coords: dict[str, int]) -> list[int]:
+    """Elements of each rank's piece of one value that moves."""
+    source, after = part.args[0], part.meta["spec"]
+    split = specs(source)[0] if part.target is c.all_gather else after
+    dim = part.args[2] if part.target is c.all_to_all else part.args[1]
+    cut = cut_of(split, dim, part.axis, mesh, coords, specs(source)[0])
+    return [math.prod(cut.piece_view(i)) for i in range(mesh[part.axis])]
+
+
+def _fetched(move: Call, value: torch.Tensor) -> tuple[int, int]:
+    """(elements of the dim's whole, bytes sent by the rank that sends most). value: what rank 0 gets."""
+    dim, _, held, wanted = move.args[1:]
+    asked = [c.indices_of(runs) for runs in wanted]
+    rest = math.prod(n for d, n in enumerate(value.shape) if d != dim)
+    owner = [r for r, n in enumerate(held) for _ in range(n)]
+    sent = [sum(owner[i] == me for r, mine in enumerate(asked) if r != me for i in mine) for me in range(len(held))]
+    return sum(held) * rest, max(sent) * rest * value.element_size()
+
+
 ALIASES = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
            "alias", "detach", "getitem", "split", "split_with_sizes", "unbind",
            "wait", "unbucket")  # fmt: skip
 
 
 def _owner(node: Node) -> Node:
-    """The node whose memory a view shows."""
-    while node.op == "call_function":
+    """The node whose memory a view shows. Values that moved together are taken apart into memory of their own."""
+    while node.op == "call_function" and not is_part(node):
         name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
         if name not in ALIASES or not node.args or not isinstance(node.args[0], Node):
             break
         node = node.args[0]
     return node
+
+
+def is_part(node: Node) -> bool:
+    """Whether a node picks one of the values that a collective moved together."""
+    if node.target is not operator.getitem:
+        return False
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source.target is c.wait or move_of(source) is not None
 
 
 def is_view(node: Node) -> bool:
@@ -115,13 +145,19 @@ def peak_bytes(parts: Halves, signature: Signature, mesh: Mesh) -> int:
     return max(memory_of(gm, mesh).peak for gm in (parts.forward, parts.backward) if gm is not None)
 
 
-def memory_of(gm: GraphModule, mesh: Mesh) -> Memory:
-    """What is alive when, in one half. What nothing uses lives on to the end, as inputs do."""
-    nodes = list(gm.graph.nodes)
+def last_uses(nodes: Sequence[Node]) -> dict[Node, int]:
+    """Of each value that owns memory, which of the nodes is the last to use it or a view of it."""
     last: dict[Node, int] = {}
     for i, node in enumerate(nodes):
         for used in node.all_input_nodes:
             last[_owner(used)] = i
+    return last
+
+
+def memory_of(gm: GraphModule, mesh: Mesh) -> Memory:
+    """What is alive when, in one half. What nothing uses lives on to the end, as inputs do."""
+    nodes = list(gm.graph.nodes)
+    last = last_uses(nodes)
     end = len(nodes) - 1
     calls = [(i, n) for i, n in enumerate(nodes) if n.op == "call_function" and _owner(n) is n]
     inputs = [Life(n.name, local_nbytes(n, mesh), -1, end) for n in nodes if n.op == "placeholder"]

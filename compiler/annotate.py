@@ -120,6 +120,12 @@ def annotated(model: nn.Module) -> list[tuple[str, Annotation]]:
     return [(fqn, note) for fqn, m in model.named_modules() for note in _annotations.get(m, ())]
 
 
+def annotate_alike(module: nn.Module, like: nn.Module) -> None:
+    """Give a module that stands for another one its annotations."""
+    if like in _annotations:
+        _annotations[module] = _annotations[like]
+
+
 def _annotate(
     module: nn.Module, entry: Replicated | FullyShard, mesh_dim: object, device: int | torch.device | None
 ) -> None:

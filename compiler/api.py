@@ -10,20 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardc.compiler.calls import held
 from shardc.compiler.compiled import CompiledModule
 from shardc.compiler.errors import PlanError
 from shardc.compiler.layout import Precision, bad_option
-from shardc.compiler.lowering import Lowering, held
+from shardc.compiler.lowering import Lowering
 from shardc.compiler.match import did_you_mean, find
 from shardc.compiler.mesh import Mesh
+from shardc.compiler.mixed import with_precision
 from shardc.compiler.plan import call_site, warn_user
 from shardc.compiler.program import Program
-from shardc.compiler.resolve import mesh_dims, resolve
+from shardc.compiler.resolve import check_placements, mesh_dims, resolve
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.wording import shown
 from shardc.runtime.groups import default_device_mesh
 from shardc.runtime.ranks import Ranks
-from shardc.runtime.state import broadcast, shard_parameter, whole
+from shardc.runtime.state import broadcast, shard, whole
 
 _COMPILED: WeakSet[nn.Module] = WeakSet()  # modules that some compile has taken over
 
@@ -49,8 +51,10 @@ def compile(
     model: an nn.Module. plan: a `Plan`, a dict of patterns -> styles for the only mesh dim, a style for the
     root, or None for the module's own annotations. mesh: a torch DeviceMesh (real ranks), or a `shardc.Mesh`
     (all ranks simulated in this process; global tensors in and out). inputs, outputs: layouts of the root's
-    inputs and outputs. src_data_rank: whose values win; None: each rank slices its own. recompute: patterns of
-    modules whose activations are computed again in backward. strict: errors instead of reports.
+    inputs and outputs. src_data_rank: whose values win; None: each rank slices its own. precision: the dtypes that
+    are computed with, reduced in and returned. recompute: patterns of modules whose activations are computed again
+    in backward. rng: "counter", random numbers that are the same on any mesh, one device included, or "replay",
+    those that plain eager torch draws on one device. strict: errors instead of reports.
 
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
     the first call or `lower`, for a module that cannot be traced or sharded so.
@@ -62,14 +66,19 @@ def compile(
         _check_source(src_data_rank, integers)
         patterns = _patterns(recompute, model, strict)
         resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
+        if device_mesh is not None:
+            check_placements(resolved)
         _refuse_meta(model)
     except PlanError as error:
         raise error.at(call_site()) from None
+    resolved = with_precision(resolved, precision)
     ranks = Ranks(device_mesh) if device_mesh is not None else None
     if ranks is not None:
         _take_over(model, resolved, ranks, src_data_rank)
     _COMPILED.update(model.modules())
-    lowering = Lowering(model, resolved, integers, ranks, lambda: _whole_values(model), strict, patterns)
+    lowering = Lowering(
+        model, resolved, integers, ranks, lambda: _whole_values(model), strict, patterns, rng, precision
+    )
     return CompiledModule(model, lowering)
 
 
@@ -107,10 +116,11 @@ def _patterns(recompute: Any, model: nn.Module, strict: bool) -> tuple[str, ...]
 
 
 def _check_options(precision: Any, rng: Any, backend: Any, dynamic: bool, init: Any) -> None:
+    if precision is not None and not isinstance(precision, Precision):
+        raise bad_option("precision", precision, "a shardc.Precision, such as Precision(param=torch.bfloat16)")
     if rng not in ("counter", "replay"):
         raise bad_option("rng", rng, '"counter" or "replay"')
     unsupported = {
-        "precision": precision is not None,
         "backend": backend != "eager",
         "dynamic": dynamic is not False,
         "init": init is not None,
@@ -148,27 +158,28 @@ def _refuse_meta(model: nn.Module) -> None:
 
 def _take_over(model: nn.Module, plan: Resolved, ranks: Ranks, source: int | None) -> None:
     """Give every rank the source's values, then leave it its shards. Tied parameters stay one object."""
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, Tensor] = {}
     for fqn, x in held(model).items():
         if id(x) in made:
             _put(model, fqn, made[id(x)])
             continue
         if source is not None and x.numel():
             with torch.no_grad():
-                broadcast(x.data, ranks.device_mesh, source)
-        if isinstance(x, nn.Parameter):
-            made[id(x)] = _held_by(x, plan, fqn, ranks)
-            _put(model, fqn, made[id(x)])
+                broadcast(x, ranks.device_mesh, source)
+        made[id(x)] = _held_by(x, plan, fqn, ranks)
+        _put(model, fqn, made[id(x)])
 
 
-def _held_by(x: nn.Parameter, plan: Resolved, fqn: str, ranks: Ranks) -> nn.Parameter:
-    spec = plan.params[plan.canonical(fqn)].stored_spec(ranks.mesh)
-    return x if spec.is_whole else shard_parameter(x, spec, ranks.device_mesh, ranks.coords)
+def _held_by(x: Tensor, plan: Resolved, fqn: str, ranks: Ranks) -> Tensor:
+    layout = plan.layout(fqn)
+    spec = layout.stored_spec(ranks.mesh) if layout is not None else None
+    return x if spec is None or spec.is_whole else shard(x, spec, ranks.device_mesh, ranks.coords)
 
 
-def _put(model: nn.Module, fqn: str, param: nn.Parameter) -> None:
+def _put(model: nn.Module, fqn: str, held: Tensor) -> None:
     owner, _, name = fqn.rpartition(".")
-    model.get_submodule(owner)._parameters[name] = param
+    module = model.get_submodule(owner)
+    (module._parameters if isinstance(held, nn.Parameter) else module._buffers)[name] = held  # pyright: ignore
 
 
 def _whole_values(model: nn.Module) -> Mapping[str, Tensor]:

@@ -18,19 +18,22 @@ from torch import Tensor
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec, chunk
 
+Value = Any  # a tensor, or several that move together
+Runs = Sequence[tuple[int, int, int]]  # (start, stop, step) of each, as `range` has them
+
 
 def reshard(x: Tensor, spec: Spec) -> Tensor:
     """Any change of layout, not yet lowered."""
     return x
 
 
-def all_gather(x: Tensor, dim: int, axis: str) -> Tensor:
-    """[n@axis] -> [n]"""
+def all_gather(x: Value, dim: int | Sequence[int], axis: str) -> Value:
+    """[n@axis] -> [n]; of several values, each with its own dim, in one go"""
     return x
 
 
-def reduce_scatter(x: Tensor, dim: int, axis: str, op: str = "sum") -> Tensor:
-    """[n]+axis -> [n@axis]"""
+def reduce_scatter(x: Value, dim: int | Sequence[int], axis: str, op: str = "sum") -> Value:
+    """[n]+axis -> [n@axis]; of several values, each with its own dim, in one go"""
     return x
 
 
@@ -44,6 +47,18 @@ def all_to_all(x: Tensor, source: int, dim: int, axis: str) -> Tensor:
     return x
 
 
+def fetch(x: Tensor, dim: int, axis: str, held: Sequence[int], wanted: Sequence[Runs]) -> Tensor:
+    """Inside one operator's local form: each rank gets the indices of a split dim that it wants, in its order, from
+    whichever ranks hold them. held: how many each rank along the axis has, in order. Locally, [5] -> [what rank 0
+    wants]."""
+    return x.narrow(dim, 0, 0).new_empty([*x.shape[:dim], len(indices_of(wanted[0])), *x.shape[dim + 1 :]])
+
+
+def indices_of(runs: Runs) -> list[int]:
+    """The global indices that runs name, one after another."""
+    return [i for run in runs for i in range(*run)]
+
+
 def local_slice(x: Tensor, dim: int, axis: str) -> Tensor:
     """[n] -> [n@axis]; nothing moves"""
     return x
@@ -54,12 +69,12 @@ def make_partial(x: Tensor, axis: str) -> Tensor:
     return x
 
 
-def start(x: Tensor, kind: str, *args: Any) -> Tensor:
+def start(x: Value, kind: str, *args: Any) -> Value:
     """`start(x, "all_reduce", "tp")`: a collective under way. Nothing but `wait` may take what this gives."""
     return x
 
 
-def wait(started: Tensor) -> Tensor:
+def wait(started: Value) -> Value:
     """The result of what `start` began, when it is there."""
     return started
 
@@ -75,7 +90,7 @@ def unbucket(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     return [x.view(list(shape)) for x, shape in zip(pieces, shapes, strict=True)]
 
 
-COLLECTIVES = (all_gather, reduce_scatter, all_reduce, all_to_all)
+COLLECTIVES = (all_gather, reduce_scatter, all_reduce, all_to_all, fetch)
 LOCAL_MOVES = (local_slice, make_partial)
 LOCAL_STEPS = (bucket, unbucket)  # what they do is written here; no rank needs to know another
 NAMED = {move.__name__: move for move in COLLECTIVES}

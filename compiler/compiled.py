@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,8 @@ from shardc.compiler.program import Program
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.signature import InputKind, OutputKind
 from shardc.compiler.spec import Spec
-from shardc.runtime.state import as_held, local_of, whole
+from shardc.runtime.norms import Piece, scale, total_norm
+from shardc.runtime.state import as_dtensor, as_held, local_of, whole
 
 
 class CompiledModule(nn.Module):
@@ -36,18 +38,22 @@ class CompiledModule(nn.Module):
     # ---- calling
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*self.prepared(args, kwargs))
+
+    def prepared(self, args: Any, kwargs: Any) -> tuple[Entry, list[Any]]:
+        """The program for a call that is about to run, and its inputs in signature order."""
         self._owners.check()
         device = self._lowering.plan.device_id
         if device is not None:
             args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
-        entry = self._lowering.entry(args, kwargs, self._variant())
-        return self._call(entry, args, kwargs)
+        entry = self._lowering.serve(args, kwargs, self._variant())
+        return entry, self._flat(entry, args, kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Program:
         """Compile for inputs like these ahead of time, from real, fake or meta tensors."""
         return self._lowering.entry(args, kwargs).program
 
-    def _call(self, entry: Entry, args: Any, kwargs: Any) -> Any:
+    def _flat(self, entry: Entry, args: Any, kwargs: Any) -> list[Any]:
         signature = entry.program.signature
         batch = [local_of(x) for x in signature.flatten_inputs(args, kwargs)]
         rest, flat = iter(batch), []
@@ -58,13 +64,22 @@ class CompiledModule(nn.Module):
                 flat.append(item.value)
             elif item.kind is InputKind.BATCH:
                 flat.append(next(rest))
+        return flat
+
+    def _call(self, entry: Entry, flat: list[Any]) -> Any:
         outputs, mutations = entry.run(flat)
+        self.mutate(entry, flat, mutations)
+        signature = entry.program.signature
+        entries = [signature.outputs[i] for i in signature.indices(OutputKind.OUTPUT)]
+        return signature.unflatten_outputs([v for v, e in zip(outputs, entries, strict=True) if e.node is not None])
+
+    def mutate(self, entry: Entry, flat: list[Any], mutations: list[Any]) -> None:
+        """Write what forward changed back to where it came from."""
+        signature = entry.program.signature
         for value, place in zip(mutations, signature.indices(OutputKind.MUTATION), strict=True):
             source = signature.outputs[place].of
             with torch.no_grad():
-                flat[source or 0].copy_(value)
-        entries = [signature.outputs[i] for i in signature.indices(OutputKind.OUTPUT)]
-        return signature.unflatten_outputs([v for v, e in zip(outputs, entries, strict=True) if e.node is not None])
+                local_of(flat[source or 0]).copy_(value)
 
     # ---- gradient accumulation
 
@@ -81,6 +96,40 @@ class CompiledModule(nn.Module):
         """As of any module; gradients kept at unsynchronised steps are forgotten too."""
         super().zero_grad(set_to_none)
         self._lowering.kept.clear()
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients, in place, so that their norm as one vector is at most `max_norm`. All ranks call it.
+
+        norm_type: any p above zero, or inf. What several ranks hold alike counts once; gradients that stay local
+        (ignored parameters) count on every rank. Returns the norm before, the same on every rank. Raises
+        ValueError for another norm_type, ShardingError while gradients of unsynchronised steps are kept back.
+        """
+        p = float(norm_type)
+        if not p > 0:
+            raise ValueError(f"norm_type is {norm_type}: it is a number above zero, or inf")
+        if self._lowering.kept.layouts():
+            raise ShardingError(
+                "gradients of unsynchronised steps are not reduced yet, so their norm is not known",
+                where=call_site(),
+                help="run a synchronised backward, outside of no_sync(), before clip_grad_norm_",
+            )
+        held = list(self.named_parameters())
+        device = next((x.device for _, x in held), torch.device("cpu"))
+        ranks = self._lowering.ranks
+        pieces = [Piece(None if x.grad is None else local_of(x.grad), self._split_over(name)) for name, x in held]
+        norm = total_norm(pieces, p, ranks.lines if ranks is not None else {}, device)
+        dtypes = [piece.gradient.dtype.to_real() for piece in pieces if piece.gradient is not None]
+        norm = norm.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
+        scale([piece.gradient for piece in pieces if piece.gradient is not None], norm, max_norm)
+        return norm
+
+    def _split_over(self, name: str) -> tuple[str, ...]:
+        """The mesh dims along which ranks have different gradients of a parameter."""
+        plan, mesh = self._lowering.plan, self._lowering.mesh
+        own = plan.canonical(name)
+        local = [a for a, names in plan.ignored.items() if own in names]
+        axes = {*plan.params[own].stored_spec(mesh).axes(), *local}
+        return tuple(a for a in mesh.names if a in axes)
 
     def _variant(self) -> Any:
         if self._lowering.ranks is None or not torch.is_grad_enabled():
@@ -107,8 +156,7 @@ class CompiledModule(nn.Module):
             return self._model.load_state_dict(state_dict, strict, assign)
         live = {**dict(self._model.named_parameters(remove_duplicate=False)), **dict(self._model.named_buffers())}
         placed = {
-            key: as_held(value, live[key], self._stored(key), ranks.device_mesh, ranks.coords) if key in live else value
-            for key, value in state_dict.items()
+            key: self.placed(key, value, live[key]) if key in live else value for key, value in state_dict.items()
         }
         return self._model.load_state_dict(placed, strict, assign)
 
@@ -119,10 +167,21 @@ class CompiledModule(nn.Module):
         first = ranks is None or not any(ranks.coords.values())
         return state if first or not rank0_only else {}
 
+    def placed(self, key: str, value: Tensor, held: Tensor) -> Tensor:
+        """A whole tensor or a DTensor, laid out as the parameter or buffer `held` of this name."""
+        ranks = self._lowering.ranks
+        if ranks is None:
+            return whole(value)
+        return as_held(value, held, self._stored(key), ranks.device_mesh, ranks.coords)
+
+    def labelled(self, key: str, local: Tensor) -> Tensor:
+        """A local tensor of a sharded parameter's local shape, under the parameter's global layout."""
+        ranks = self._lowering.ranks
+        return local if ranks is None else as_dtensor(local, self._stored(key), ranks.device_mesh)
+
     def _stored(self, key: str) -> Spec:
         plan: Resolved = self._lowering.plan
-        name = plan.canonical(key)
-        layout = plan.params.get(name)
+        layout = plan.layout(key)
         if layout is None:
             return Spec.whole(self._owners.get(key).shape)
         return layout.stored_spec(self._lowering.mesh)
@@ -133,6 +192,23 @@ class CompiledModule(nn.Module):
     def programs(self) -> list[Program]:
         """Every compiled program, newest last."""
         return self._lowering.programs
+
+    def save_programs(self, path: str | os.PathLike[str]) -> None:
+        """Write what was traced so far to a file, as JSON: a process that loads it need not trace. Parameters are
+        not in it. A compile over a fake process group, or for an abstract mesh, will do to make one.
+
+        Raises ShardingError for a program that calls what has no name (a higher-order operator), or whose inputs or
+        results are of a container type that has none.
+        """
+        self._lowering.save(path)
+
+    def load_programs(self, path: str | os.PathLike[str]) -> None:
+        """Take in what `save_programs` wrote; calls of that form are then served without tracing.
+
+        Raises PlanError, naming the difference, where it was saved for another mesh, plan, module, option or
+        version, or is damaged; OSError where there is no such file.
+        """
+        self._lowering.load(path)
 
     @property
     def plan(self) -> Resolved:

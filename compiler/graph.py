@@ -7,12 +7,13 @@ made_by  the pass that created the node           wish    what the plan says of 
 why      the plan entry behind a fixed layout     recompute   region run again in backward
 local    tensor(s) on meta of what rank 0 holds   origin  the value of the global graph that this one is
 wire     the dtype in which a value travelled     custom  what `torch.fx.traceback.annotate` said of its region
+unit     the gather unit a collective serves      regather    whether a gather is made again in backward
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec import Spec
 
-INHERITED = ("where", "file", "line", "path", "phase", "recompute", "regather", "custom")
+CAST = torch.ops.aten._to_copy.default
+INHERITED = ("where", "file", "line", "path", "phase", "recompute", "regather", "unit", "custom")
 
 
 def val(node: Node) -> Any:
@@ -116,6 +118,26 @@ def insert(graph: Graph, target: Any, args: tuple, like: Node, result: Spec | No
     return node
 
 
+def cast(value: Node, dtype: torch.dtype) -> Node:
+    """The value in another dtype, at the graph's insert point; what it was cast from, if that has this one."""
+    have = tensors(value)[0]
+    if have.dtype is dtype:
+        return value
+    if value.target is CAST and _holds(have.dtype, dtype):
+        source = value.all_input_nodes[0]
+        if tensors(source)[0].dtype is dtype:
+            return source
+    node = value.graph.call_function(CAST, (value,), {"dtype": dtype})
+    kept = ("spec", "origin", "why", *INHERITED)
+    node.meta = {k: value.meta[k] for k in kept if k in value.meta} | {"val": have.to(dtype), "wire": have.dtype}
+    return node
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of the one is a number of the other."""
+    return torch.promote_types(wide, narrow) is wide
+
+
 class Call(NamedTuple):
     """A collective or local move, whether it stands in the graph as itself or is started there."""
 
@@ -126,6 +148,16 @@ class Call(NamedTuple):
     @property
     def axis(self) -> str:
         return next(a for a in self.args[1:] if isinstance(a, str))
+
+    def each(self) -> Iterator[Call]:
+        """The values that move together, each as a call of its own: (operand, dim, mesh dim, ...)."""
+        values, *rest = self.args
+        if isinstance(values, Node):
+            yield self
+            return
+        dims, *rest = rest
+        for value, dim, layout in zip(values, dims, self.meta["spec"], strict=True):
+            yield Call(self.target, (value, dim, *rest), {**self.meta, "spec": layout})
 
 
 def move_of(node: Node) -> Call | None:
@@ -162,6 +194,11 @@ def is_random(node: Node) -> bool:
     return bool(given.get("dropout_p", None) != 0)
 
 
+def early_draws(gm: GraphModule) -> list[Node]:
+    """Random draws of forward. Used or not, they are made there and in order: the generator moves on."""
+    return [n for n in gm.graph.nodes if n.op == "call_function" and is_random(n) and n.meta.get("phase") != "backward"]
+
+
 def output_node(gm: GraphModule) -> Node:
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
 
@@ -187,3 +224,14 @@ def target_name(target: Any) -> str:
     if (getattr(target, "__module__", "") or "").endswith("compiler.collectives"):
         return f"shardc.{target.__name__}"
     return getattr(target, "__name__", str(target))
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """An independent graph with the same nodes, names and meta."""
+    graph = Graph()
+    env: dict[Any, Any] = {}
+    returned = graph.graph_copy(gm.graph, env)
+    graph.output(returned)
+    for old, new in env.items():
+        new.meta = dict(old.meta)
+    return GraphModule(gm, graph)

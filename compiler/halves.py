@@ -4,8 +4,9 @@
     backward(saved, tangents, carries)             -> (gradients)
 
 A value that forward marked for recomputation is not saved: backward computes it again, just before its
-first use. Saved all the same are random draws, so that both halves see the same, what is made from a buffer
-that forward changes, whose old value is gone by then, and what leaves a recomputed region.
+first use. Saved all the same are what torch's generator gave (with numbered draws the seed alone), so that both
+halves draw the same, what is made from a buffer that forward changes, whose old value is gone by then, and what
+leaves a recomputed region.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.graph import is_random, move_of, returned
+from shardc.compiler.graph import early_draws, is_random, move_of, returned
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 
@@ -33,7 +34,7 @@ def halves(gm: GraphModule, signature: Signature) -> Halves:
     ends = returned(gm)
     first = signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)
     last = signature.indices(OutputKind.GRADIENT)
-    forward = _ancestors([ends[i] for i in first])
+    forward = _ancestors([*(ends[i] for i in first), *early_draws(gm)])
     # Results of a forward call that only backward needs are taken apart in forward: tensors are saved, not tuples.
     forward |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in forward}
     gradients = [ends[i] for i in last]
@@ -124,8 +125,8 @@ def _leaves_region(node: Node, forward: set[Node]) -> bool:
 
 def _reads(node: Node, changed: set[str]) -> bool:
     """Whether a value is one of these inputs, if only a piece or another layout of it."""
-    while (move := move_of(node)) is not None:
-        node = move.args[0]
+    if (move := move_of(node)) is not None:
+        return any(_reads(part.args[0], changed) for part in move.each())
     return node.name in changed
 
 

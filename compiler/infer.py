@@ -102,6 +102,8 @@ def _groups(dim: Dim, sizes: tuple[int, ...], mesh: Mesh) -> tuple[Dim, ...] | N
 def _may_split(name: str, dim: Dim, rule: OpRule, mesh: Mesh) -> bool:
     if name in rule.whole or (name in rule.plain and len(dim) > 1):
         return False
+    if name in rule.lone and len(axes_of(dim)) > 1:
+        return False
     return name not in rule.nonempty or not may_be_empty(dim, mesh)
 
 

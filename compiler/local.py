@@ -13,17 +13,23 @@ from shardc.compiler.spec import Dim, axes_of, chunk, dim_text
 
 @dataclass(frozen=True)
 class Local:
-    """`times` x (a rank's size, or first index, of a dim) `+ plus`: an integer once a rank's place is known."""
+    """`times` x (a rank's size, first index or place, of a dim) `+ plus`: an integer once a rank is known."""
 
     dim: Dim
-    kind: str = "size"  # or "start": the first global index the rank holds, for a dim of one part
+    # or, for a dim of one part, "start": the first global index the rank holds, and "place": its number among pieces
+    kind: str = "size"
     times: int = 1
     plus: int = 0
 
     def at(self, mesh: Mesh, coords: Mapping[str, int]) -> int:
         """The number on the rank at `coords`."""
         pieces = [chunk(p.size, mesh, p.axes, coords) for p in self.dim]
-        value = pieces[0][0] if self.kind == "start" else math.prod(n for _, n in pieces)
+        if self.kind == "place":
+            value = 0
+            for axis in axes_of(self.dim):
+                value = value * mesh[axis] + coords[axis]
+        else:
+            value = pieces[0][0] if self.kind == "start" else math.prod(n for _, n in pieces)
         return self.times * value + self.plus
 
     def __mul__(self, n: int) -> Local:
@@ -38,6 +44,9 @@ class Local:
 
     def __sub__(self, n: int) -> Local:
         return self + -n
+
+    def __rsub__(self, n: int) -> Local:
+        return -self + n
 
     def __neg__(self) -> Local:
         return self * -1
@@ -58,11 +67,20 @@ def local_size(dim: Dim) -> int | Local:
 
 def local_start(dim: Dim) -> int | Local:
     """The first index of the dim each rank holds. Raises ValueError for a dim that is not one plain run."""
+    return _of_run(dim, "start")
+
+
+def local_place(dim: Dim) -> int | Local:
+    """Which of the dim's pieces each rank holds, in the order of their indices. Raises ValueError likewise."""
+    return _of_run(dim, "place")
+
+
+def _of_run(dim: Dim, kind: str) -> int | Local:
     if not axes_of(dim):
         return 0
     if len(dim) != 1:
         raise ValueError(f"{dim_text(dim)} is not one run of indices")
-    return Local(dim, "start")
+    return Local(dim, kind)
 
 
 def bind(tree: Any, mesh: Mesh, coords: Mapping[str, int], leaf: Callable[[Any], Any] = lambda x: x) -> Any:

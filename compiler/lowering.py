@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,23 +12,30 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.fx import GraphModule
 
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
+from shardc.compiler.calls import call_key, check_call, global_shape, held, text_key
 from shardc.compiler.carry import add_carries
+from shardc.compiler.collectives import COLLECTIVES
+from shardc.compiler.draws import SEED
 from shardc.compiler.errors import PlanError, ShardingError
-from shardc.compiler.graph import is_random, placeholders, returned
+from shardc.compiler.graph import copy_graph, is_random, move_of, placeholders, returned
+from shardc.compiler.layout import Precision
 from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
+from shardc.compiler.mixed import add_casts, call_dtypes, computed_as, info_as
 from shardc.compiler.original import Original
 from shardc.compiler.pipeline import Context
 from shardc.compiler.plan import call_site
-from shardc.compiler.program import Program, copy_graph
+from shardc.compiler.program import Program
 from shardc.compiler.refine import refinements
 from shardc.compiler.resolved import Resolved
+from shardc.compiler.saved import Traces, about, load, save
 from shardc.compiler.signature import InputKind, OutputKind, Signature, TensorInfo
 from shardc.compiler.spec import Spec, to_placements
 from shardc.compiler.trace import Traced, argument_names, trace
-from shardc.passes.pipeline import CANONICALIZE
+from shardc.passes.pipeline import first_passes
 from shardc.runtime.engines import SimulatedRanks, ThisRank
 from shardc.runtime.executable import Executable, autocast_state
 from shardc.runtime.ranks import Ranks
@@ -40,6 +47,10 @@ class Entry:
 
     program: Program
     run: Executable
+
+    def __post_init__(self) -> None:
+        moves = (move_of(node) for node in self.program.gm.graph.nodes)
+        self.moves = any(move is not None and move.target in COLLECTIVES for move in moves)
 
 
 class Kept:
@@ -85,11 +96,17 @@ class Lowering:
     values: Callable[[], Mapping[str, Tensor]]  # parameters and buffers, whole
     strict: bool = False
     recompute: tuple[str, ...] = ()
+    rng: str = "counter"
+    precision: Precision | None = None
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
+    traces: Traces = field(default_factory=Traces)
+    hashes: dict[str, str] = field(default_factory=dict)  # of the programs, by call and variant
     _entries: dict[Any, Entry] = field(default_factory=dict)
+    _last: Entry | None = None
 
     def __post_init__(self) -> None:
+        self._asked = self.plan
         # Looked at in every call; a module that changes after compile is refused, so they stay what they are.
         self._modules = list(self.module.modules())
         self._params = [(m._parameters, n) for m in self._modules for n, p in m._parameters.items() if p is not None]
@@ -98,7 +115,7 @@ class Lowering:
         """The program for a call like this one, lowered now if it is the first such call. Errors name a line: that
         of the call, where there is no better one."""
         try:
-            key = (call_key(self._modules, [table[name] for table, name in self._params], args, kwargs), variant)
+            key = (self._call_key(args, kwargs), variant)
             if key not in self._entries:
                 self._entries[key] = self.lower(args, kwargs, variant)
             return self._entries[key]
@@ -106,6 +123,30 @@ class Lowering:
             if error.where:
                 raise
             raise error.at(call_site()) from error.__cause__
+
+    def serve(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any) -> Entry:
+        """The program for a call that is about to run. Where it is not the last call's, the ranks compare theirs:
+        pieces of unequal sizes must not meet in one collective. Calls that move nothing are each rank's own."""
+        if self.ranks is None:
+            return self.entry(args, kwargs, variant)
+        known, calls = self._entries.get((self._call_key(args, kwargs), variant)), self.ranks.calls
+        if known is not None and not known.moves:
+            return known
+        if known is not None and known is self._last:
+            calls.number += 1
+            return known
+        with calls.entering():
+            entry = known or self.entry(args, kwargs, variant)
+            if known is not None:
+                self.ranks.agree(entry.program.hash, "the program for this call")
+        if entry.moves:
+            self._last = entry
+        else:
+            calls.number -= 1
+        return entry
+
+    def _call_key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple:
+        return call_key(self._modules, [table[name] for table, name in self._params], args, kwargs)
 
     def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
         """Trace, run the pipeline, agree with the other ranks, bind. variant: "reduce", "keep" (gradients are
@@ -122,15 +163,33 @@ class Lowering:
             traced = add_carries(traced, [name for name, _ in carries])
         ctx = Context(
             self.mesh, self.plan, traced.signature, average=self.ranks is not None, reduce=variant != "keep",
-            carries=dict(carries), strict=self.strict,
+            carries=dict(carries), strict=self.strict, rng=self.rng,
         )  # fmt: skip
         training = tuple(m.training for m in self._modules)
-        original = Original(self.module, traced.signature, self.values, training, autocast_state())
+        original = Original(
+            self.module, traced.signature, self.values, training, autocast_state(), self.rng, self.precision
+        )
         program = Program.build(traced, ctx, original)
+        key = text_key(self._call_key(args, kwargs), variant)
+        self.hashes[key] = program.hash
+        self.traces.check(key, program.hash)
         if self.ranks is not None:
             self.ranks.agree(str(program), "the compiled program")
         self.programs.append(program)
         return Entry(program, self._executable(program))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        save(path, self.traces, self.hashes, self._about())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        try:
+            load(path, self.traces, self._about())
+        except PlanError as error:
+            raise error.at(call_site()) from None
+
+    def _about(self) -> dict[str, Any]:
+        options = {"strict": self.strict, "recompute": self.recompute, "rng": self.rng, "precision": self.precision}
+        return about(self.module, self.mesh, self._asked.report(), options)
 
     def _check_results(self, signature: Signature) -> None:
         """Raises PlanError where forward returns another number of values than there are layouts for."""
@@ -144,7 +203,9 @@ class Lowering:
         """The first program shows which factor a style's open split falls on: store parameters so, rather than
         move them at every step. What torch has no placements for (uneven heads) stays as it is."""
         copy = copy_graph(traced.gm)
-        CANONICALIZE.run(copy, Context(self.mesh, self.plan, traced.signature))
+        ctx = Context(self.mesh, self.plan, traced.signature, rng=self.rng)
+        for step in first_passes(ctx):
+            step.run(copy, ctx)
         params = dict(self.plan.params)
         for name, spec in refinements(copy, traced.signature, self.plan, self.mesh).items():
             layout, placements = params[name], to_placements(spec, self.mesh)
@@ -166,10 +227,15 @@ class Lowering:
         backward = self.ranks.bind(parts.backward) if parts.backward is not None else None
         wraps, kept = self._gradients(program)
         blank = [self.ranks.zeros(n) for n in placeholders(program.gm) if n.name in _carries(signature)]
-        draws = any(is_random(n) for n in program.gm.graph.nodes)
-        seeded = self.ranks.seeded if draws else nullcontext
-        engine = ThisRank(forward, backward, results, wraps, blank, seeded)
+        drawing = [self._drawing(half) for half in (parts.forward, parts.backward)]
+        engine = ThisRank(forward, backward, results, wraps, blank, *drawing)
         return Executable(signature, engine, kept, self.kept)
+
+    def _drawing(self, half: GraphModule | None) -> Callable[[], AbstractContextManager[None]]:
+        """Around a half in which torch draws whole tensors, all ranks draw alike. (A seed agrees by itself.)"""
+        nodes = half.graph.nodes if half is not None else ()
+        whole = any(is_random(n) and n.target is not SEED for n in nodes)
+        return self.ranks.drawing_alike if whole and self.ranks is not None else nullcontext
 
     def _gradients(self, program: Program) -> tuple[dict[int, Callable[[Tensor], Tensor]], dict[int, str]]:
         """Which gradients become DTensors (those of parameters held as shards), and which are kept back."""
@@ -195,19 +261,33 @@ class Lowering:
         """The traced module at global shapes. On real ranks the caller passes pieces: sizes are multiplied by
         the mesh dims that split them, for which the names (and styles on the root's border) must be known."""
         grad = torch.is_grad_enabled()
-        infos = {fqn: held_info(x, self.plan) for fqn, x in held(self.module).items()}
-        call: tuple[Any, Any] = (tuple(args), dict(kwargs))
+        tensors = held(self.module)
+        infos = {fqn: info_as(x, self.precision) for fqn, x in tensors.items()}
+        given: tuple[Any, Any] = (tuple(args), dict(kwargs))
+        call: tuple[Any, Any] = pytree.tree_map(lambda x: computed_as(x, self.precision), given)
         layouts = None
         if self.ranks is not None:
             if needs_trace(self.plan):
-                layouts = self._traced_layouts(trace(self.module, *call, marks=self.plan.marked, params=infos))
-            call = self._global_call(args, kwargs, layouts)
-        traced = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
+                layouts = self._traced_layouts(self._traced(call, infos, True))
+            call = self._global_call(*call, layouts)
+        traced = self._traced(call, infos, grad)
+        if self.precision is not None:
+            dtypes = {fqn: x.dtype for fqn, x in tensors.items()}
+            traced = add_casts(traced, dtypes | call_dtypes(traced, *given), self.precision)
         check_counts(traced.gm, self.plan)
         for node in traced.gm.graph.nodes:
             if node.op == "call_function" and node.meta.get("phase") == "forward":
                 node.meta["recompute"] = node.meta.get("recompute") or self._recomputed_as(node.meta.get("path", ""))
         return traced
+
+    def _traced(self, call: tuple[Any, Any], infos: Mapping[str, TensorInfo], grad: bool) -> Traced:
+        """From what is kept, or made now."""
+        key = text_key(self._call_key(*call), self.plan.marked, sorted(infos.items()), grad)
+        found = self.traces.find(key)
+        if found is None:
+            found = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
+            self.traces.keep(key, found)
+        return found
 
     def _recomputed_as(self, path: str) -> str:
         """The outermost module around a path that the user asked to recompute, if any: a region of its own."""
@@ -247,70 +327,5 @@ class Lowering:
         return pytree.tree_unflatten(leaves, structure)
 
 
-def _label(x: Tensor) -> str | None:
-    """The placements a DTensor bears; plain tensors bear none."""
-    return str(getattr(x, "placements", "")) or None
-
-
 def _carries(signature: Signature) -> set[str]:
     return {signature.inputs[i].node for i in signature.indices(InputKind.CARRY)}
-
-
-def global_shape(x: Tensor, layout: Mapping[str, Any], mesh: Mesh) -> tuple[int, ...]:
-    """The shape of which a plain tensor is one rank's piece: s rows here are s x w rows in all."""
-    shape = list(x.shape)
-    if isinstance(x, DTensor):
-        return tuple(shape)  # it knows
-    for axis, placement in layout.items():
-        if getattr(placement, "dim", None) is not None:
-            shape[placement.dim] *= mesh[axis]
-    return tuple(shape)
-
-
-def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises PlanError where forward cannot be called with these. Hooks may change what forward is given."""
-    if module._forward_pre_hooks:
-        return
-    try:
-        signature = inspect.signature(module.forward)
-        signature.bind(*args, **kwargs)
-    except ValueError:  # some scripted modules have none
-        return
-    except TypeError as error:
-        raise PlanError(
-            f"forward of {type(module).__name__} cannot be called so: {error}", help=f"it is forward{signature}"
-        ) from None
-
-
-def held(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by FQN, tied ones under every name."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return dict(named)
-
-
-def held_info(x: Tensor, plan: Resolved) -> TensorInfo:
-    """What tracing needs to know of a parameter or buffer: its global shape, on the device it computes on."""
-    return TensorInfo.of(x)
-
-
-def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwargs: Any) -> tuple:
-    """What decides whether two calls share a program."""
-    leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    described = tuple(
-        (tuple(x.shape), x.dtype, x.device, x.requires_grad, _label(x)) if isinstance(x, Tensor) else _constant(x)
-        for x in leaves
-    )
-    flags = tuple(m.training for m in modules)
-    kinds = tuple((p.requires_grad, p.dtype) for p in params)
-    return described, structure, flags, kinds, torch.is_grad_enabled(), autocast_state()
-
-
-def _constant(x: Any) -> Any:
-    try:
-        hash(x)
-    except TypeError:
-        raise PlanError(
-            f"an input of type {type(x).__name__} is neither a tensor nor a value that can be compared",
-            help="pass tensors, numbers, strings, None, or lists, tuples and dicts of them",
-        ) from None
-    return type(x).__name__, x

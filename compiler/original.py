@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,19 +13,23 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from shardc.compiler.signature import InputKind, OutputKind, Signature
+from shardc.compiler.layout import Precision
+from shardc.compiler.signature import Input, InputKind, OutputKind, Signature
+from shardc.compiler.trace_draws import NumberedDraws
 
 
 @dataclass(frozen=True)
 class Original:
     """`values()` gives parameters and buffers whole, by FQN. training, casts: the modes it was traced in, by
-    module in `modules()` order, and by device kind for autocast."""
+    module in `modules()` order, and by device kind for autocast. rng: whose random numbers it draws."""
 
     module: nn.Module
     signature: Signature
     values: Callable[[], Mapping[str, Tensor]]
     training: tuple[bool, ...] = ()
     casts: tuple[tuple[str, torch.dtype], ...] = ()
+    rng: str = "counter"
+    precision: Precision | None = None
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The program's inputs at global shapes, tangents left out."""
@@ -51,12 +55,21 @@ class Original:
         entries = [e for e in self.signature.inputs if e.kind not in late]
         leaves = [x.detach().clone().requires_grad_(e.requires_grad) for x, e in zip(flat, entries, strict=True)]
         needs = any(e.requires_grad for e in entries) and self.signature.indices(InputKind.TANGENT)
-        with torch.set_grad_enabled(bool(needs)), self._modes():
-            args, kwargs = self._arguments(leaves)
-            result = functional_call(self.module, self._held(leaves), args, kwargs)
-        outputs = pytree.tree_leaves(result)
-        tangents = self._tangents(outputs)
-        return outputs, tangents, self._gradients(leaves, outputs, tangents, divided)
+        with NumberedDraws() if self.rng == "counter" else nullcontext():
+            with torch.set_grad_enabled(bool(needs)), self._modes():
+                computed = [self._cast(x, e) for x, e in zip(leaves, entries, strict=True)]
+                args, kwargs = self._arguments(computed)
+                result = functional_call(self.module, self._held(computed), args, kwargs)
+                outputs = [self._cast(x) for x in pytree.tree_leaves(result)]
+            tangents = self._tangents(outputs)
+            return outputs, tangents, self._gradients(leaves, outputs, tangents, divided)
+
+    def _cast(self, x: Any, entry: Input | None = None) -> Any:
+        """An input as it is computed with; without an entry an output as it is returned."""
+        kinds = (InputKind.PARAMETER, InputKind.BATCH)
+        wanted = self.precision and (self.precision.output if entry is None else self.precision.param)
+        cast = wanted and isinstance(x, Tensor) and x.is_floating_point() and (entry is None or entry.kind in kinds)
+        return x.to(wanted) if cast else x
 
     @contextmanager
     def _modes(self) -> Iterator[None]:

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.accounts import Collective, collectives_of, peak_bytes
 from shardc.compiler.averages import Averages
 from shardc.compiler.dump import dump
 from shardc.compiler.explain import cause, explain
-from shardc.compiler.graph import returned, spec
+from shardc.compiler.graph import copy_graph, returned, spec
 from shardc.compiler.halves import Halves, halves
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, Record, Stage, run_passes
@@ -81,13 +80,15 @@ class Program:
         return halves(self.gm, self.signature)
 
     def collectives(self) -> list[Collective]:
-        """What moves, in program order."""
+        """What moves, forward first; what backward computes again moves in both."""
         names, nodes = input_names(self.signature), {n.name: n for n in self.gm.graph.nodes}
 
         def why(c: Collective) -> str:
-            return c.why or cause(nodes[c.name].args[0], c.mesh_dim, names)
+            return c.why or cause(nodes[c.name].all_input_nodes[0], c.mesh_dim, names)
 
-        return [c._replace(why=why(c)) for c in collectives_of(self.gm, self.mesh)]
+        forward, backward = self.halves.forward, self.halves.backward
+        late = [c._replace(phase="backward") for c in collectives_of(backward, self.mesh)] if backward else []
+        return [c._replace(why=why(c)) for c in [*collectives_of(forward, self.mesh), *late]]
 
     def peak_bytes(self) -> int:
         """Bytes alive at the worst moment of forward and backward on the rank that holds most."""
@@ -146,14 +147,3 @@ def input_names(signature: Signature) -> dict[str, str]:
         of = f" of output {entry.of}" if entry.kind is InputKind.TANGENT else f" {entry.name}"
         out[entry.node] = (word + of).strip()
     return out
-
-
-def copy_graph(gm: GraphModule) -> GraphModule:
-    """An independent graph with the same nodes, names and meta."""
-    graph = torch.fx.Graph()
-    env: dict[Any, Any] = {}
-    returned = graph.graph_copy(gm.graph, env)
-    graph.output(returned)
-    for old, new in env.items():
-        new.meta = dict(old.meta)
-    return GraphModule(gm, graph)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import placeholders, returned, specs, val
+from shardc.compiler.graph import move_of, placeholders, returned, specs, target_name, val
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.signature import InputKind, Output, OutputKind
 from shardc.compiler.spec import Spec
@@ -41,11 +41,11 @@ def prove(program: Program, args: Sequence[Any], kwargs: dict[str, Any]) -> floa
     _check_shapes(program, flat)
     state = torch.get_rng_state()
     outputs, tangents, gradients = program.original.run(flat, program.averages.tangents)
-    after = torch.get_rng_state()
     flat = [*flat, *tangents, *_nothing_kept(program)]
     reference: dict[str, Any] = {}
     torch.set_rng_state(state)
     ends = _global_run(program, flat, reference)
+    after = torch.get_rng_state()
     ways = _ways(program, reference)
     _compare_ends(program, ends, outputs, gradients, ways)
     torch.set_rng_state(state)
@@ -85,13 +85,20 @@ def _ways(program: Program, reference: dict[str, Any]) -> dict[str, Way]:
     """The way to each value of the graph at global shapes."""
     out: dict[str, Way] = {}
     for node in program.global_gm.graph.nodes:
-        values = tensors_in(reference.get(node.name)) if node.op != "output" else []
+        values = tensors_in(reference.get(node.name)) if node.op != "output" and not _unwritten(node) else []
         real = [t for t in values if t.is_floating_point() or t.is_complex()]
         behind = [out[n.name] for n in node.all_input_nodes]
         dtypes = [*(t.dtype.to_real() for t in real), *(w.dtype for w in behind)]
         largest = max([*map(_largest, values), *(w.largest for w in behind)], default=0.0)
         out[node.name] = Way(largest, max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float64))
     return out
+
+
+def _unwritten(node: Node) -> bool:
+    """Whether a value is memory that nobody has written yet, if only a piece or another layout of it."""
+    while (move := move_of(node)) is not None:
+        node = move.args[0]
+    return "empty" in target_name(node.target)
 
 
 def _largest(x: Tensor) -> float:
@@ -152,11 +159,12 @@ def _compare_ranks(program: Program, flat: list[Tensor], reference: dict[str, An
         for x, n in zip(flat, placeholders(program.gm), strict=True)
     ]
     origin: dict[str, str] = {}
+    unwritten = {n.name for n in program.global_gm.graph.nodes if _unwritten(n)}
 
     def watch(node: Node, pieces: list[Any]) -> None:
         nonlocal worst
         name = origin[node.name] = _origin(node, origin, reference)
-        if name not in reference or node.op != "call_function":
+        if name not in reference or node.op != "call_function" or name in unwritten:
             return
         values = tensors_in(reference[name])
         for i, (want, layout) in enumerate(zip(values, specs(node), strict=False)):

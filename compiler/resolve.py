@@ -20,6 +20,7 @@ from shardc.compiler.resolve_data import Data, from_annotations, from_entry, res
 from shardc.compiler.resolve_keys import Keyed, resolve_keys
 from shardc.compiler.resolved import ParamLayout, Resolved
 from shardc.compiler.roots import RootLayouts
+from shardc.compiler.spec import to_placements
 
 Notes = dict[str, list[tuple[str, Annotation]]]  # mesh dim -> (FQN, annotation)
 
@@ -172,6 +173,19 @@ def _put_together(work: _Work, roots: RootLayouts, data_axes: tuple[str, ...], n
         unmatched=tuple(u.text for u in work.unmatched),
         warnings=tuple(work.warnings),
     )
+
+
+def check_placements(plan: Resolved) -> None:
+    """Raises PlanError for a parameter that real ranks cannot hold as a DTensor: torch has no placements for it."""
+    for layout in plan.params.values():
+        stored = layout.stored_spec(plan.mesh)
+        if to_placements(stored, plan.mesh) is None:
+            order = ", ".join(sorted(layout.stored, key=lambda axis: axis not in layout.compute))
+            raise PlanError(
+                f"{layout.fqn} would be stored as {stored}, and torch has no placements for such uneven pieces",
+                excerpt="\n".join(layout.keys.values()),
+                help=f"list the mesh dims as {order}, or shard another dim: FullyShard(placement=lambda p: Shard(1))",
+            )
 
 
 def _layout(name: str, work: _Work) -> ParamLayout:

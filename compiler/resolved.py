@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -150,9 +150,26 @@ class Resolved:
             return name
         return next((fqn for fqn, layout in self.params.items() if name in layout.aliases), name)
 
+    def layout(self, name: str) -> ParamLayout | None:
+        """Of a parameter under any of its names, or of a buffer that the plan names; other buffers have none."""
+        return self.params.get(self.canonical(name)) or self.buffers.get(name)
+
     def reshards(self, axis: str, unit: str) -> bool | int:
         """Whether (or to how many ranks) a gather unit frees its parameters after forward."""
         return self.unit_reshard.get((axis, unit), self.reshard_after[axis])
+
+    def gather_unit(self, fqn: str) -> str | None:
+        """The unit whose gathers and reductions a parameter takes part in; None for one that is not gathered."""
+        layout = self.params[fqn]
+        units = [layout.unit[a] for a in layout.stored if a in layout.unit and a not in layout.compute]
+        return " ".join(dict.fromkeys(units)) if units else None
+
+    def wire_dtype(self, move: Sequence[object], own: torch.dtype) -> torch.dtype:
+        """In which dtype a gradient travels; move: the arguments of its reduction but the operand."""
+        at = next(i for i, a in enumerate(move) if a in self.mesh)
+        summed = (*move[at + 1 :], "sum")[0] == "sum"
+        wanted = self.reduce_dtype.get(str(move[at]))
+        return wanted if wanted is not None and summed and own.is_floating_point else own
 
     def check_count(self, module: str, side: Literal["in", "out"], count: int) -> None:
         """Raises PlanError where a module takes or returns another number of values than its layouts are for.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch._logging._internal import trace_structured
+from torch._logging import trace_structured  # pyright: ignore[reportPrivateImportUsage]
 
 if TYPE_CHECKING:
     from shardc.compiler.pipeline import Record

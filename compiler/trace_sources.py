@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from shardc.compiler.errors import ShardingError
+from shardc.compiler.graph import is_random
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -156,13 +157,15 @@ def _definition(module: nn.Module) -> Source:
 
 
 def _backward(graph: Graph, signature: Signature) -> set[Node]:
-    """Nodes that depend on a tangent, or that only gradients need."""
+    """Nodes that depend on a tangent, or that only gradients need. What forward drew it draws, though unused."""
     nodes = list(graph.nodes)
     late = {n for n, i in zip(nodes, signature.inputs, strict=False) if i.kind is InputKind.TANGENT}
     results = nodes[-1].args[0]
     needed = {r for r, o in zip(results, signature.outputs, strict=True) if o.kind is not OutputKind.GRADIENT}
     for node in reversed(nodes[:-1]):
-        if node in needed:
+        early = node.op == "call_function" and node.meta.get("partitioner_tag") != "is_backward"
+        if node in needed or (early and is_random(node)):
+            needed.add(node)
             needed.update(node.all_input_nodes)
     for node in nodes:
         if any(operand in late for operand in node.all_input_nodes):

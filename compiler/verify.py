@@ -65,9 +65,9 @@ def _check_layouts(node: Node, stage: Stage) -> None:
 def _check_call(node: Node, stage: Stage, mesh: Mesh) -> None:
     move = move_of(node)
     if move is not None:
-        source = move.args[0]
-        if isinstance(source, Node) and specs(source) and specs(node):
-            _check_collective(node, move, spec(source), spec(node), mesh)
+        for part in move.each():
+            if specs(part.args[0]) and "spec" in part.meta:
+                _check_collective(node, part, spec(part.args[0]), part.meta["spec"], mesh)
         if node.target is c.start and any(user.target is not c.wait for user in node.users):
             raise _broken(node, "is used before it is waited for")
     elif node.target is c.wait:
@@ -81,6 +81,10 @@ def _check_call(node: Node, stage: Stage, mesh: Mesh) -> None:
 
 def _check_collective(node: Node, move: Call, before: Spec, after: Spec, mesh: Mesh) -> None:
     axis = move.axis
+    if move.target is c.fetch:
+        if before.dim_of(axis) != move.args[1] or after.dim_of(axis) != move.args[1]:
+            raise _broken(node, f"cannot turn {before} into {after}")
+        return
     was, now = _state(before, axis), _state(after, axis)
     reduced = before.reduction(axis) == (*move.args[move.args.index(axis) + 1 :], "sum")[0]
     legal = {

@@ -225,9 +225,7 @@ def _cast_alone(tail: Tail, steps: Sequence[Node], ctx: Context) -> bool:
 
 def _wire(step: Node, own: torch.dtype, ctx: Context) -> torch.dtype:
     """In which dtype a reduction's operand travels."""
-    summed = (*step.args[step.args.index(_axis(step)) + 1 :], "sum")[0] == "sum"
-    wanted = ctx.plan.reduce_dtype.get(_axis(step))
-    return wanted if wanted is not None and summed and own.is_floating_point else own
+    return ctx.plan.wire_dtype(step.args[1:], own)
 
 
 def _reduced(value: Node, steps: Sequence[Node], ctx: Context) -> Node:

@@ -75,12 +75,12 @@ def _replace_mark(node: Node, changes: Counter) -> None:
         node.replace_all_uses_with(value)
     else:
         why = "; ".join(dict.fromkeys(wish[3] for wish in node.meta.get("wish", ())))
-        node.replace_all_uses_with(_insert(value, spec(node), node, why=why))
+        node.replace_all_uses_with(_insert(value, spec(node), node, why=why, unit=node.meta.get("unit")))
         changes["reshard"] += 1
     node.graph.erase_node(node)
 
 
-def _insert(value: Node, needed: Spec, user: Node, **meta: str) -> Node:
+def _insert(value: Node, needed: Spec, user: Node, **meta: str | None) -> Node:
     """A reshard in front of a user. A sum belongs to the module that left it pending, all else to its user's."""
     like = value if spec(value).pending else user
     with user.graph.inserting_before(user):

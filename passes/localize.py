@@ -4,25 +4,27 @@
   ==>
     %view: f32[8@dp, 4@tp, 16] = aten.view(%mm, [8@dp, 4@tp, 16])
 
+What the compiler itself put there (`shardc.draw`) is spelled out in ATen operators, also where it is whole.
 Sizes that differ between ranks stay written as what they are and are bound when the program is loaded.
 What an operator needs beyond local operands stands beside its rule, as its localize function.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.collectives import all_reduce
+from shardc.compiler.collectives import all_reduce, fetch, make_partial
 from shardc.compiler.graph import INHERITED, call_nodes, operands, specs, tensors
 from shardc.compiler.infer import Decision, OpRule, call_rule, decide_node
-from shardc.compiler.local import bind, local_size, local_start
+from shardc.compiler.local import bind, local_place, local_size, local_start
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.spec import Spec, axes_of, chunk, size_of
@@ -49,7 +51,7 @@ class Localize:
             if node.target in VIEWS:
                 node.target = aten.reshape.default  # a piece may lie in memory otherwise than the whole
             rule = call_rule(node) if hasattr(node.target, "overloadpacket") else None
-            if rule is None or not _differs(node):
+            if rule is None or not (_differs(node) or getattr(node.target, "namespace", "") == "shardc"):
                 continue
             changes["localized"] += _localize(gm, node, rule, mesh)
         return changes
@@ -114,15 +116,24 @@ class GraphSite:
     def start(self, factor: str) -> Any:
         return local_start(self._factors[factor])
 
+    def runs(self, factor: str) -> list[tuple[int, Any, Any]]:
+        return [(part.size, local_start((part,)), local_size((part,))) for part in self._factors[factor]]
+
     def full(self, factor: str) -> int:
         return size_of(self._factors[factor])
 
+    def place(self, factor: str) -> Any:
+        return local_place(self._factors[factor])
+
+    def ways(self, factor: str) -> int:
+        return math.prod(self._mesh[a] for a in axes_of(self._factors[factor]))
+
+    def least(self, factor: str) -> int:
+        last = {a: self._mesh[a] - 1 for a in axes_of(self._factors[factor])}
+        return math.prod(chunk(part.size, self._mesh, part.axes, last)[1] for part in self._factors[factor])
+
     def may_be_empty(self, factor: str) -> bool:
-        for part in self._factors[factor]:
-            last = {a: self._mesh[a] - 1 for a in part.axes}
-            if chunk(part.size, self._mesh, part.axes, last)[1] == 0:
-                return True
-        return False
+        return self.least(factor) == 0
 
     def result_shape(self, i: int = 0) -> list[Any]:
         return _shape(self._decision.results[i])
@@ -142,6 +153,19 @@ class GraphSite:
         if isinstance(leaf, Node):
             return local_value(leaf, self._mesh)
         return torch.device("meta") if isinstance(leaf, torch.device) else leaf
+
+    def of_first_rank(self, x: Any) -> Any:
+        for axis in self._mesh.names:
+            if self._mesh[axis] > 1:
+                x = self.call(all_reduce, self.call(make_partial, x, axis), axis)
+        return x
+
+    def fetch(self, x: Any, dim: int, factor: str, wanted: Callable[[int, int], Sequence[range]]) -> Any:
+        ((part),) = self._factors[factor]
+        (axis,) = part.axes
+        pieces = [chunk(part.size, self._mesh, part.axes, {axis: i}) for i in range(self._mesh[axis])]
+        runs = tuple(tuple((r.start, r.stop, r.step) for r in wanted(*piece) if len(r)) for piece in pieces)
+        return self.call(fetch, x, dim, axis, tuple(n for _, n in pieces), runs)
 
     def all_reduce(self, x: Any, factor: str, op: str = "sum") -> Any:
         for axis in axes_of(self._factors[factor]):

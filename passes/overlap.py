@@ -13,8 +13,9 @@
 
 Forward comes first, then backward; nothing crosses from one to the other. A reduction starts when its operand
 is ready and is waited for as late as `window` bytes in flight allow. A gather, whose result is larger than
-what it gathers, is waited for where it is used and started as early as `window` and `ahead` allow. Left alone:
-a collective with no computation between its operand and its first use, or over one rank.
+what it gathers, is waited for where it is used and started as early as `window` and `ahead` allow; that of a unit's
+parameters only while the parameters of fewer than `units` units are held, the root's included. Left alone: a
+collective with no computation between its operand and its first use, or over one rank.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import GraphModule, Node
 
+from shardc.compiler.accounts import last_uses
 from shardc.compiler.collectives import COLLECTIVES, all_gather, start, wait
-from shardc.compiler.graph import call_nodes, local_nbytes, move_of, returned
+from shardc.compiler.graph import call_nodes, early_draws, local_nbytes, move_of, returned
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.signature import OutputKind, Signature
@@ -36,10 +38,12 @@ from shardc.compiler.verify import Stage
 
 @dataclass(frozen=True)
 class Overlap:
-    """window: bytes of results that may be in flight at once. ahead: how many gathers may be; at least one."""
+    """window: bytes of results that may be in flight at once. ahead: how many gathers may be; at least one.
+    units: of how many units parameters may be held or under way for the sake of an early start."""
 
     window: int = 256 * 2**20
     ahead: int = 2
+    units: int = 2
 
     name = "overlap"
     takes = Stage.LOCAL
@@ -53,7 +57,7 @@ class Overlap:
         halves = [[n for n in calls if (n in forward) is first] for first in (True, False)]
         end = gm.graph.output_node()
         for half in halves:
-            schedule = _Schedule(half, ctx.mesh, self.window, self.ahead)
+            schedule = _Schedule(half, ctx.mesh, self.window, self.ahead, self.units)
             for node in schedule.order():
                 end.prepend(node)
             changes["started"] += len(schedule.starts)
@@ -61,11 +65,11 @@ class Overlap:
 
 
 def _forward(gm: GraphModule, signature: Signature) -> set[Node]:
-    """What the caller's results are made of."""
+    """What the caller's results are made of, and random draws."""
     ends = returned(gm)
     first = signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)
     seen: set[Node] = set()
-    stack = [ends[i] for i in first]
+    stack = [*(ends[i] for i in first), *early_draws(gm)]
     while stack:
         node = stack.pop()
         if isinstance(node, Node) and node not in seen:
@@ -82,6 +86,7 @@ class _Schedule:
     mesh: Mesh
     window: int
     ahead: int
+    units: int
     starts: dict[Node, int] = field(default_factory=dict)  # collective -> slot
     waits: dict[Node, int] = field(default_factory=dict)
 
@@ -89,14 +94,24 @@ class _Schedule:
         self._at = {node: i for i, node in enumerate(self.nodes)}
         self._flying = [0] * len(self.nodes)  # bytes under way while a node runs
         self._gathers = [0] * self.ahead  # the slots where the last of them were needed
+        self._arrived = 0  # behind the last unit's gather: its message must be gone before the next comes
         self._reductions: list[Node] = []
+        self._held: list[set[str]] = [set() for _ in self.nodes]  # the units whose parameters are there
+        last = last_uses(self.nodes)
+        for node in self.nodes:
+            if _unit(node) is not None:
+                self._hold(node, self._at[node], max(last.get(n, 0) for n in (node, *node.users)) + 1)
         for node in self.nodes:
             if node.target in COLLECTIVES and self.mesh[_axis(node)] > 1:
                 self._place(node)
 
     def _place(self, node: Node) -> None:
         ready, need, size = self._ready(node), self._need(node), local_nbytes(node, self.mesh)
-        if node.target is all_gather:
+        if _unit(node) is not None:
+            begin, end = self._back(self._free(node, max(ready, self._arrived), need), need, size), need
+            self._hold(node, begin, end)
+            self._arrived = need + 1
+        elif node.target is all_gather:
             begin, end = self._back(max(ready, self._gathers[0]), need, size), need
             self._gathers = [*self._gathers[1:], need]
         else:
@@ -106,6 +121,17 @@ class _Schedule:
         if any(_computes(n) for n in self.nodes[begin:end]):
             self.starts[node], self.waits[node] = begin, end
             self._fly(begin, end, size)
+
+    def _hold(self, node: Node, begin: int, end: int) -> None:
+        for held in self._held[begin:end]:
+            held.add(node.meta["unit"])
+
+    def _free(self, node: Node, ready: int, need: int) -> int:
+        """The first slot from which one more unit may be held."""
+        begin = need
+        while begin > ready and len(self._held[begin - 1] | {node.meta["unit"]}) <= self.units:
+            begin -= 1
+        return begin
 
     def _make_room(self, slot: int, size: int) -> None:
         """Wait for the oldest reductions under way, if so much more may not fly."""
@@ -121,9 +147,11 @@ class _Schedule:
             self._flying[i] += size
 
     def _ready(self, node: Node) -> int:
-        """The first slot behind the operand. What backward computes again must not be computed sooner for this."""
-        operand = node.args[0]
-        assert isinstance(operand, Node)
+        """The first slot behind the operands."""
+        return max(self._ready_one(node, operand) for operand in node.all_input_nodes)
+
+    def _ready_one(self, node: Node, operand: Node) -> int:
+        """Behind one of them. What backward computes again must not be computed sooner for this."""
         if operand in self.waits:
             return self.waits[operand]
         if operand.op != "placeholder" and operand not in self._at:
@@ -164,6 +192,11 @@ class _Schedule:
             if i < len(self.nodes) and self.nodes[i] not in self.starts:
                 out.append(self.nodes[i])
         return out
+
+
+def _unit(node: Node) -> str | None:
+    """The unit whose parameters a node gathers, if any."""
+    return node.meta.get("unit") if node.target is all_gather else None
 
 
 def _axis(node: Node) -> str:

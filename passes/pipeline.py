@@ -8,24 +8,34 @@ from shardc.compiler.pipeline import Context
 from shardc.passes.bucket_collectives import BucketCollectives
 from shardc.passes.canonicalize import Canonicalize
 from shardc.passes.choose_factors import ChooseFactors
+from shardc.passes.draw_whole import DrawWhole
 from shardc.passes.fuse_cross_entropy import FuseCrossEntropy
 from shardc.passes.insert_reshards import InsertReshards
+from shardc.passes.join_units import JoinUnits
 from shardc.passes.localize import Localize
 from shardc.passes.lower_reshards import LowerReshards
 from shardc.passes.merge_equal import MergeEqual
+from shardc.passes.number_draws import NumberDraws
 from shardc.passes.overlap import Overlap
 from shardc.passes.propagate import Propagate
 from shardc.passes.regather_in_backward import RegatherInBackward
 from shardc.passes.seed_plan import SeedPlan
 
 LOCALIZE = Localize()  # also what proves a user's rule
-CANONICALIZE = Canonicalize()  # also what the compiler looks at before it settles how parameters are stored
+
+
+def first_passes(ctx: Context) -> list[Any]:
+    """Those that need no layouts: after them the compiler also settles how parameters are stored."""
+    return [
+        Canonicalize(),  # fewer spellings, so fewer rules
+        NumberDraws() if ctx.rng == "counter" else DrawWhole(),  # random numbers that no layout changes
+    ]
 
 
 def pipeline(ctx: Context) -> list[Any]:
     """Every pass of one compilation."""
     return [
-        CANONICALIZE,  # fewer spellings, so fewer rules
+        *first_passes(ctx),
         FuseCrossEntropy(),  # split classes then need no reduction in backward
         SeedPlan(),  # the user's wishes become layouts
         RegatherInBackward(),  # memory for wire: freed parameters are gathered again
@@ -36,6 +46,7 @@ def pipeline(ctx: Context) -> list[Any]:
         LowerReshards(),  # ... and cost something
         MergeEqual(),  # the first legs of two ways may be the same
         LOCALIZE,  # global shapes end here                                        RESHARDED -> LOCAL
+        JoinUnits(),  # latency: what one unit gathers, and reduces, moves at once
         BucketCollectives(),  # latency: few large reductions of gradients
         Overlap(),  # last: it fixes the order                                       LOCAL -> SCHEDULED
     ]

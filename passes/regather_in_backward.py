@@ -11,8 +11,8 @@
     %gx: f32[4, 8] = aten.mm(%grad, %g_1)
 
 Views and casts of the parameter that backward uses are made again from the second gather, else they would keep
-the first alive. Left alone: gathers that are kept (`reshard_after_forward=False`), and those that backward, or
-forward, does not use.
+the first alive. Where backward computes a region again, the gather for it belongs to the region. Left alone:
+gathers that are kept (`reshard_after_forward=False`), and those that backward, or forward, does not use.
 """
 
 from __future__ import annotations
@@ -46,9 +46,20 @@ class RegatherInBackward:
         changes: Counter = Counter()
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         for gather in call_nodes(gm, reshard):
-            if gather.meta.get("regather"):
+            region = _region(gather)
+            if gather.meta.get("regather") and region:
+                gather.meta["recompute"] = region
+                changes["gathers"] += 1
+            elif gather.meta.get("regather"):
                 changes["gathers"] += _again(gather, order) is not None
         return PassResult(changes)
+
+
+def _region(gather: Node) -> str:
+    """The region that backward computes again, if all uses in forward lie in it: the gather is made again with it."""
+    early = [u for u in gather.users if u.op != "output" and u.meta.get("phase") != "backward"]
+    regions = {u.meta.get("recompute") or "" for u in early}
+    return regions.pop() if len(regions) == 1 else ""
 
 
 def _again(node: Node, order: dict[Node, int]) -> Node | None:

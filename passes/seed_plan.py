@@ -26,7 +26,18 @@ from shardc.compiler.averages import Averages
 from shardc.compiler.borders import input_layout, output_layout
 from shardc.compiler.collectives import reshard
 from shardc.compiler.errors import PlanError
-from shardc.compiler.graph import arguments, call_nodes, insert, output_node, placeholders, returned, shape, spec
+from shardc.compiler.graph import (
+    CAST,
+    arguments,
+    call_nodes,
+    insert,
+    nbytes,
+    output_node,
+    placeholders,
+    returned,
+    shape,
+    spec,
+)
 from shardc.compiler.marks import CONSTRAIN, MARK, MarkKey, UnlessPending, parse_key
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.signature import Input, InputKind, OutputKind
@@ -172,7 +183,8 @@ def _gradient(gm: GraphModule, node: Node, source: Input, averages: Averages, ct
     why = f"gradient of {source.name}"
     places = {a: layout.stored.get(a, REPLICATE) for a in order}
     wish = tuple((a, UnlessPending(p) if a in kept else p, False, why) for a, p in places.items())
-    new = insert(gm.graph, MARK, (node, f"|gradient|{source.name}|"), node, wish=wish)
+    unit = ctx.plan.gather_unit(source.name)
+    new = insert(gm.graph, MARK, (node, f"|gradient|{source.name}|"), node, wish=wish, unit=unit)
     ways = averages.divisor(source.name, ctx.plan, ctx.mesh)
     if ways == 1 or not ctx.reduce:  # what is kept back is divided when it is reduced
         return new
@@ -189,11 +201,21 @@ def _divide_tangent(gm: GraphModule, nodes: dict[str, Node], i: int, ways: int, 
         user.replace_input_with(tangent, divided)
 
 
+def _narrowed(node: Node) -> Node:
+    """What a parameter is gathered as: its cast to a narrower dtype, where that is its only use."""
+    if len(node.users) == 1:
+        (user,) = node.users
+        if user.target is CAST and nbytes(user) < nbytes(node):
+            return user
+    return node
+
+
 def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) -> int:
     """The gather of a parameter stored in one layout and computed with in another."""
     layout = ctx.plan.params[fqn]
     if layout.stored == layout.compute:
         return 0
+    node = _narrowed(node)
     users = [u for u in node.users if u.op != "output"]
     if not users:
         return 0
@@ -201,7 +223,7 @@ def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) 
     with node.graph.inserting_before(min(users, key=order.__getitem__)):
         gather = insert(
             node.graph, reshard, (node, layout.compute_spec(ctx.mesh)), node, phase="forward", regather=freed,
-            why="; ".join(layout.keys.values()),
+            unit=ctx.plan.gather_unit(fqn), why="; ".join(layout.keys.values()),
         )  # fmt: skip
     for user in users:
         user.replace_input_with(node, gather)

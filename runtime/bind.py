@@ -19,34 +19,38 @@ from torch.distributed import ProcessGroup
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler import collectives as c
-from shardc.compiler.collectives import cut_of
-from shardc.compiler.graph import spec
+from shardc.compiler.collectives import Cut, cut_of
+from shardc.compiler.graph import move_of, spec
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
-from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Line, ReduceScatter
+from shardc.runtime.together import GatherTogether, ScatterTogether
+from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Fetch, Line, ReduceScatter
 
 aten = torch.ops.aten
-Call = tuple[Callable[..., Tensor], tuple]  # what to call, and with what beside the operand
+Bound = tuple[Callable[..., Tensor], tuple]  # what to call, and with what beside the operand
 KEPT = ("where", "path", "phase", "made_by")  # small texts; values and layouts stay behind
 
 
 def bind_program(
-    gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], groups: Mapping[str, ProcessGroup]
+    gm: GraphModule,
+    mesh: Mesh,
+    coords: Mapping[str, int],
+    groups: Mapping[str, ProcessGroup],
+    look: Callable[[], None] | None = None,
 ) -> GraphModule:
     """A LOCAL or SCHEDULED program as the rank at `coords` runs it: local tensors in, local tensors out.
 
-    groups: this rank's process group along each mesh dim that has more than one rank. Nodes keep their names.
-    No gradient flows through collectives. Raises ValueError for a call that has no place in such a program.
+    groups: this rank's process group along each mesh dim that has more than one rank. look: see `wire.Line`.
+    Nodes keep their names. No gradient flows through collectives.
+    Raises ValueError for a call that has no place in such a program.
     """
-    return _Binder(gm, mesh, coords, groups).bound()
+    lines = {a: Line(a, mesh[a], coords[a], groups.get(a), look) for a in mesh.names}
+    return _Binder(gm, mesh, coords, lines).bound()
 
 
 class _Binder:
-    def __init__(
-        self, gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], groups: Mapping[str, ProcessGroup]
-    ) -> None:
-        self.gm, self.mesh, self.coords = gm, mesh, dict(coords)
-        self.lines = {a: Line(a, mesh[a], coords[a], groups.get(a)) for a in mesh.names}
+    def __init__(self, gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], lines: Mapping[str, Line]) -> None:
+        self.gm, self.mesh, self.coords, self.lines = gm, mesh, dict(coords), lines
         self.graph = Graph()
         self.env: dict[Node, Node] = {}
         self.started: dict[Node, Any] = {}  # the collective behind each start
@@ -65,7 +69,7 @@ class _Binder:
         if node.target in MOVES:
             x, *rest = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.values()  # pyright: ignore
             target, args = MOVES[node.target](self, node, x, *rest)
-            return target, (self.env[x], *args), {}
+            return target, (self.env[x] if isinstance(x, Node) else [self.env[value] for value in x], *args), {}
         ours = getattr(node.target, "__module__", None) == c.__name__ and node.target not in c.LOCAL_STEPS
         if ours or node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
@@ -75,18 +79,22 @@ class _Binder:
     def _leaf(self, leaf: Any) -> Any:
         return self.env[leaf] if isinstance(leaf, Node) else leaf
 
-    def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> Call:
+    def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> Bound:
         return AllReduce(op, self.lines[axis], f"%{node.name}"), ()
 
-    def all_gather(self, node: Node, x: Node, dim: int, axis: str) -> Call:
+    def all_gather(self, node: Node, x: Any, dim: Any, axis: str) -> Bound:
+        if not isinstance(x, Node):
+            return GatherTogether(*self._cuts(node), self.lines[axis], f"%{node.name}"), ()
         cut = cut_of(spec(x), dim, axis, self.mesh, self.coords, spec(x))
         return AllGather(cut, self._shape(node), self.lines[axis], f"%{node.name}"), ()
 
-    def reduce_scatter(self, node: Node, x: Node, dim: int, axis: str, op: str = "sum") -> Call:
+    def reduce_scatter(self, node: Node, x: Any, dim: Any, axis: str, op: str = "sum") -> Bound:
+        if not isinstance(x, Node):
+            return ScatterTogether(*self._cuts(node), op, self.lines[axis], f"%{node.name}"), ()
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
         return ReduceScatter(cut, self._shape(node), op, self.lines[axis], f"%{node.name}"), ()
 
-    def all_to_all(self, node: Node, x: Node, source: int, dim: int, axis: str) -> Call:
+    def all_to_all(self, node: Node, x: Node, source: int, dim: int, axis: str) -> Bound:
         before, after = spec(x), spec(node)
         send = cut_of(after, dim, axis, self.mesh, self.coords, before)
         receive = cut_of(before, source, axis, self.mesh, self.coords, after)
@@ -95,31 +103,47 @@ class _Binder:
         moves = any(math.prod(before.local_shape(self.mesh, at)) for at in along)
         return AllToAll(send, receive, self._shape(node), moves, line, f"%{node.name}"), ()
 
-    def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> Call:
+    def fetch(self, node: Node, x: Node, dim: int, axis: str, held: Sequence[int], wanted: Sequence[c.Runs]) -> Bound:
+        return Fetch(dim, held, wanted, self.lines[axis], f"%{node.name}"), ()
+
+    def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> Bound:
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
         index = self.coords[axis]
         start = sum(cut.sizes[:index])
         return piece, (list(cut.view), cut.dim, start, cut.sizes[index], list(self._shape(node)))
 
-    def make_partial(self, node: Node, x: Node, axis: str) -> Call:
+    def make_partial(self, node: Node, x: Node, axis: str) -> Bound:
         return aten.zeros_like.default if self.coords[axis] else aten.alias.default, ()
 
-    def start(self, node: Node, x: Node, kind: str, args: tuple) -> Call:
+    def start(self, node: Node, x: Node, kind: str, args: tuple) -> Bound:
         self.started[node], rest = MOVES[c.NAMED[kind]](self, node, x, *args)
         return self.started[node].start, rest
 
-    def wait(self, node: Node, x: Node) -> Call:
+    def wait(self, node: Node, x: Node) -> Bound:
         return self.started[x].wait, ()
+
+    def _cuts(self, node: Node) -> tuple[list[Cut], list[tuple[int, ...]]]:
+        """How each value that moves here is dealt, and the shape of what this rank gets of it."""
+        move = move_of(node)
+        assert move is not None
+        cuts, shapes = [], []
+        for part in move.each():
+            after = part.meta["spec"]
+            split = spec(part.args[0]) if part.target is c.all_gather else after
+            cuts.append(cut_of(split, part.args[1], part.axis, self.mesh, self.coords, split))
+            shapes.append(after.local_shape(self.mesh, self.coords))
+        return cuts, shapes
 
     def _shape(self, node: Node) -> tuple[int, ...]:
         return spec(node).local_shape(self.mesh, self.coords)
 
 
-MOVES: dict[Any, Callable[..., Call]] = {
+MOVES: dict[Any, Callable[..., Bound]] = {
     c.all_reduce: _Binder.all_reduce,
     c.all_gather: _Binder.all_gather,
     c.reduce_scatter: _Binder.reduce_scatter,
     c.all_to_all: _Binder.all_to_all,
+    c.fetch: _Binder.fetch,
     c.local_slice: _Binder.local_slice,
     c.make_partial: _Binder.make_partial,
     c.start: _Binder.start,

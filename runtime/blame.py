@@ -13,14 +13,12 @@ from shardc.compiler.graph import target_name
 
 
 @contextmanager
-def blaming_next(gm: GraphModule, done: list[Node]) -> Iterator[None]:
-    """For a graph run node by node, the last that was done standing in `done`."""
+def blaming(node: Node) -> Iterator[None]:
+    """For a graph run node by node."""
     try:
         yield
     except Exception as error:
-        calls = [n for n in gm.graph.nodes if n.op == "call_function"]
-        last = done[-1] if done else None
-        _blame(error, calls[calls.index(last) + 1] if last in calls[:-1] else calls[0])
+        _blame(error, node)
         raise
 
 

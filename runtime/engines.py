@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec
-from shardc.runtime.blame import blaming_line, blaming_next
+from shardc.runtime.blame import blaming_line
 from shardc.runtime.shards import cut, join
 from shardc.runtime.simulate import simulate
 
@@ -43,9 +43,7 @@ class SimulatedRanks:
         return [self._join(p, x) for p, x in zip(found, _returned(self._backward), strict=True)]
 
     def _run(self, gm: GraphModule, inputs: Sequence[list[Any]]) -> list[list[Any]]:
-        done: list[Node] = []
-        with blaming_next(gm, done):
-            return simulate(gm, self._mesh, inputs, lambda node, _: done.append(node))
+        return simulate(gm, self._mesh, inputs)
 
     def _cut(self, x: Tensor, spec: Spec) -> list[Tensor]:
         return [cut(x.detach(), spec, self._mesh, at) for at in self._coords]
@@ -58,7 +56,8 @@ class ThisRank:
     """Local tensors in, local tensors out: the bound halves of one rank.
 
     results: how many of forward's returns are the caller's. wrap: what labels which gradients as DTensors.
-    blank: makes the zeros that stand for each carry already consumed. seeded: the generator that forward draws from.
+    blank: makes the zeros that stand for each carry already consumed. early, late: the generator that forward, and
+    backward, draws from.
     """
 
     def __init__(
@@ -68,13 +67,14 @@ class ThisRank:
         results: int,
         wrap: Mapping[int, Any],
         blank: Sequence[Any],
-        seeded: Callable[[], AbstractContextManager[None]] = nullcontext,
+        early: Callable[[], AbstractContextManager[None]] = nullcontext,
+        late: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._forward, self._backward, self._results, self._wrap = forward, backward, results, wrap
-        self._blank, self._seeded = blank, seeded
+        self._blank, self._early, self._late = blank, early, late
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
-        with torch.no_grad(), self._seeded(), blaming_line(self._forward):
+        with torch.no_grad(), self._early(), blaming_line(self._forward):
             found = list(self._forward.forward(*[_local(x) for x in inputs]))
         return found[: self._results], found[self._results :]
 
@@ -82,7 +82,7 @@ class ThisRank:
         assert self._backward is not None
         filled = [make() if c is None else c for c, make in zip(carries, self._blank, strict=True)]
         with torch.no_grad():
-            with blaming_line(self._backward):
+            with self._late(), blaming_line(self._backward):
                 found = self._backward.forward(*saved, *tangents, *filled)
             return [self._wrap[i](g) if i in self._wrap and g is not None else g for i, g in enumerate(found)]
 

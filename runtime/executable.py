@@ -68,6 +68,13 @@ class Executable:
         self.ledger.expect(self.kept.values())  # their backward may come after the next forward
         return results
 
+    def halfway(self, inputs: Flat) -> tuple[list[Any], list[Any]]:
+        """(outputs and mutations, values saved for `gradients`), without autograd."""
+        with _casts_as_traced():
+            found = self.engine.forward(inputs)
+        self.ledger.expect(self.kept.values())
+        return found
+
     def gradients(self, saved: Sequence[Any], tangents: list[Tensor]) -> list[Tensor | None]:
         """Backward, with what was kept back put in and what is to be kept taken out."""
         names = [self.signature.inputs[i].name for i in self.signature.indices(InputKind.CARRY)]

@@ -13,7 +13,9 @@ import os
 import time
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -33,16 +35,18 @@ def agree(
     groups: Groups | Sequence[int] | None,
     what: str,
     timeout: float = TIMEOUT,
+    call: int = 0,
 ) -> None:
     """Return once all ranks of `groups` have called this with the same text.
 
     text: what must be equal, or values, which count as one line each. groups: those of a mesh, or global
     ranks; None for all of the process group. what: its name in the message ("the program", "input sizes").
+    call: which call of a program this precedes, by the count of `Calls`; 0 where it precedes none.
     Without a process group, or called on a rank that is not among them, it returns at once.
     Raises RankMismatchError on every one of the ranks: naming those that differ, their digests and the first
     line that does; or those that did not come within `timeout` seconds, or that the store is gone.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_backend() == "fake":  # its other ranks are not there to ask
         return
     ranks = groups.ranks if isinstance(groups, Groups) else groups
     everyone = tuple(range(dist.get_world_size()) if ranks is None else ranks)
@@ -51,11 +55,65 @@ def agree(
         return
     lines = text if isinstance(text, str) else "\n".join(map(str, text))
     try:
-        _Round(me, everyone, what, lines).hold(timeout)
+        _Round(me, everyone, what, lines, call).hold(timeout)
     except dist.DistError as error:
         raise RankMismatchError(
             f"{what}: the store is gone, with the process that serves it (rank 0 or the launcher): {error}"
         ) from error
+
+
+class Calls:
+    """The calls that some ranks make together, counted by each of them alike.
+
+    A rank whose call needs another program than before compares it with the others, who may be inside a
+    collective of that same call, having the program they need: they look here while they wait for it.
+    """
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        self.ranks, self.number, self.entered = ranks, 0, 0
+
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        """One more call begins: what is compared meanwhile is compared for it."""
+        self.number += 1
+        self.entered = self.number
+        try:
+            yield
+        finally:
+            self.entered = 0
+
+    def look(self) -> None:
+        """Raises RankMismatchError where another rank compares programs before the call that this one is in."""
+        if not dist.is_initialized() or dist.get_backend() == "fake":
+            return
+        me, members = dist.get_rank(), _members(self.ranks)
+        for other in self.ranks:
+            if other == me or not members.check([f"at/{other}"]):
+                continue
+            number, call = members.get(f"at/{other}").decode().split()
+            verdict = f"apart {me} {other}"
+            board = PrefixStore(number, members)
+            if call == str(self.number) and board.compare_set("verdict", "", verdict).decode() == verdict:
+                raise RankMismatchError(_apart(me, other))
+
+
+@cache
+def calls_of(ranks: tuple[int, ...]) -> Calls:
+    """The one count that all compiled modules on these ranks share."""
+    return Calls(ranks)
+
+
+def _members(ranks: tuple[int, ...]) -> PrefixStore:
+    return PrefixStore(f"shardc/agree/{_digest(repr(ranks))}", _store())
+
+
+def _apart(running: int | str, comparing: int | str) -> str:
+    return (
+        f"inputs differ between ranks: rank {running} runs the program of its last call, and rank {comparing} was "
+        "called with inputs of another size or kind, for which it needs another program\n"
+        "help: give every rank inputs of equal shapes (pad or drop the last batch), or DTensors, which know their "
+        "global shape"
+    )
 
 
 class _Round:
@@ -64,10 +122,12 @@ class _Round:
     Ranks count their rounds in the store, so that the n-th of each meet.
     """
 
-    def __init__(self, me: int, ranks: tuple[int, ...], what: str, text: str) -> None:
+    def __init__(self, me: int, ranks: tuple[int, ...], what: str, text: str, call: int) -> None:
         self.me, self.ranks, self.what, self.text = me, ranks, what, text
-        members = PrefixStore(f"shardc/agree/{_digest(repr(ranks))}", _store())
-        self.board = PrefixStore(str(members.add(f"rounds/{me}", 1)), members)
+        members = _members(ranks)
+        number = members.add(f"rounds/{me}", 1)
+        self.board = PrefixStore(str(number), members)
+        members.set(f"at/{me}", f"{number} {call or 'none'}")
 
     def hold(self, timeout: float) -> None:
         """Raises RankMismatchError unless all ranks come within the timeout, with equal texts."""
@@ -78,6 +138,8 @@ class _Round:
         verdict = self.board.compare_set("verdict", "", found).decode()  # whoever is first speaks for all
         if verdict == "differ":
             raise RankMismatchError(self._difference(self._notes()))
+        if verdict.startswith("apart"):
+            raise RankMismatchError(_apart(*verdict.split()[1:]))
         if verdict != "same":
             raise RankMismatchError(self._absence(verdict.removeprefix("missing "), timeout))
 

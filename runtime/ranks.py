@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +17,10 @@ from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec, to_placements
 from shardc.runtime.bind import bind_program
 from shardc.runtime.groups import Groups
-from shardc.runtime.handshake import agree
+from shardc.runtime.handshake import Calls, agree, calls_of
 from shardc.runtime.shards import cut
 from shardc.runtime.state import as_dtensor, broadcast, gather_whole, local_of
+from shardc.runtime.wire import Line
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,16 @@ class Ranks:
     def agree(self, text: str, what: str) -> None:
         """Make sure that every rank holds the same text. Raises RankMismatchError on every rank otherwise."""
         if self.mesh.size > 1:
-            agree(text, self.groups, what)
+            agree(text, self.groups, what, call=self.calls.entered)
+
+    @property
+    def calls(self) -> Calls:
+        """The count of calls that these ranks make together, whatever the module."""
+        return calls_of(self.groups.ranks)
 
     def bind(self, gm: GraphModule) -> GraphModule:
         """A graph of symbolic collectives as this rank runs it."""
-        return bind_program(gm, self.mesh, self.coords, self.groups)
+        return bind_program(gm, self.mesh, self.coords, self.groups, self.calls.look)
 
     def wrapper(self, spec: Spec) -> Callable[[Tensor], Tensor]:
         """What labels a local gradient with its global layout."""
@@ -76,29 +82,40 @@ class Ranks:
         torch.utils.swap_tensors(param, made)
 
     @cached_property
-    def _seed(self) -> int:
-        """A seed that all ranks share: the first rank's."""
-        seed = torch.tensor([torch.initial_seed() % 2**62])
-        device = "cpu" if self.device_mesh.device_type == "cpu" else self.device_mesh.device_type
-        seed = seed.to(device)
-        broadcast(seed, self.device_mesh, 0)
-        return int(seed.item())
+    def lines(self) -> dict[str, Line]:
+        """The ranks along each mesh dim, by its name."""
+        look = self.calls.look
+        return {a: Line(a, self.mesh[a], self.coords[a], self.groups.get(a), look) for a in self.mesh.names}
 
     @contextmanager
-    def seeded(self) -> Iterator[None]:
-        """Draw as every other rank draws in its call of the same number, whatever ranks drew outside."""
-        calls = self._calls
-        calls[0] += 1
-        with torch.random.fork_rng():
-            torch.manual_seed(self._seed + calls[0])
+    def drawing_alike(self) -> Iterator[None]:
+        """Draw as the mesh's first rank does, from where its generators stand; those of the others stay where they
+        are, so each rank can go on drawing by itself outside."""
+        mine = _generators(self.device_mesh.device_type)
+        agreed = [state.to(self.device_mesh.device_type, copy=True) for state in mine]
+        for state in agreed:
+            broadcast(state, self.device_mesh, 0)
+        _set_generators(self.device_mesh.device_type, [state.cpu() for state in agreed])
+        try:
             yield
-
-    @cached_property
-    def _calls(self) -> list[int]:
-        return [0]
+        finally:
+            if any(self.coords.values()):
+                _set_generators(self.device_mesh.device_type, mine)
 
     def zeros(self, node: Node) -> Callable[[], Tensor]:
         """What makes this rank's zeros of a graph value."""
         value, spec = node.meta["val"], node.meta["spec"]
         shape = spec.local_shape(self.mesh, self.coords)
         return lambda: torch.zeros(shape, dtype=value.dtype, device=value.device)
+
+
+def _generators(device_type: str) -> list[Tensor]:
+    """The states of the generators that programs on this kind of device draw from."""
+    states = [torch.get_rng_state()]
+    return states if device_type == "cpu" else [*states, torch.get_device_module(device_type).get_rng_state()]
+
+
+def _set_generators(device_type: str, states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device_type).set_rng_state(state)

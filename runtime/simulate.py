@@ -6,7 +6,9 @@ what real ranks compute, so a test on one process proves the program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +21,12 @@ from shardc.compiler.graph import Call, is_random, move_of
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec
+from shardc.runtime.blame import blaming
 from shardc.runtime.shards import combine, deal, undeal
+from shardc.runtime.workers import run_on_devices
 
 Pieces = list[Any]  # one value per rank
+Env = dict[Node, Pieces]
 
 
 def simulate(
@@ -32,37 +37,83 @@ def simulate(
 ) -> list[Pieces]:
     """Run a LOCAL graph on all ranks. inputs: per placeholder, each rank's piece; result: per output likewise.
 
-    watch, if given, sees every node's pieces as they are made. Values are dropped after their last use.
+    Between collectives each rank runs by itself, by the executor that replicas have (`workers`): on the device its
+    pieces are on. watch, if given, sees every node's pieces as they are made; then all ranks go node by node.
+    Values are dropped after their last use.
     """
-    coords = [mesh.coords(rank) for rank in range(mesh.size)]
-    env: dict[Node, Pieces] = {}
-    feed = iter(inputs)
-    last = _last_uses(gm)
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            env[node] = list(next(feed))
-        elif node.op == "output":
-            return [env[v] if isinstance(v, Node) else [v] * mesh.size for v in node.args[0]]
-        elif (move := move_of(node)) is not None:
-            env[node] = COLLECT[move.target](move, env[move.args[0]], mesh, coords)
+    env: Env = {}
+    feed, last = iter(inputs), _last_uses(gm)
+    ranks = [_Rank(rank, mesh, mesh.coords(rank), env, last) for rank in range(mesh.size)]
+    places = [_device(inputs, rank) for rank in range(mesh.size)]
+    *body, output = gm.graph.nodes
+    for stretch in _stretches(body, watch is None):
+        first = stretch[0]
+        if first.op == "placeholder":
+            env[first] = list(next(feed))
+        elif (move := move_of(first)) is not None:
+            with blaming(first):
+                env[first] = _move(move, env, mesh, [rank.coords for rank in ranks])
+        elif len(stretch) == 1:
+            env[first] = [rank.value(first) for rank in ranks]
         else:
-            draws = is_random(node)
-            env[node] = [_run(node, env, mesh, at, rank, draws) for rank, at in enumerate(coords)]
+            env |= {node: [None] * mesh.size for node in stretch}
+            run_on_devices([partial(rank.run, stretch) for rank in ranks], places, kind="")
         if watch is not None:
-            watch(node, env[node])
-        for dead in last.get(node, ()):
-            del env[dead]
-    raise AssertionError("a graph ends with its output")
+            watch(first, env[first])
+        for node in stretch:
+            for dead in last.get(node, ()):
+                del env[dead]
+    return [env[v] if isinstance(v, Node) else [v] * mesh.size for v in output.args[0]]
 
 
-def _run(node: Node, env: dict[Node, Pieces], mesh: Mesh, coords: dict[str, int], rank: int, draws: bool) -> Any:
-    def piece(leaf: Any) -> Any:
-        return env[leaf][rank] if isinstance(leaf, Node) else leaf
+def _move(move: Call, env: Env, mesh: Mesh, coords: list[dict[str, int]]) -> Pieces:
+    found = [COLLECT[move.target](part, env[part.args[0]], mesh, coords) for part in move.each()]
+    return found[0] if isinstance(move.args[0], Node) else [list(values) for values in zip(*found, strict=True)]
 
-    args, kwargs = bind((tuple(node.args), dict(node.kwargs)), mesh, coords, piece)
-    # Every rank draws the same numbers; the generator moves on once.
-    with torch.random.fork_rng(enabled=draws and rank < mesh.size - 1):
-        return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+@dataclass(frozen=True)
+class _Rank:
+    number: int
+    mesh: Mesh
+    coords: dict[str, int]
+    env: Env  # every rank writes at its own place only
+    last: dict[Node, list[Node]]
+
+    def run(self, stretch: Sequence[Node]) -> None:
+        for node in stretch:
+            self.env[node][self.number] = self.value(node)
+            for dead in self.last.get(node, ()):
+                self.env[dead][self.number] = None
+
+    def value(self, node: Node) -> Any:
+        args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._piece)
+        # Every rank draws the same numbers; the generator moves on once.
+        draws = is_random(node) and self.number < self.mesh.size - 1
+        with blaming(node), torch.random.fork_rng(enabled=draws):
+            return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def _piece(self, leaf: Any) -> Any:
+        return self.env[leaf][self.number] if isinstance(leaf, Node) else leaf
+
+
+def _stretches(nodes: Sequence[Node], long: bool) -> Iterator[list[Node]]:
+    """The nodes in order, in stretches that a rank can run without the others. One generator serves all ranks."""
+    stretch: list[Node] = []
+    for node in nodes:
+        alone = not long or node.op == "placeholder" or move_of(node) is not None or is_random(node)
+        if alone and stretch:
+            yield stretch
+            stretch = []
+        stretch.append(node)
+        if alone:
+            yield stretch
+            stretch = []
+    if stretch:
+        yield stretch
+
+
+def _device(inputs: Sequence[Pieces], rank: int) -> torch.device:
+    return next((pieces[rank].device for pieces in inputs if isinstance(pieces[rank], Tensor)), torch.device("cpu"))
 
 
 def _last_uses(gm: GraphModule) -> dict[Node, list[Node]]:
@@ -142,6 +193,17 @@ def _all_to_all(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     return out
 
 
+def _fetch(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    dim, axis, _, wanted = move.args[1:]
+    out: Pieces = [None] * mesh.size
+    for group in _groups(mesh, axis):
+        whole = torch.cat([pieces[r] for r in group], dim)
+        for r in group:
+            at = torch.tensor(c.indices_of(wanted[coords[r][axis]]), dtype=torch.int64, device=whole.device)
+            out[r] = whole.index_select(dim, at)
+    return out
+
+
 def _make_partial(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     axis = move.args[1]
     return [torch.zeros_like(x) if at[axis] else x for x, at in zip(pieces, coords, strict=True)]
@@ -152,6 +214,7 @@ COLLECT = {
     c.all_gather: _all_gather,
     c.reduce_scatter: _reduce_scatter,
     c.all_to_all: _all_to_all,
+    c.fetch: _fetch,
     c.local_slice: _local_slice,
     c.make_partial: _make_partial,
 }

@@ -33,14 +33,13 @@ def broadcast(x: Tensor, device_mesh: DeviceMesh, source: int) -> None:
         x.data.copy_(packed)
 
 
-def shard_parameter(
-    param: nn.Parameter, spec: Spec, device_mesh: DeviceMesh, coords: Mapping[str, int]
-) -> nn.Parameter:
-    """This rank's piece of a whole parameter, as a DTensor parameter of the same global shape and stride."""
-    mesh = Mesh.of(device_mesh)
-    local = cut(param.detach(), spec, mesh, coords).clone(memory_format=torch.contiguous_format)
-    made = nn.Parameter(as_dtensor(local, spec, device_mesh), requires_grad=param.requires_grad)
-    return made
+def shard(whole: Tensor, spec: Spec, device_mesh: DeviceMesh, coords: Mapping[str, int]) -> Tensor:
+    """This rank's piece of a whole parameter or buffer, as a DTensor of its kind and global shape."""
+    local = cut(whole.detach(), spec, Mesh.of(device_mesh), coords).clone(memory_format=torch.contiguous_format)
+    held = as_dtensor(local, spec, device_mesh)
+    if isinstance(whole, nn.Parameter):
+        return nn.Parameter(held, requires_grad=whole.requires_grad)
+    return held.requires_grad_(whole.requires_grad)
 
 
 def as_dtensor(local: Tensor, spec: Spec, device_mesh: DeviceMesh) -> DTensor:

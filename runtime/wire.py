@@ -13,34 +13,40 @@ all-reduce here takes half that of all_reduce for 256 bytes, about the same for 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardc.compiler.collectives import Cut
-from shardc.compiler.errors import RankFailure
+from shardc.compiler.collectives import Cut, Runs, indices_of
+from shardc.compiler.errors import RankFailure, RankMismatchError
 from shardc.runtime.shards import combine
 
 # torch 2.13 has these under new names and warns about the old ones, which are all that 2.11 has
 _gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 SUMMED = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
+PATIENCE = timedelta(seconds=2)  # before a rank looks whether the others are elsewhere
 SMALL = 1 << 20  # bytes: all summands gathered in one round beat two rounds up to about here (gloo, measured)
 
 
 class Line:
     """The ranks along one mesh dim as this rank sees them. index: its own place among them.
 
-    group may be None only where the rank is alone.
+    group may be None only where the rank is alone. look: what to call when others let this rank wait; it raises
+    where they will never come.
     """
 
-    def __init__(self, axis: str, size: int, index: int, group: dist.ProcessGroup | None) -> None:
-        self.axis, self.size, self.index, self.group = axis, size, index, group
+    def __init__(
+        self, axis: str, size: int, index: int, group: dist.ProcessGroup | None, look: Callable[[], None] | None = None
+    ) -> None:
+        self.axis, self.size, self.index, self.group, self.look = axis, size, index, group, look
         config = dist.get_backend_config(group) if group is not None and size > 1 else ""
         self._backends = dict(part.split(":") for part in config.split(",") if part)
 
@@ -57,7 +63,7 @@ class Issued(NamedTuple):
     """A collective under way: what to wait for, and then to do. It keeps what is still being sent."""
 
     work: Any  # a torch.distributed.Work, or None where nothing moves
-    finish: Callable[[], Tensor]
+    finish: Callable[[], Any]  # the result, or a list of them
     sent: Tensor
 
 
@@ -67,7 +73,8 @@ class Collective:
     `start` issues it, `wait` finishes it; between the two a rank may do anything else. The operand may lie in
     memory in any way; the result is contiguous and shares no memory with it, except on a line of one rank,
     where nothing moves and the result is the operand. No gradient flows through.
-    Raises RankFailure naming the node, mesh dim and ranks where the backend reports an error or timeout.
+    Raises RankFailure naming the node, mesh dim and ranks where the backend reports an error or timeout, and
+    RankMismatchError where the others' inputs call for another program.
     """
 
     def __init__(self, kind: str, line: Line, node: str, moves: bool) -> None:
@@ -84,14 +91,29 @@ class Collective:
             return Issued(None, lambda: self._alone(x), x)
         return self._start(x) if self.moves else Issued(None, lambda: self._empty(x), x)
 
-    def wait(self, issued: Issued) -> Tensor:
+    def wait(self, issued: Issued) -> Any:
         """The result of what `start` issued."""
         if issued.work is not None:
             try:
-                issued.work.wait()
+                self._finish(issued)
+            except RankMismatchError:
+                raise
             except RuntimeError as error:
                 raise self._lost(error) from error
         return issued.finish()
+
+    def _finish(self, issued: Issued) -> None:
+        if self.line.look is None or self.line.backend(issued.sent) != "gloo":  # elsewhere a wait does not block
+            issued.work.wait()
+            return
+        while True:
+            try:
+                issued.work.wait(PATIENCE)
+                return
+            except RuntimeError:
+                if issued.work.is_completed():
+                    raise
+            self.line.look()
 
     def _alone(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -217,7 +239,7 @@ class ReduceScatter(Collective):
     def _by_backend(self, x: Tensor, mine: int) -> Issued:
         flat = self.pieces.dealt(x, self.pieces.longest)
         total = room(flat, self.pieces.longest)
-        work = self._issue(_reduce_pieces, total, flat, dist.ReduceOp.SUM)
+        work = self._issue(reduce_pieces, total, flat, dist.ReduceOp.SUM)
         return Issued(work, lambda: total[:mine].view(self.shape), flat)
 
 
@@ -245,6 +267,45 @@ class AllToAll(Collective):
         return Issued(work, lambda: self.receive.joined(got).view(self.shape), flat)
 
 
+class Fetch(Collective):
+    """[n@axis] -> the indices that each rank wants. held: how many each has of dim; wanted: each rank's, as runs."""
+
+    def __init__(self, dim: int, held: Sequence[int], wanted: Sequence[Runs], line: Line, node: str = "fetch") -> None:
+        asked = [indices_of(runs) for runs in wanted]
+        super().__init__("fetch", line, node, moves=any(asked))
+        begins = [0, *itertools.accumulate(held)]
+        owner = [r for r, n in enumerate(held) for _ in range(n)]
+        me = line.index
+        send = [[i - begins[me] for i in mine if owner[i] == me] for mine in asked]
+        sources = sorted(range(len(asked[me])), key=lambda i: owner[asked[me][i]])  # where what comes in belongs
+        self.dim, self.send = dim, [i for rows in send for i in rows]
+        self.order = sorted(range(len(sources)), key=sources.__getitem__)
+        self.sent = [len(rows) for rows in send]
+        self.got = [sum(owner[i] == r for i in asked[me]) for r in range(len(held))]
+
+    def _alone(self, x: Tensor) -> Tensor:
+        return _rows(x, self.dim, self.send).contiguous()
+
+    def _empty(self, x: Tensor) -> Tensor:
+        return _rows(x, self.dim, []).contiguous()
+
+    def _start(self, x: Tensor) -> Issued:
+        rows = _rows(x, self.dim, self.send).movedim(self.dim, 0)
+        wide = math.prod(rows.shape[1:])
+        flat = _flat(rows)
+        work, got = self._exchange(flat, [n * wide for n in self.sent], [n * wide for n in self.got])
+
+        def finish() -> Tensor:
+            whole = got.view(len(self.order), *rows.shape[1:])
+            return _rows(whole, 0, self.order).movedim(0, self.dim).contiguous()
+
+        return Issued(work, finish, flat)
+
+
+def _rows(x: Tensor, dim: int, at: Sequence[int]) -> Tensor:
+    return x.index_select(dim, torch.tensor(at, dtype=torch.int64, device=x.device))
+
+
 class Pieces:
     """The pieces of one cut as they lie on the wire: flat, one after another in rank order."""
 
@@ -270,15 +331,16 @@ class Pieces:
 
     def joined(self, got: Tensor) -> Tensor:
         """The whole, flat or in its own shape, from its pieces one after another."""
-        return got if self.leading else self._joined(got.split_with_sizes(self.numels))
+        return got if self.leading else self.join(got.split_with_sizes(self.numels))
 
     def joined_rows(self, rows: Tensor) -> Tensor:
         """The whole, flat or in its own shape, from rows of the longest piece, less what else they hold."""
         if self.leading and self.gapless:
             return rows.view(-1)[: sum(self.numels)]
-        return self._joined([row[:n] for row, n in zip(rows.unbind(), self.numels, strict=True)])
+        return self.join([row[:n] for row, n in zip(rows.unbind(), self.numels, strict=True)])
 
-    def _joined(self, flats: Sequence[Tensor]) -> Tensor:
+    def join(self, flats: Sequence[Tensor]) -> Tensor:
+        """The whole, from its flat pieces."""
         return torch.cat([p.view(v) for p, v in zip(flats, self.views, strict=True)], self.cut.dim)
 
 

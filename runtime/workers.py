@@ -23,7 +23,8 @@ def run_on_devices(
     """The results of the calls, in order. Call i has device i current; one call alone runs in this thread.
 
     Every call runs to its end. Then the first failure in order is raised: the exception itself, its message
-    extended by kind, number, device and original traceback; the failures after it are named in its notes.
+    extended by kind, number, device and original traceback; the failures after it are named in its notes. Without
+    a kind it is raised as it is.
     """
     if len(calls) != len(devices):
         raise ValueError(f"{len(calls)} calls for {len(devices)} devices")
@@ -115,6 +116,8 @@ def _first_failure(slots: Sequence[_Slot[T]], kind: str) -> BaseException | None
     if not failed:
         return None
     i, slot, error = failed[0]
+    if not kind:
+        return error
     where = f"in {kind} {i} on device {slot.device}"
     _tell(error, f"Caught {type(error).__name__} {where}.\nOriginal {slot.text}")
     for j, other, also in failed[1:]:

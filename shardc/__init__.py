@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shardc.compiler.mesh import Mesh
     from shardc.compiler.plan import FullyShard, Layout, Plan, Precision, Replicated
     from shardc.compiler.rules.table import rule
+    from shardc.compiler.train_step import train_step
     from shardc.runtime.launch import launch
     from shardc.runtime.replicas import data_parallel, replicas
 
@@ -40,6 +41,7 @@ __all__ = [
     "replicas",
     "replicate",
     "rule",
+    "train_step",
 ]
 
 _HOME = {
@@ -65,6 +67,7 @@ _HOME = {
     "replicas": "shardc.runtime.replicas",
     "replicate": "shardc.compiler.annotate",
     "rule": "shardc.compiler.rules.table",
+    "train_step": "shardc.compiler.train_step",
 }
 
 

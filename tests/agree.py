@@ -17,9 +17,8 @@ from torch import Tensor, nn
 import shardc
 from shardc import Mesh, PlanError, Program, ShardingError
 from shardc.compiler import lowering
-from shardc.compiler.graph import returned, spec
+from shardc.compiler.graph import copy_graph, returned, spec
 from shardc.compiler.pipeline import Context
-from shardc.compiler.program import copy_graph
 from shardc.compiler.signature import OutputKind
 from shardc.compiler.trace import Traced, trace
 
@@ -90,10 +89,9 @@ def agrees_as_ranks(
     for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
         same(x.grad, y.grad, f"gradient of input {i}")
     for (name, p), q in zip(compiled.named_parameters(), alone.parameters(), strict=True):
-        local = math.prod(mesh[a] for a, names in program.plan.ignored.items() if name in names)
-        times = ways[0] if alike and ways else 1
-        if q.grad is not None and times > 1:
-            q.grad /= times / local
+        averaged = [a for a in (split[0] if alike and split else ()) if name not in program.plan.ignored.get(a, ())]
+        if q.grad is not None:
+            q.grad /= math.prod(mesh[a] for a in averaged)
         same(p.grad, q.grad, f"gradient of {name}")
     program.verify(*inputs)
     return program

@@ -31,11 +31,11 @@ INFER = [*VALUES, "compiler.collectives", "compiler.infer", "compiler.graph", *F
 WISHES = [f"compiler.{m}" for m in "layout plan resolved borders".split()]  # what passes see of a plan
 FOURTH = [
     *(f"compiler.{m}" for m in "pipeline verify text cost marks signature local refine atoms".split()),
-    *(f"compiler.{m}" for m in "averages halves accounts".split()),
+    *(f"compiler.{m}" for m in "averages halves accounts draws".split()),
     *WISHES,
 ]
 PASS = [*INFER, *FOURTH]
-CORE = [*PASS, "compiler.rules", "compiler.trace", "compiler.match"]
+CORE = [*PASS, "compiler.rules", "compiler.trace", "compiler.match", "compiler.trace_draws"]
 API = [*CORE, "compiler", "passes.pipeline", "runtime", DISTRIBUTED]
 
 VIEWER = [f"tools.{m}" for m in "pack timeline links".split()]  # what reads a dumped program, and nothing else
@@ -55,7 +55,8 @@ LAYERS = {  # first match wins
         for m in "layout plan annotate styles wording match splits roots forwards report resolve*".split()
     },
     # What compile is made of: one room in several files, the only one that sees both passes and runtime.
-    **{f"compiler.{m}": API for m in "api compiled lowering prove train_step check_rule".split()},
+    "compiler.saved": [*CORE, "compiler"],
+    **{f"compiler.{m}": API for m in "api calls compiled lowering prove train_step check_rule".split()},
     # A program as data; it looks at a program, and nothing is done by it.
     "compiler.dump": [*CORE, *(f"compiler.{m}" for m in "explain flops text_changes program".split())],
     # A program shows itself: it hands its data, and no more, to the page maker, a leaf.

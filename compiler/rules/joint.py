@@ -95,6 +95,14 @@ def joined_sums(site: Site, xs: Sequence[Any], factors: Collection[str]) -> list
     return [site.call(aten.select.int, both, 0, i) for i in range(len(xs))]
 
 
+def gathered(site: Site, x: Any, factor: str) -> Any:
+    """Every rank's x of one shape side by side, in the order of their indices, in one more dim behind the others:
+    one sum, of as many times x as ranks split the factor. The factor is `plain=`."""
+    place, ways = site.place(factor), site.ways(factor)
+    row = site.call(aten.unsqueeze.default, x, -1)
+    return site.all_reduce(site.call(aten.constant_pad_nd.default, row, [place, ways - 1 - place]), factor)
+
+
 def largest(site: Site, x: Any, rank: int, dims: Dims, dtype: torch.dtype) -> Any:
     """The global maximum over some dims, which are kept with size one."""
     x = filled(site, x, rank, dims, lowest(dtype))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shardc.compiler.rules.joint import cast, filled, highest, join, lowest, two_step, wide
+from shardc.compiler.rules.joint import cast, filled, gathered, highest, join, lowest, two_step, wide
 from shardc.compiler.rules.names import dims, line
 from shardc.compiler.rules.site import Site
 from shardc.compiler.rules.table import OpRule, parse, rule
@@ -129,17 +129,58 @@ def _aminmax(x: Any, *, dim: int | None = None, keepdim: bool = False, results: 
     return reduction(x, gone, keepdim, 2, joined="{gone}", localize=localize)
 
 
-# Indices would have to be found among ranks: the reduced dim stays whole.
-@rule(aten.max.dim)
-@rule(aten.min.dim)
-def _with_index(x: Any, dim: int, keepdim: bool = False, *, results: Any) -> OpRule:
-    return reduction(x, reduced(x, dim), keepdim, 2, whole="{gone}")
+# -- extremes with their indices: each rank's best and where it is, then the best of those ------------
 
 
-@rule(aten.argmax.default)
-@rule(aten.argmin.default)
-def _index(x: Any, dim: int | None = None, keepdim: bool = False, *, results: Any) -> OpRule:
-    return reduction(x, reduced(x, dim), keepdim, whole="{gone}")
+def _with_index(how: str, values: bool) -> Callable[..., OpRule]:
+    """max.dim or argmax, min.dim or argmin. Of equals the first wins, and a NaN over all else, as in argmax itself."""
+    largest = how == "max"
+    op = getattr(aten, how).dim if values else getattr(aten, f"arg{how}").default
+
+    def build(x: Any, dim: int | None = None, keepdim: bool = False, *, results: Any) -> OpRule:
+        gone, count = reduced(x, dim), len(results)
+        if x.dtype == torch.bool:
+            return reduction(x, gone, keepdim, count, whole="{gone}")
+
+        def step(site: Site) -> Any:
+            pair = _best(site, x, gone, aten.argmax.default if largest else aten.argmin.default, largest)
+            if not keepdim:
+                pair = tuple(site.call(aten.squeeze.dims, y, sorted(gone)) for y in pair)
+            return pair if values else pair[1]
+
+        localize = two_step(op, gone.values(), step)
+        return reduction(x, gone, keepdim, count, joined="{gone}", plain="{gone}", localize=localize)
+
+    return build
+
+
+def _best(site: Site, x: Any, gone: dict[int, str], op: Any, largest: bool) -> tuple[Any, Any]:
+    """The extreme and its index in the reduced dims laid flat, which stay with size one. Innermost dim first, and
+    of each the lowest index: of equals, the first."""
+    value, at, stride = site.args[0], None, 1
+    for d in sorted(gone, reverse=True):
+        factor = gone[d]
+        value = filled(site, value, x.dim(), {d: factor}, (lowest if largest else highest)(x.dtype))
+        if at is not None:
+            at = filled(site, at, x.dim(), {d: factor}, 0)
+        here = site.call(op, value, d, True)
+        value = site.call(aten.gather.default, value, d, here)
+        whole = site.call(aten.add.Scalar, here, site.start(factor)) if site.split(factor) else here
+        whole = site.call(aten.mul.Scalar, whole, stride) if stride > 1 else whole
+        at = whole if at is None else site.call(aten.add.Tensor, whole, site.call(aten.gather.default, at, d, here))
+        if site.split(factor):
+            values, places = gathered(site, value, factor), gathered(site, at, factor)
+            rank = site.call(op, values, -1, True)
+            value, at = (
+                site.call(aten.squeeze.dim, site.call(aten.gather.default, y, -1, rank), -1) for y in (values, places)
+            )
+        stride *= x.shape[d]
+    return value, at
+
+
+for _how in ("max", "min"):
+    rule(getattr(aten, _how).dim)(_with_index(_how, values=True))
+    rule(getattr(aten, f"arg{_how}").default)(_with_index(_how, values=False))
 
 
 def _truth(how: str) -> Callable[..., OpRule]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -27,8 +27,24 @@ class Site(Protocol):
         """The first index of a `plain=` factor that this rank holds."""
         ...
 
+    def runs(self, factor: str) -> list[tuple[int, Any, Any]]:
+        """The parts a factor is made of, major to minor: (global size, first index held, how many are)."""
+        ...
+
     def full(self, factor: str) -> int:
         """The factor's global size."""
+        ...
+
+    def place(self, factor: str) -> Any:
+        """Which piece of a `plain=` factor this rank holds: pieces are counted in the order of their indices."""
+        ...
+
+    def ways(self, factor: str) -> int:
+        """Into how many pieces the factor is split."""
+        ...
+
+    def least(self, factor: str) -> int:
+        """The fewest indices of the factor that some rank of the mesh holds."""
         ...
 
     def may_be_empty(self, factor: str) -> bool:
@@ -45,6 +61,15 @@ class Site(Protocol):
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Emit an operator on local tensors."""
+        ...
+
+    def of_first_rank(self, x: Any) -> Any:
+        """What the mesh's first rank holds, on every rank."""
+        ...
+
+    def fetch(self, x: Any, dim: int, factor: str, wanted: Callable[[int, int], Sequence[range]]) -> Any:
+        """Of a local tensor split along dim by a `plain=`, `lone=` factor: other indices than this rank holds, from
+        the ranks that hold them. wanted: of (first index held, how many are), the global indices to get."""
         ...
 
     def all_reduce(self, x: Any, factor: str, op: str = "sum") -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,18 +206,52 @@ def _(tensors: Sequence[Any], dim: int = 0, *, results: Any) -> OpRule:
 # -- dims turned around, padded --------------------------------------------------------------------
 
 
+def _turned(x: Any, of: Callable[..., list[Any]], call: Callable[..., Any], by: Mapping[int, int]) -> OpRule:
+    """A rule of a permutation of the indices of some dims. by: an amount for each; of(n, start, size, amount): which
+    indices of n come to stand at those; call: the operator where none of the dims is split."""
+    names = dims(x.dim())
+    factors = " ".join(names[d] for d in sorted(by))
+
+    def localize(site: Site) -> Any:
+        out = call(site, {d: n for d, n in by.items() if not site.split(names[d])})
+        for d, amount in by.items():
+            if site.split(names[d]):
+                n = x.shape[d]
+                out = site.fetch(out, d, names[d], lambda start, size, n=n, k=amount: of(n, start, size, k))
+        return out
+
+    return parse(line([names], [names]), plain=factors, lone=factors, linear="0", localize=localize)
+
+
 @rule(aten.flip.default)
 def _(x: Any, turned: Sequence[int], *, results: Any) -> OpRule:
-    names = dims(x.dim())
-    return parse(line([names], [names]), whole=" ".join({names[d] for d in turned}), linear="0")
+    def backwards(n: int, start: int, size: int, _: int) -> list[range]:
+        return [range(n - 1 - start, n - 1 - start - size, -1)]
+
+    def call(site: Site, here: Mapping[int, int]) -> Any:
+        return site.call(aten.flip.default, site.args[0], list(here))
+
+    return _turned(x, backwards, call, {d % x.dim(): 0 for d in turned})
 
 
 @rule(aten.roll.default)
 def _(x: Any, shifts: Any, turned: Any = (), *, results: Any) -> OpRule:
     """Without dims, the whole tensor is one row."""
-    names = dims(x.dim())
-    rolled = [names[d] for d in ([turned] if isinstance(turned, int) else turned)] or names
-    return parse(line([names], [names]), whole=" ".join(rolled), linear="0")
+    names, at = dims(x.dim()), [turned] if isinstance(turned, int) else list(turned)
+    if not at:
+        return parse(line([names], [names]), whole=" ".join(names), linear="0")
+    amounts: dict[int, int] = {}
+    for d, k in zip(at, [shifts] if isinstance(shifts, int) else shifts, strict=True):
+        amounts[d % x.dim()] = amounts.get(d % x.dim(), 0) + k
+
+    def around(n: int, start: int, size: int, k: int) -> list[range]:
+        first = (start - k) % n if n else 0
+        return [range(first, min(first + size, n)), range(max(first + size - n, 0))]
+
+    def call(site: Site, here: Mapping[int, int]) -> Any:
+        return site.call(aten.roll.default, site.args[0], list(here.values()), list(here)) if here else site.args[0]
+
+    return _turned(x, around, call, amounts)
 
 
 @rule(aten.rot90.default)

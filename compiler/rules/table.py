@@ -4,11 +4,11 @@
 
 Equal names are equal dims and split together. `sum=` (`max=`, `min=`, `prod=`) names are contracted:
 splitting one leaves a result that lacks it pending. `whole=` names must not be split; `plain=` names
-may be split only in one plain run (the localize function needs its start), `nonempty=` names only where
-no rank comes out empty. `joined=` names are contracted too, but the localize function itself combines
-the pieces: a result that lacks one is complete on every rank. `linear=` says through
-which operands a pending sum may pass: "0 | 1" either of them, "0 1" both together. `(a b)` is one
-dim made of two factors, `1` a dim of size one, `...` all leading dims, `*` as a whole operand list
+may be split only in one plain run (the localize function needs its start), `lone=` names over one mesh
+dim only, `nonempty=` names only where no rank comes out empty. `joined=` names are contracted too, but the
+localize function itself combines the pieces: a result that lacks one is complete on every rank. `linear=`
+says through which operands a pending sum may pass: "0 | 1" either of them, "0 1" both together. `(a b)` is
+one dim made of two factors, `1` a dim of size one, `...` all leading dims, `*` as a whole operand list
 repeats the operand before it for every further tensor.
 
 An operator whose rule depends on its arguments gets a function instead, called with the operator's
@@ -46,6 +46,7 @@ class OpRule:
     plain: frozenset[str] = frozenset()
     joined: frozenset[str] = frozenset()
     nonempty: frozenset[str] = frozenset()
+    lone: frozenset[str] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
     shape_arg: int | None = None  # which argument is the first result's shape
@@ -72,6 +73,7 @@ def parse(
     plain: str = "",
     joined: str = "",
     nonempty: str = "",
+    lone: str = "",
     linear: str = "",
     sizes: Mapping[str, int] | None = None,
     shape_arg: int | None = None,
@@ -89,7 +91,7 @@ def parse(
     reductions = tuple((name, op) for op, names in contracted.items() for name in names.split())
     out = OpRule(
         operands, results, reductions, whole=_names(whole), plain=_names(plain), joined=_names(joined),
-        nonempty=_names(nonempty), linear=_groups(linear), sizes=tuple((sizes or {}).items()),
+        nonempty=_names(nonempty), lone=_names(lone), linear=_groups(linear), sizes=tuple((sizes or {}).items()),
         shape_arg=shape_arg, localize=localize, text=text.strip(),
     )  # fmt: skip
     _check(out, text)
@@ -127,7 +129,7 @@ def _check(rule: OpRule, text: str) -> None:
         if lost:
             raise RuleError(f"{text!r}: factors {lost} vanish; name them in sum=, max=, ... or whole=")
     known = read | {name for t in rule.results for dim in t for name in dim} | {"..."}
-    unknown = sorted((free | rule.plain | rule.nonempty) - known)
+    unknown = sorted((free | rule.plain | rule.nonempty | rule.lone) - known)
     if unknown:
         raise RuleError(f"{text!r}: {unknown} named in an option but in no operand or result")
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 import shardc
 from shardc import Layout, Mesh, Plan, Program, Replicated, ShardingError
 from shardc.compiler import collectives as c
-from shardc.compiler.program import copy_graph
+from shardc.compiler.graph import copy_graph
 from tests.acceptance.models import MLP, MLP_TP, TRANSFORMER_TP, Block, Transformer
 from tests.acceptance.test_sequence_parallel import BLOCK_SP
 

@@ -90,6 +90,12 @@ def test_programs_of_real_ranks_average_once_and_are_proved_too(ignored: str | N
     agrees_as_ranks(TwoResults().double(), [draw(6, 16)], Mesh(dp=2), plan, {"outputs": (Layout(), None, None, None)})
 
 
+def test_a_parameter_ignored_over_one_mesh_dim_is_averaged_over_the_others():
+    plan = Plan(dp=Replicated(), tp=Replicated(ignored_modules="net1"))
+    for outputs in (Layout(dp=Shard(0)), Layout(dp=Shard(0), tp=Shard(1)), Layout()):
+        agrees_as_ranks(MLP().double(), [draw(6, 16)], Mesh(dp=2, tp=2), plan, {"outputs": outputs})
+
+
 def lowering_of(compiled: shardc.CompiledModule) -> Lowering:
     return compiled._lowering
 

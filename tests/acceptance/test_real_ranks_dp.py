@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -332,6 +333,34 @@ def pass_uneven_rows(rank: int) -> str:
 def test_plain_tensors_of_different_sizes_are_an_error_on_every_rank():
     for text in run_ranks(pass_uneven_rows, 2):
         assert "the compiled program" in text and "8" in text and "10" in text, text
+
+
+def pass_uneven_rows_later(rank: int, rows: list[tuple[int, int]]) -> list[str]:
+    """Steps with so many rows on each of two ranks; what comes of each."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    compiled = shardc.compile(MLP(), Replicated(), mesh=mesh)
+    found = []
+    torch.no_grad()(compiled)(torch.randn(4, 16))
+    for step in rows:
+        if rank == 0:  # alone: where nothing moves, nobody is asked
+            torch.no_grad()(compiled)(torch.randn(4, 16))
+        try:
+            compiled(torch.randn(step[rank], 16)).square().mean().backward()
+            found.append("right")
+        except shardc.RankMismatchError as error:
+            return [*found, str(error)]
+    return found
+
+
+@on_ranks
+@pytest.mark.parametrize("known", [True, False])
+def test_sizes_that_differ_at_a_later_step_are_an_error_on_every_rank(known: bool):
+    """Also where every rank has a program for its size already, and gradients would have added up."""
+    before = [(8, 8), (6, 6), (8, 8), (6, 6), (8, 8)] if known else [(8, 8), (8, 8)]
+    found = run_ranks(pass_uneven_rows_later, 2, (before + [(8, 6), (8, 8)],))
+    for told in found:
+        assert told[:-1] == ["right"] * len(before)
+        assert "inputs differ between ranks: rank 0 runs" in told[-1] and "rank 1 was called" in told[-1], told
 
 
 def pass_distributed_rows(rank: int) -> None:

@@ -111,6 +111,14 @@ def _turned() -> list[Case]:
     out += [
         case(aten.roll.default, x, [1], [0]),
         case(aten.roll.default, x[0], [1]),
+        *(
+            case(aten.roll.default, y, [k], [d])
+            for y in (real(7, 2), real(1, 5))
+            for d in (0, 1)
+            for k in (-3, 0, 5, 9)
+        ),
+        case(aten.roll.default, real(5, 3), [1, 2, -1], [0, 1, -2]),
+        case(aten.flip.default, real(0, 3), [0]),
         case(aten.roll.default, x, [1, 1], [0, -1]),
     ]
     out += [case(aten.rot90.default, x, 1, [0, 2]), case(aten.rot90.default, x, 2, [0, 1])]

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from shardc.compiler.rules.random import DRAW
 from tests.rules.operands import F64, Case, case, positive, real, whole
 
 aten = torch.ops.aten
@@ -216,6 +217,8 @@ def _draws() -> list[Case]:
     out += [case(aten._sample_dirichlet.default, p), case(aten._standard_gamma.default, p)]
     for rate, train in ((0.5, True), (0.5, None), (0.5, False), (0.0, True), (1.0, True)):
         out += [case(aten.native_dropout.default, x, rate, train)]
+    for shape in ((5, 3), (6,), (2, 4, 3), ()):
+        out += [case(DRAW, real(*shape), torch.tensor([77, -5]), 3, digits) for digits in (24, 53)]
     out += [case(aten.native_dropout_backward.default, p, x > 0, 2.0)]
     out += [case(aten.rrelu_with_noise_functional.default, x, p, 0.1, 0.3, training) for training in (True, False)]
     return [*out, case(aten.rrelu_with_noise_backward.default, p, x, p, 0.1, 0.3, True, False)]

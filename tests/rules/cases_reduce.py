@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tests.rules.operands import F64, Case, case, real, whole
+from tests.rules.operands import F64, Case, case, real, some, whole
 
 aten = torch.ops.aten
 
@@ -47,6 +47,14 @@ def _over_dims() -> list[Case]:
         out += [case(aten.aminmax.default, x, dim=dim, keepdim=True), case(aten.prod.dim_int, i, dim)]
         out += [case(aten.nansum.default, x, [dim]), case(aten.count_nonzero.dim_IntList, x, [dim])]
     out += [case(aten.argmax.default, x), case(aten.argmin.default, x)]
+    same = torch.tensor([[1.0, 3, 3, 2, 3], [-math.inf] * 5, [2, math.nan, 5, math.nan, 5]], dtype=F64)
+    for y in (same, -same, same.t(), whole(3, 3, 7, 2)):
+        for dim in (0, 1, None):
+            out += [
+                case(op, y, dim, keep) for op in (aten.argmax.default, aten.argmin.default) for keep in (True, False)
+            ]
+        out += [case(op, y, dim) for op in (aten.max.dim, aten.min.dim) for dim in (0, 1)]
+    out += [case(aten.max.dim, b, 1), case(aten.argmax.default, real(1, 1)), case(aten.argmin.default, real())]
     out += [case(op, i, [1]) for op in (aten.sum.dim_IntList, aten.amax.default, aten.amin.default)]
     out += [case(aten.amax.default, b, [1]), case(aten.any.dim, whole(5, 3, 5).to(torch.uint8), 1)]
     out += [case(aten.sum.dim_IntList, x, [1], dtype=torch.int64), case(aten.sum.default, b)]
@@ -105,6 +113,22 @@ def _sorts() -> list[Case]:
         out += [case(aten.topk.default, x, 1, dim), case(aten.kthvalue.default, x, 1, dim)]
         out += [case(aten.sort.stable, x, stable=True, dim=dim, descending=True)]
     out += [case(op.default, real(3, 5)) for op in (aten.sort, aten.mode)]
+    for x in (real(3, 7, 2), some(7, 2), real(1, 3).half()):
+        for k, largest in ((1, True), (2, False), (3, True)):
+            out += [case(aten.topk.default, x, k, d, largest) for d in range(2) if 2 < x.shape[d] >= k]
+    odd = torch.tensor([[1, -math.inf, 2, 7, 3], [math.inf, 3, math.nan, 1, 9]], dtype=F64)
+    out += [case(aten.topk.default, odd, k, 1, largest) for k in (1, 4, 5) for largest in (True, False)]
+    counts = whole(9, 3, 7)
+    out += [case(aten.cumsum.default, y, 1) for y in (counts, counts > 4, odd, counts.to(torch.int8))]
+    out += [
+        case(aten.cumsum.default, counts, 0, dtype=torch.float64),
+        case(aten.cumsum.default, real(2, 7), 1, dtype=torch.int64),
+    ]
+    out += [case(aten.cumprod.default, counts, 1), case(aten.cumprod.default, real(3, 5) + 1j, 1)]
+    out += [case(aten.cumprod.default, whole(3, 2, 5).half(), 1)]
+    rows = torch.tensor([[-math.inf, 1, -math.inf, 2], [-math.inf] * 4, [1, math.inf, 2, math.nan]], dtype=F64)
+    out += [case(aten.logcumsumexp.default, rows, d) for d in (0, 1)]
+    out += [case(aten.logcumsumexp.default, real(3, 5) + 1j, 1)]
     out += [case(aten.topk.default, real(5, 3), 2, 0), case(aten.topk.default, real(5, 3), 2)]
     return [*out, case(aten.kthvalue.default, real(5, 3), 2), case(aten.median.dim, real(5, 3), 1)]
 

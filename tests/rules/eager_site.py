@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,12 +79,28 @@ class EagerSite:
             raise ValueError(f"{factor} need not be one run of indices: the rule does not call it plain")
         return chunk(dim[0].size, self.mesh, dim[0].axes, self.coords)[0]
 
+    def runs(self, factor: str) -> list[tuple[int, int, int]]:
+        dim = self.decision.factor(factor)
+        return [(part.size, *chunk(part.size, self.mesh, part.axes, self.coords)) for part in dim]
+
     def full(self, factor: str) -> int:
         return self.rule.size(factor)
 
-    def may_be_empty(self, factor: str) -> bool:
+    def place(self, factor: str) -> int:
+        self.start(factor)
+        axes = axes_of(self.decision.factor(factor))
+        orders = itertools.product(*(range(self.mesh[a]) for a in axes))
+        return list(orders).index(tuple(self.coords[a] for a in axes))
+
+    def ways(self, factor: str) -> int:
+        return math.prod(self.mesh[a] for a in axes_of(self.decision.factor(factor)))
+
+    def least(self, factor: str) -> int:
         dim = self.decision.factor(factor)
-        return any(not indices(dim, self.mesh, self.mesh.coords(r)) for r in range(self.mesh.size))
+        return min(len(indices(dim, self.mesh, self.mesh.coords(r))) for r in range(self.mesh.size))
+
+    def may_be_empty(self, factor: str) -> bool:
+        return self.least(factor) == 0
 
     def result_shape(self, i: int = 0) -> list[int]:
         return list(self.decision.results[i].local_shape(self.mesh, self.coords))
@@ -92,6 +110,25 @@ class EagerSite:
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
+
+    def of_first_rank(self, x: torch.Tensor) -> torch.Tensor:
+        if self.exchange is None:
+            raise NeedsOthersError
+        return self.exchange.swap(self.rank, x)[0]
+
+    def fetch(
+        self, x: torch.Tensor, dim: int, factor: str, wanted: Callable[[int, int], Sequence[range]]
+    ) -> torch.Tensor:
+        if self.exchange is None:
+            raise NeedsOthersError
+        (axis,) = axes_of(self.decision.factor(factor))
+        if factor not in self.rule.lone:
+            raise ValueError(f"{factor} need not be split by one mesh dim: the rule does not call it lone")
+        kept = {a: c for a, c in self.coords.items() if a != axis}
+        every = self.exchange.swap(self.rank, x)
+        mine = [t for r, t in enumerate(every) if kept.items() <= self.mesh.coords(r).items()]
+        at = [i for run in wanted(self.start(factor), self.size(factor)) for i in run]
+        return torch.cat(mine, dim).index_select(dim, torch.tensor(at, dtype=torch.int64))
 
     def all_reduce(self, x: torch.Tensor, factor: str, op: str = "sum") -> torch.Tensor:
         if self.exchange is None:

@@ -37,7 +37,7 @@ class Hall:
         def attend(rank: int, text: str) -> None:
             subject = what if isinstance(what, str) else what[rank]
             try:
-                handshake._Round(rank, ranks, subject, text).hold(timeout)
+                handshake._Round(rank, ranks, subject, text, 0).hold(timeout)
             except RankMismatchError as error:
                 told[rank] = str(error)
 
@@ -144,8 +144,33 @@ def test_a_store_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(handshake, "_store", gone)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
     with pytest.raises(RankMismatchError, match="^the program: the store is gone, .*Broken pipe"):
         agree("text", (0, 1), "the program")
+
+
+@pytest.mark.parametrize(("call", "verdict", "apart"), [(7, "", True), (8, "", False), (7, "same", False)])
+def test_a_rank_that_waits_learns_who_is_elsewhere_in_the_same_call(
+    call: int, verdict: str, apart: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Not where the other is a call ahead, or where the two have compared and the other is only not told yet."""
+    store = dist.HashStore()
+    monkeypatch.setattr(handshake, "_store", lambda: store)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    other = handshake._Round(1, (0, 1), "the program for this call", "text", call)
+    if verdict:
+        other.board.set("verdict", verdict)
+    calls = handshake.Calls((0, 1))
+    calls.number = 7
+    if not apart:
+        calls.look()
+        return
+    with pytest.raises(RankMismatchError, match="rank 0 runs .* rank 1 was called"):
+        calls.look()
+    with pytest.raises(RankMismatchError, match="rank 0 runs .* rank 1 was called"):
+        other.hold(timeout=5)
 
 
 def talk(rank: int) -> list[str]:

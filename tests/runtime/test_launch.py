@@ -214,5 +214,8 @@ def test_nothing_outlives_the_caller(how: signal.Signals, tmp_path: Path):
             time.sleep(0.05)
         time.sleep(0.5)
         caller.send_signal(how)
-        caller.wait(10)
+        try:
+            caller.wait(LIMIT / 2)
+        finally:
+            caller.kill()
     nothing_left(tmp_path)

@@ -9,14 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.compiler.graph import placeholders, returned, spec
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec
 from shardc.compiler.verify import Stage
 from shardc.passes.localize import Localize
+from shardc.runtime import simulate as simulate_module
 from shardc.runtime.shards import cut
 from shardc.runtime.simulate import simulate
+from shardc.runtime.workers import run_on_devices
 from tests.build import (
     all_gather,
     all_reduce,
@@ -155,6 +158,59 @@ def test_values_are_dropped_after_their_last_use():
 
     simulate(chain(), MESH, [[torch.ones(2) for _ in range(6)]], watch)
     assert counts == [["x"], ["x", "relu"], ["x", "relu", "neg"], ["x", "neg", "exp"]]  # the caller holds x
+
+
+def gathered_between(x):
+    y = aten.exp(aten.neg(x))
+    return aten.exp(aten.neg(all_gather(y, 0, "tp")))
+
+
+def test_between_collectives_ranks_run_by_the_executor_that_replicas_have(monkeypatch: pytest.MonkeyPatch):
+    """One thread per rank, in the caller's modes; a random operator is a step of its own."""
+    seen = []
+
+    def watched(calls, devices, **options):
+        seen.append((len(calls), {str(d) for d in devices}))
+        return run_on_devices(calls, devices, **options)
+
+    monkeypatch.setattr(simulate_module, "run_on_devices", watched)
+    gm = build(gathered_between, MESH, Stage.RESHARDED, x="f32[6@tp]")
+    simulate(gm, MESH, [[torch.ones(2)] * 6])
+    assert seen == [(6, {"cpu"})] * 2
+    seen.clear()
+    simulate(build(lambda x: aten.rand_like(x), MESH, Stage.RESHARDED, x="f32[6]"), MESH, [[torch.ones(6)] * 6])
+    assert seen == []
+
+
+def test_an_error_on_a_rank_reaches_the_caller_with_the_call_that_raised_it():
+    gm = chain()
+    with pytest.raises(RuntimeError, match="None") as caught:
+        simulate(gm, MESH, [[None] * 6])
+    assert "%relu = aten.relu" in "".join(caught.value.__notes__)
+
+
+class Alive(TorchDispatchMode):
+    """How many results of earlier operators were alive when each operator ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[weakref.ref] = []
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts.append(sum(ref() is not None for ref in self.results))
+        result = func(*args, **(kwargs or {}))
+        self.results.append(weakref.ref(result))
+        return result
+
+
+def test_a_stretch_drops_values_after_their_last_use_too():
+    one = Mesh(tp=1)  # one rank runs in this thread, where the mode is
+    gm = build(lambda x: aten.exp(aten.neg(aten.relu(aten.exp(x)))), one, Stage.RESHARDED, x="f32[6]")
+    x = torch.ones(6)
+    with Alive() as alive:
+        simulate(gm, one, [[x]])
+    assert alive.counts == [0, 1, 1, 1]
 
 
 def test_what_is_returned_may_be_no_value():

@@ -16,7 +16,7 @@ from shardc.compiler import collectives as c
 from shardc.compiler.collectives import Cut, cut_of
 from shardc.compiler.errors import RankFailure
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Part, Spec, canonical, restrict
+from shardc.compiler.spec import Part, Spec, canonical, chunk, restrict
 from shardc.runtime import wire
 from shardc.runtime.bind import bind_program
 from shardc.runtime.groups import Groups
@@ -35,7 +35,7 @@ DTYPES = (
     torch.bool,
     torch.complex64,
 )
-KINDS = (c.all_reduce, c.all_gather, c.reduce_scatter, c.all_to_all, c.local_slice, c.make_partial)
+KINDS = (c.all_reduce, c.all_gather, c.reduce_scatter, c.all_to_all, c.local_slice, c.make_partial, c.fetch)
 CASES = 60  # per kind and mesh
 
 
@@ -90,6 +90,12 @@ def split_innermost(spec: Spec, d: int, axis: str, mesh: Mesh, rng: random.Rando
     return spec.with_dim(d, dim) if innermost and restrict(dim, others, mesh) == spec.dims[d] else None
 
 
+def draw_runs(n: int, rng: random.Random) -> tuple[tuple[int, int, int], ...]:
+    """Stretches of n indices, some backwards, some over again, perhaps none."""
+    steps = [rng.choice((1, -1, 2)) for _ in range(rng.randint(0, 3))] if n else []
+    return tuple((rng.randrange(n), rng.randrange(n), step) for step in steps)
+
+
 def draw_change(kind, mesh: Mesh, rng: random.Random) -> tuple[Spec, Spec, tuple]:
     """(layout before, layout after, arguments) of one collective."""
     while True:
@@ -105,6 +111,12 @@ def draw_change(kind, mesh: Mesh, rng: random.Random) -> tuple[Spec, Spec, tuple
             return bare, bare.with_pending({**dict(bare.pending), axis: "sum"}, mesh), (axis,)
         if split is None:
             continue
+        if kind is c.fetch:
+            (part, *more) = split.dims[d]
+            if more or part.axes != (axis,):
+                continue
+            held = tuple(chunk(part.size, mesh, (axis,), {axis: i})[1] for i in range(mesh[axis]))
+            return split, split, (d, axis, held, tuple(draw_runs(part.size, rng) for _ in held))
         if kind is c.all_gather:
             return split, bare, (d, axis)
         if kind is c.reduce_scatter:
