@@ -86,7 +86,7 @@ export function drawScene(pen, scene, theme, marks, view, detail = true) {
     const x = Math.min(...xs);
     const y = Math.min(...ys);
     if (!seen(x, y, Math.max(...xs) - x + 1, Math.max(...ys) - y + 1)) continue;
-    pen.line(e.points, { stroke: theme.edge, width: Math.min(4, 1 + Math.log2(e.n) / 2) });
+    pen.line(e.points, { stroke: theme.edge, width: Math.min(4, 1 + Math.log2(e.n) / 2), dash: e.far ? [3, 3] : [] });
     arrow(pen, e.points.at(-2), e.points.at(-1), theme.edge);
   }
   for (const box of scene.boxes) if (!box.open && seen(box.x, box.y, box.w, box.h)) drawBox(pen, box, theme, marks, detail);

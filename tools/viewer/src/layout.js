@@ -78,21 +78,51 @@ export function layout(group, open) {
   const inner = group.items.map((item) => (item.kind !== "node" && open.has(item.key) ? layout(shown(item), open) : null));
   const sizes = group.items.map((item, i) => (inner[i] ? framed(inner[i], item) : sizeOf(item)));
   if (group.parent === null) return (group.laid = { state, ...besides(group, sizes, inner), group });
-  const edges = edgesOf(group);
+  const { near, far } = spans(edgesOf(group), group.items.length);
   const g = new dagre.graphlib.Graph();
   g.setGraph({ rankdir: "TB", nodesep: 14, ranksep: 28, edgesep: 8 });
   g.setDefaultEdgeLabel(() => ({}));
   sizes.forEach(({ w, h }, i) => g.setNode(String(i), { width: w, height: h }));
-  for (const [a, b] of edges) g.setEdge(String(a), String(b), {});
+  for (const [a, b] of near) g.setEdge(String(a), String(b), {});
   dagre.layout(g);
   const boxes = group.items.map((item, i) => {
     const { x, y, width, height } = g.node(String(i));
     return { item, x: x - width / 2, y: y - height / 2, w: width, h: height, inner: inner[i] };
   });
-  const lines = edges.map(([a, b, n]) => ({ points: g.edge(String(a), String(b)).points, n, from: group.items[a], to: group.items[b] }));
-  const { width = 0, height = 0 } = g.graph();
-  group.laid = { state, w: Math.max(width, 0), h: Math.max(height, 0), boxes, edges: lines, group };
+  const lines = near.map(([a, b, n]) => ({ points: g.edge(String(a), String(b)).points, n, from: group.items[a], to: group.items[b] }));
+  const w = Math.max(g.graph().width ?? 0, 0) + (far.length ? 2 * ASIDE : 0);
+  for (const [a, b, n] of far) lines.push({ points: aside(boxes[a], boxes[b], w - ASIDE), n, far: true });
+  group.laid = { state, w, h: Math.max(g.graph().height ?? 0, 0), boxes, edges: lines, group };
   return group.laid;
+}
+
+// Edges over many ranks cost the layout most and say least: it gets the near ones only, and the far ones go by the
+// side. What is far below stays below, as the near edges on the longest way lead there too.
+function spans(edges, size) {
+  const ranks = new Int32Array(size);
+  const out = Array.from({ length: size }, () => []);
+  for (const edge of edges) out[edge[0]].push(edge);
+  for (let a = 0; a < size; a++) for (const [, b] of out[a]) if (b > a) ranks[b] = Math.max(ranks[b], ranks[a] + 1);
+  const span = ([a, b]) => ranks[b] - ranks[a];
+  const near = edges.filter((e) => span(e) <= FAR);
+  const tied = new Set(near.flatMap(([a, b]) => [a, b]));
+  const far = [];
+  for (const edge of edges) {
+    if (span(edge) <= FAR) continue;
+    if (tied.has(edge[0]) && tied.has(edge[1])) far.push(edge);
+    else near.push(edge);
+    tied.add(edge[0]).add(edge[1]);
+  }
+  return { near, far };
+}
+
+const FAR = 7; // ranks
+const ASIDE = 14;
+
+function aside(a, b, x) {
+  const from = { x: a.x + a.w, y: a.y + a.h - 8 };
+  const to = { x: b.x + b.w, y: b.y + 8 };
+  return [from, { x, y: from.y + 10 }, { x, y: to.y - 10 }, to];
 }
 
 // Phases stand side by side.
