@@ -53,10 +53,12 @@ LAYERS = {  # first match wins
         for m in "layout plan annotate styles wording match splits roots forwards report resolve*".split()
     },
     # What compile is made of: one room in several files, the only one that sees both passes and runtime.
-    **{f"compiler.{m}": API for m in "api compiled lowering program prove train_step check_rule".split()},
+    **{f"compiler.{m}": API for m in "api filling compiled lowering program prove train_step check_rule".split()},
     "compiler": CORE,
     "passes.pipeline": [*PASS, "passes"],
     "passes": PASS,
+    "runtime.deferred": ["runtime", *VALUES, "torch._C.DisableTorchFunctionSubclass"],
+    "runtime.record": ["runtime", *VALUES, "torch.utils._python_dispatch.TorchDispatchMode"],
     "runtime": [
         *VALUES,
         "compiler.collectives",
