@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardc.compiler.calls import held
 from shardc.compiler.compiled import CompiledModule
 from shardc.compiler.errors import PlanError
+from shardc.compiler.filling import Filling, check_init
 from shardc.compiler.layout import Precision, bad_option
 from shardc.compiler.lowering import Lowering
 from shardc.compiler.match import did_you_mean, find
@@ -21,11 +21,10 @@ from shardc.compiler.mixed import with_precision
 from shardc.compiler.plan import call_site, warn_user
 from shardc.compiler.program import Program
 from shardc.compiler.resolve import check_placements, check_resharding, mesh_dims, resolve
-from shardc.compiler.resolved import Resolved
 from shardc.compiler.wording import shown
 from shardc.runtime.groups import default_device_mesh
 from shardc.runtime.ranks import Ranks
-from shardc.runtime.state import broadcast, shard, whole
+from shardc.runtime.state import whole
 
 _COMPILED: WeakSet[nn.Module] = WeakSet()  # modules that some compile has taken over
 
@@ -51,17 +50,20 @@ def compile(
     model: an nn.Module. plan: a `Plan`, a dict of patterns -> styles for the only mesh dim, a style for the
     root, or None for the module's own annotations. mesh: a torch DeviceMesh (real ranks), or a `shardc.Mesh`
     (all ranks simulated in this process; global tensors in and out). inputs, outputs: layouts of the root's
-    inputs and outputs. src_data_rank: whose values win; None: each rank slices its own. precision: the dtypes that
-    are computed with, reduced in and returned. recompute: patterns of modules whose activations are computed again
-    in backward. rng: "counter", random numbers that are the same on any mesh, one device included, or "replay",
-    those that plain eager torch draws on one device. strict: errors instead of reports.
+    inputs and outputs. init: what fills a model on meta: None calls `reset_parameters` of every module that owns
+    tensors there, a function is called per such module, a state_dict or a path is loaded. src_data_rank: whose values
+    win; None: each rank slices its own. precision: the dtypes that are computed with, reduced in and returned.
+    recompute: patterns of modules whose activations are computed again in backward. rng: "counter", random numbers
+    that are the same on any mesh, one device included, or "replay", those that plain eager torch draws on one device.
+    strict: errors instead of reports.
 
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
     the first call or `lower`, for a module that cannot be traced or sharded so.
     """
     try:
         _check_model(model)
-        _check_options(precision, rng, backend, dynamic, init)
+        _check_options(precision, rng, backend, dynamic)
+        check_init(init)
         integers, device_mesh = _mesh(mesh, plan, model)
         _check_source(src_data_rank, integers)
         patterns = _patterns(recompute, model, strict)
@@ -69,13 +71,11 @@ def compile(
         check_resharding(resolved)
         if device_mesh is not None:
             check_placements(resolved)
-        _refuse_meta(model)
+        resolved = with_precision(resolved, precision)
+        ranks = Ranks(device_mesh) if device_mesh is not None else None
+        Filling(model, resolved, ranks, src_data_rank).fill(init)
     except PlanError as error:
         raise error.at(call_site()) from None
-    resolved = with_precision(resolved, precision)
-    ranks = Ranks(device_mesh) if device_mesh is not None else None
-    if ranks is not None:
-        _take_over(model, resolved, ranks, src_data_rank)
     _COMPILED.update(model.modules())
     lowering = Lowering(
         model, resolved, integers, ranks, lambda: _whole_values(model), strict, patterns, rng, precision
@@ -116,7 +116,7 @@ def _patterns(recompute: Any, model: nn.Module, strict: bool) -> tuple[str, ...]
     return tuple(found)
 
 
-def _check_options(precision: Any, rng: Any, backend: Any, dynamic: bool, init: Any) -> None:
+def _check_options(precision: Any, rng: Any, backend: Any, dynamic: bool) -> None:
     if precision is not None and not isinstance(precision, Precision):
         raise bad_option("precision", precision, "a shardc.Precision, such as Precision(param=torch.bfloat16)")
     if rng not in ("counter", "replay"):
@@ -124,7 +124,6 @@ def _check_options(precision: Any, rng: Any, backend: Any, dynamic: bool, init: 
     unsupported = {
         "backend": backend != "eager",
         "dynamic": dynamic is not False,
-        "init": init is not None,
     }
     for name, used in unsupported.items():
         if used:
@@ -146,41 +145,6 @@ def _mesh(mesh: Any, plan: Any, model: nn.Module) -> tuple[Mesh, DeviceMesh | No
             help="pass a torch DeviceMesh (init_device_mesh) or shardc.Mesh(dp=2, tp=2)",
         )
     return Mesh.of(mesh), mesh
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    missing = [name for name, x in held(model).items() if x.is_meta]
-    if missing:
-        raise PlanError(
-            f"parameters or buffers are on meta: {', '.join(missing)}",
-            help="give them values before compile (to_empty and an init function)",
-        )
-
-
-def _take_over(model: nn.Module, plan: Resolved, ranks: Ranks, source: int | None) -> None:
-    """Give every rank the source's values, then leave it its shards. Tied parameters stay one object."""
-    made: dict[int, Tensor] = {}
-    for fqn, x in held(model).items():
-        if id(x) in made:
-            _put(model, fqn, made[id(x)])
-            continue
-        if source is not None and x.numel():
-            with torch.no_grad():
-                broadcast(x, ranks.device_mesh, source)
-        made[id(x)] = _held_by(x, plan, fqn, ranks)
-        _put(model, fqn, made[id(x)])
-
-
-def _held_by(x: Tensor, plan: Resolved, fqn: str, ranks: Ranks) -> Tensor:
-    layout = plan.layout(fqn)
-    spec = layout.stored_spec(ranks.mesh) if layout is not None else None
-    return x if spec is None or spec.is_whole else shard(x, spec, ranks.device_mesh, ranks.coords)
-
-
-def _put(model: nn.Module, fqn: str, held: Tensor) -> None:
-    owner, _, name = fqn.rpartition(".")
-    module = model.get_submodule(owner)
-    (module._parameters if isinstance(held, nn.Parameter) else module._buffers)[name] = held  # pyright: ignore
 
 
 def _whole_values(model: nn.Module) -> Mapping[str, Tensor]:

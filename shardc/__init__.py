@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shardc.compiler.plan import FullyShard, Layout, Plan, Precision, Replicated
     from shardc.compiler.rules.table import rule
     from shardc.compiler.train_step import train_step
+    from shardc.runtime.deferred import deferred_init
     from shardc.runtime.launch import launch
     from shardc.runtime.replicas import data_parallel, replicas
 
@@ -35,6 +36,7 @@ __all__ = [
     "compile",
     "constrain",
     "data_parallel",
+    "deferred_init",
     "discover_rule",
     "fully_shard",
     "launch",
@@ -61,6 +63,7 @@ _HOME = {
     "compile": "shardc.compiler.api",
     "constrain": "shardc.compiler.marks",
     "data_parallel": "shardc.runtime.replicas",
+    "deferred_init": "shardc.runtime.deferred",
     "discover_rule": "shardc.compiler.check_rule",
     "fully_shard": "shardc.compiler.annotate",
     "launch": "shardc.runtime.launch",

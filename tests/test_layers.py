@@ -56,7 +56,7 @@ LAYERS = {  # first match wins
     },
     # What compile is made of: one room in several files, the only one that sees both passes and runtime.
     "compiler.saved": [*CORE, "compiler"],
-    **{f"compiler.{m}": API for m in "api calls compiled lowering prove train_step check_rule".split()},
+    **{f"compiler.{m}": API for m in "api calls filling compiled lowering prove train_step check_rule".split()},
     # A program as data; it looks at a program, and nothing is done by it.
     "compiler.dump": [*CORE, *(f"compiler.{m}" for m in "explain flops text_changes program".split())],
     # A program shows itself: it hands its data, and no more, to the page maker, a leaf.
@@ -64,6 +64,8 @@ LAYERS = {  # first match wins
     "compiler": CORE,
     "passes.pipeline": [*PASS, "passes"],
     "passes": PASS,
+    "runtime.deferred": ["runtime", *VALUES, "torch._C.DisableTorchFunctionSubclass"],
+    "runtime.record": ["runtime", *VALUES, "torch.utils._python_dispatch.TorchDispatchMode"],
     "runtime": [
         *VALUES,
         "compiler.collectives",

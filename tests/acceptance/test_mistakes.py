@@ -130,11 +130,21 @@ PlanError: plan error: encoder is compiled already
 
 def test_a_model_on_meta():
     assert_expected_inline(
-        said(lambda: shardc.compile(MLP().to("meta"), MLP_TP, mesh=TWO)),
+        said(lambda: shardc.compile(nn.MultiheadAttention(8, 2, device="meta"), mesh=TWO)),
         """\
-PlanError: plan error: parameters or buffers are on meta: net1.weight, net1.bias, net2.weight, net2.bias
+PlanError: plan error: on meta, in modules without reset_parameters: in_proj_weight, in_proj_bias
   --> test_mistakes.py:N
-   = help: give them values before compile (to_empty and an init function)""",
+   = help: give compile an init: a function of each such module, a state_dict or a path; or use deferred_init""",
+    )
+
+
+def test_an_init_that_is_not_callable():
+    assert_expected_inline(
+        said(lambda: mlp(init=3)),
+        """\
+PlanError: plan error: init is 3, which ought to be callable, a state_dict or a path
+  --> test_mistakes.py:N
+   = help: a function is called with every module that owns tensors on meta; None calls its reset_parameters""",
     )
 
 

@@ -496,7 +496,7 @@ def mistakes_of_one_rank(rank: int) -> list[str]:
         "recompute": lambda: shardc.compile(MLP(), Replicated(), mesh=mesh, recompute=1),  # pyright: ignore
         "net3": lambda: shardc.compile(MLP(), {"net3": Shard(0)}, mesh=mesh, strict=True),
         "class": lambda: shardc.compile(MLP, Replicated(), mesh=mesh),  # pyright: ignore
-        "meta": lambda: shardc.compile(MLP().to("meta"), Replicated(), mesh=mesh),
+        "meta": lambda: shardc.compile(Tabled().to("meta"), Replicated(), mesh=mesh),
     }
     found = []
     for name, call in calls.items() if rank == 0 else ():
