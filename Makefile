@@ -33,6 +33,9 @@ check: $(READY) ## lint, format, types and the fast tests (under 2 minutes)
 	$(BIN)/pyright
 	$(BIN)/pytest -m "not slow and not ranks"
 
+sweep: $(READY) ## every operator of torch's test database, sharded every way, beside DTensor (an hour)
+	$(BIN)/python benchmarks/op_coverage.py --dtensor --json build/op_coverage
+
 fuzz: $(READY) ## 2000 random programs, meshes and layouts; other ones each time
 	SHARDC_FUZZ=2000 $(BIN)/pytest -o timeout=0 -o faulthandler_timeout=0 tests/test_property.py
 

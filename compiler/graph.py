@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.mesh import Mesh
+from shardc.compiler.rules.checks import CHECK
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec import Spec
 
@@ -194,9 +195,15 @@ def is_random(node: Node) -> bool:
     return bool(given.get("dropout_p", None) != 0)
 
 
+def stays(node: Node) -> bool:
+    """Whether a call is made though nobody needs its result: it draws, or raises where one device would."""
+    return is_random(node) or node.target is CHECK
+
+
 def early_draws(gm: GraphModule) -> list[Node]:
-    """Random draws of forward. Used or not, they are made there and in order: the generator moves on."""
-    return [n for n in gm.graph.nodes if n.op == "call_function" and is_random(n) and n.meta.get("phase") != "backward"]
+    """Random draws of forward, and checks. Used or not, they are made there and in order: the generator moves on."""
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.meta.get("phase") != "backward"]
+    return [n for n in nodes if stays(n)]
 
 
 def output_node(gm: GraphModule) -> Node:

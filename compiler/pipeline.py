@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.fx import GraphModule
 
-from shardc.compiler.graph import is_random
+from shardc.compiler.graph import stays
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.signature import Signature
 from shardc.compiler.spec import Spec
@@ -82,7 +82,7 @@ def run_passes(
             raise AssertionError(f"{step.name} takes {step.takes.name}, the graph is {stage.name}")
         known, begin = set(gm.graph.nodes), time.perf_counter()
         result = step.run(gm, ctx)
-        gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or is_random(n))
+        gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or stays(n))
         for node in gm.graph.nodes:
             if node not in known and node.op == "call_function":
                 node.meta.setdefault("made_by", step.name)

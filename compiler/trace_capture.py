@@ -34,6 +34,7 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._functorch._aot_autograd.functional_utils import has_data_mutation
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
+from torch._library.simple_registry import singleton as simple_registry
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule, Interpreter, Node
@@ -41,6 +42,7 @@ from torch.jit._fuser import optimized_execution
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardc.compiler.rules.checks import CHECK
 from shardc.compiler.trace_modules import Attributes, Held
 from shardc.compiler.trace_sources import outside_torch, without_data, writes_to_constant
 
@@ -75,7 +77,7 @@ class Program:
                 h.put(tensor)
             args, kwargs = self.rebuild(inputs[len(self.held) :])
             assert self.call is not None
-            with fx_traceback.preserve_node_meta():
+            with fx_traceback.preserve_node_meta(), _Checks():
                 result = self.call(args, kwargs)
             after = self._after(inputs)
             # Not by version counters: batch norm changes its statistics without counting.
@@ -202,6 +204,7 @@ def by_dispatch(module: nn.Module) -> Call:
     return call
 
 
+LINALG_CHECK = "aten::_linalg_check_errors"
 _torch_lstm = decompositions.one_layer_lstm
 
 
@@ -219,8 +222,20 @@ def export(program: Program, flat: Sequence[Tensor], context: TracingContext | N
         stack.enter_context(patch.object(decompositions, "one_layer_lstm", _one_layer_lstm))
         if context is not None:
             stack.enter_context(tracing(context))
+        # Backward's own checks, of what forward has checked, go.
+        stack.enter_context(patch.object(simple_registry.find(LINALG_CHECK).effect, "_effect", None))
         joint = aot_export_joint_with_descriptors(stack, _Flat(program.run), tuple(flat), {}, decompositions={})
         return joint.graph_module
+
+
+class _Checks(TorchDispatchMode):
+    """Records the error checks of torch.linalg as operators with a result, which need no order among them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._linalg_check_errors.default:
+            return func(*args, **(kwargs or {}))
+        CHECK(*args, **(kwargs or {}))
+        return None
 
 
 @dataclass

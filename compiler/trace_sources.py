@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import is_random
+from shardc.compiler.graph import stays
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -164,7 +164,7 @@ def _backward(graph: Graph, signature: Signature) -> set[Node]:
     needed = {r for r, o in zip(results, signature.outputs, strict=True) if o.kind is not OutputKind.GRADIENT}
     for node in reversed(nodes[:-1]):
         early = node.op == "call_function" and node.meta.get("partitioner_tag") != "is_backward"
-        if node in needed or (early and is_random(node)):
+        if node in needed or (early and stays(node)):
             needed.add(node)
             needed.update(node.all_input_nodes)
     for node in nodes:

@@ -2,6 +2,7 @@
 
 import shardc.compiler.rules.attention
 import shardc.compiler.rules.batch_norm
+import shardc.compiler.rules.checks
 import shardc.compiler.rules.conv
 import shardc.compiler.rules.creation
 import shardc.compiler.rules.embedding
