@@ -113,10 +113,13 @@ class CompiledModule(nn.Module):
                 where=call_site(),
                 help="run a synchronised backward, outside of no_sync(), before clip_grad_norm_",
             )
-        held = list(self.named_parameters())
-        device = next((x.device for _, x in held), torch.device("cpu"))
+        return self.clip({name: x.grad for name, x in self.named_parameters()}, max_norm, p)
+
+    def clip(self, gradients: Mapping[str, Tensor | None], max_norm: float, p: float) -> Tensor:
+        """`clip_grad_norm_` of these gradients, local or distributed, by parameter; all parameters have an entry."""
+        device = next((x.device for x in self.parameters()), torch.device("cpu"))
         ranks = self._lowering.ranks
-        pieces = [Piece(None if x.grad is None else local_of(x.grad), self._split_over(name)) for name, x in held]
+        pieces = [Piece(x if x is None else local_of(x), self._split_over(name)) for name, x in gradients.items()]
         norm = total_norm(pieces, p, ranks.lines if ranks is not None else {}, device)
         dtypes = [piece.gradient.dtype.to_real() for piece in pieces if piece.gradient is not None]
         norm = norm.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))

@@ -37,6 +37,7 @@ def train_step(
     optimizer: Factory,
     *,
     accumulate: int = 1,
+    clip_norm: float | None = None,
     **options: Any,
 ) -> TrainStep:
     """One call does forward, loss, backward, reductions and an optimizer step.
@@ -44,14 +45,18 @@ def train_step(
     loss_fn: `loss_fn(model, *batch)` returns the scalar loss of the (global) batch: `lambda model, x, y:
     F.cross_entropy(model(x), y)`. optimizer: makes a torch.optim optimizer from a list of parameters:
     `functools.partial(torch.optim.AdamW, lr=1e-3)`. accumulate: the batch is cut into so many equal parts along dim
-    0, computed one after another, their losses averaged and their gradients reduced once. options: `compile`'s.
+    0, computed one after another, their losses averaged and their gradients reduced once. clip_norm: gradients are
+    scaled so that their 2-norm as one vector is at most this. options: `compile`'s.
 
     Raises what `compile` raises; ShardingError at the first call where loss_fn does not return a scalar that depends
     on a parameter.
     """
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise bad_option("accumulate", accumulate, "a positive integer").at(call_site())
-    return TrainStep(compile(_WithLoss(model, loss_fn), plan, **options), model, optimizer, accumulate)
+    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
+        raise bad_option("clip_norm", clip_norm, "a number above zero, or None").at(call_site())
+    compiled = compile(_WithLoss(model, loss_fn), plan, **options)
+    return TrainStep(compiled, model, optimizer, accumulate, clip_norm)
 
 
 class _WithLoss(nn.Module):
@@ -94,8 +99,15 @@ class TrainStep:
     `model.parameters()`; learning rates may be changed in its groups. steps: how many were made.
     """
 
-    def __init__(self, compiled: CompiledModule, model: nn.Module, optimizer: Factory, accumulate: int) -> None:
-        self._compiled, self._accumulate = compiled, accumulate
+    def __init__(
+        self,
+        compiled: CompiledModule,
+        model: nn.Module,
+        optimizer: Factory,
+        accumulate: int,
+        clip_norm: float | None,
+    ) -> None:
+        self._compiled, self._accumulate, self._clip_norm = compiled, accumulate, clip_norm
         self.model, self.steps = model, 0
         self._held = dict(compiled.named_parameters())
         self._local = {fqn: _local_parameter(p) for fqn, p in self._held.items()}
@@ -111,6 +123,8 @@ class TrainStep:
             losses.append(loss)
             for name, gradient in gradients.items():
                 totals[name] = totals[name] + gradient if name in totals else gradient
+        if self._clip_norm is not None:
+            self._compiled.clip({name: totals.get(name) for name in self._local}, self._clip_norm, 2.0)
         for name, parameter in self._local.items():
             parameter.data = _local(self._held[name])  # laid out anew by the first program, or moved by `to`
             parameter.grad = totals.get(name)

@@ -89,6 +89,42 @@ def test_the_loss_is_the_programs_and_its_reductions_are_the_models():
     assert bucket[:2] == ("all_reduce", "backward") and bucket[2] < weights  # tp has split some of them
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("clip_norm", [0.01, 100.0])
+def test_gradients_are_clipped_by_their_norm_over_all_ranks(clip_norm: float, accumulate: int):
+    model, alone = pair()
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    plan = Plan(dp=FullyShard("layers.*"), tp=TRANSFORMER_TP)
+    step = shardc.train_step(
+        model, plan, loss_of, sgd, mesh=Mesh(dp=2, tp=2), clip_norm=clip_norm, accumulate=accumulate
+    )
+    optim = sgd(alone.parameters())
+    for batch in batches(2):
+        step(*batch)
+        loss_of(alone, *batch).backward()
+        nn.utils.clip_grad_norm_(alone.parameters(), clip_norm)
+        optim.step()
+        optim.zero_grad()
+    check_equal(model, alone)
+
+
+class Noisy(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.5, self.training))
+
+
+def test_random_numbers_go_on_from_step_to_step_and_do_not_depend_on_the_mesh():
+    losses = []
+    for mesh in (Mesh(tp=1), Mesh(tp=2), Mesh(tp=4)):
+        step = shardc.train_step(pair(Noisy)[0], MLP_TP, square, ADAMW, mesh=mesh)
+        torch.manual_seed(5)
+        x = torch.randn(4, 16, dtype=torch.double)
+        losses.append(torch.stack([step(x) for _ in range(3)]))
+        assert losses[-1].unique().numel() == 3
+    torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+    torch.testing.assert_close(losses[2], losses[0], **CLOSE)
+
+
 def test_annotations_of_the_model_are_its_plan():
     model, alone = pair(MLP)
     step = shardc.train_step(replicate(model), None, square, ADAMW, mesh=Mesh(dp=2))
@@ -186,6 +222,7 @@ def test_mistakes_are_refused_with_the_line():
         "loss_fn does not return one scalar": lambda: made(lambda m, x: (m(x).sum(), m(x).mean()))(x),
         "the loss depends on no parameter": lambda: made(lambda m, x: m(x).detach().sum())(x),
         "accumulate": lambda: made(square, accumulate=0),
+        "clip_norm": lambda: made(square, clip_norm=-1),
         "a batch of 6 rows is not 4 equal parts": lambda: made(square, accumulate=4)(x),
     }
     for message, call in refused.items():
