@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,6 @@ from shardc.compiler.infer import Decision, OpRule, call_rule, decide_node
 from shardc.compiler.local import bind, local_place, local_size, local_start
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
-from shardc.compiler.rules.site import Wanted
 from shardc.compiler.spec import Spec, axes_of, chunk, size_of
 from shardc.compiler.verify import Stage
 
@@ -161,7 +160,15 @@ class GraphSite:
                 x = self.call(all_reduce, self.call(make_partial, x, axis), axis)
         return x
 
-    def fetch(self, x: Any, dim: int, factor: str, wanted: Wanted, of: str = "", fill: float | None = None) -> Any:
+    def fetch(
+        self,
+        x: Any,
+        dim: int,
+        factor: str,
+        wanted: Callable[[int, int], Sequence[range]],
+        of: str = "",
+        fill: float | None = None,
+    ) -> Any:
         axis, held = self._pieces(factor)
         _, aims = self._pieces(of or factor)
         runs = tuple(tuple((r.start, r.stop, r.step) for r in wanted(*aim) if len(r)) for aim in aims)

@@ -1,7 +1,7 @@
 """Operators that cut stretches out of a dim or lay them side by side.
 
 A cut leaves a dim free where it falls on borders of equal blocks: `(c n) -> (k n)`, every block split alike.
-The blocks are as large as the cut allows; where only single indices are, the dim stays whole.
+The blocks are as large as the cut allows; where only single indices are, each rank fetches those of its piece.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ mesh dp=2
 %sum_1: f32[6]+dp = aten.sum.dim_IntList(%tangent, [0])
 %_to_copy_default: bf16[5, 6]+dp = aten._to_copy(%mm, dtype=bf16)
 %_to_copy_default_1: bf16[6]+dp = aten._to_copy(%sum_1, dtype=bf16)
-%reduce_scatter_2: (bf16[5@dp, 6], bf16[6@dp]) = shardc.reduce_scatter([%_to_copy_default, %_to_copy_default_1], [0, 0], dp)
+%reduce_scatter_2: (bf16[5@dp, 6], bf16[6@dp]) = shardc.reduce_scatter([%_to_copy_default, %_to_copy_default_1], [0, 0], dp)  # noqa: E501
 %getitem: bf16[5@dp, 6] = getitem(%reduce_scatter_2, 0)
 %_to_copy_default_2: f32[5@dp, 6] = aten._to_copy(%getitem, dtype=f32)
 %getitem_1: bf16[6@dp] = getitem(%reduce_scatter_2, 1)
