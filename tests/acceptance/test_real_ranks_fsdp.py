@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
 from shardc import FullyShard, Plan, PlanError, Precision, Replicated
+from shardc.runtime.wire import AllReduce
 from tests.acceptance.models import MLP, Deep, Transformer
 from tests.runtime.ranks import on_ranks, run_ranks
 
@@ -226,13 +228,28 @@ def clipped(rank: int, mesh: Any, plan: Any, rows: Tensor, whole: Tensor) -> Non
         for one, x in ((ours, rows), (alone, whole)):
             one.zero_grad()
             step(one, x)
-        norms = ours.clip_grad_norm_(0.01, p), nn.utils.clip_grad_norm_(alone.parameters(), 0.01, p)
+        with mock.patch.object(AllReduce, "start", autospec=True, side_effect=AllReduce.start) as reduced:
+            ours_norm = ours.clip_grad_norm_(0.01, p)
+        over = [call.args[0].line.axis for call in reduced.call_args_list]
+        assert over and len(over) == len(set(over))  # at most one per mesh dim
+        norms = ours_norm, nn.utils.clip_grad_norm_(alone.parameters(), 0.01, p)
         torch.testing.assert_close(*norms, **EXACT)
+        same_grads(ours, alone)
+
+
+def some_ranks_hold_nothing(rank: int, whole: Tensor) -> None:
+    """Three rows over four ranks, in one message with rows that every rank has."""
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+    ours, alone = shardc.compile(mlp(3), Plan(dp=FullyShard("net*")), mesh=mesh), mlp(3)
+    for seed in range(2):
+        step(ours, whole.roll(seed, 0).chunk(4)[rank])
+        step(alone, whole.roll(seed, 0))
         same_grads(ours, alone)
 
 
 def on_four(rank: int) -> str:
     whole = torch.randn(4, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    some_ranks_hold_nothing(rank, whole)
     names = ("dp", "tp")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
     rows = whole.chunk(2)[mesh.get_local_rank("dp")]

@@ -98,21 +98,23 @@ return (%div, %getitem_1)""",
 def test_gradients_travel_in_the_dtype_of_the_plan():
     plan = {"reduce_dtype": {"dp": torch.bfloat16}, "data_axes": ("dp",)}
     assert_expected_inline(
-        shown(joined(gradients, SCATTERS, plan=plan, **GIVEN)).replace("  # join-units", ""),
+        shown(joined(gradients, SCATTERS, plan=plan, **GIVEN))
+        .replace("  # join-units", "")
+        .replace("_to_copy_default", "cast"),
         """\
 mesh dp=2
 %t: f32[5, 4@dp] = aten.t(%x)
 %mm: f32[5, 6]+dp = aten.mm(%t, %tangent)
 %sum_1: f32[6]+dp = aten.sum.dim_IntList(%tangent, [0])
-%_to_copy_default: bf16[5, 6]+dp = aten._to_copy(%mm, dtype=bf16)
-%_to_copy_default_1: bf16[6]+dp = aten._to_copy(%sum_1, dtype=bf16)
-%reduce_scatter_2: (bf16[5@dp, 6], bf16[6@dp]) = shardc.reduce_scatter([%_to_copy_default, %_to_copy_default_1], [0, 0], dp)  # noqa: E501
+%cast: bf16[5, 6]+dp = aten._to_copy(%mm, dtype=bf16)
+%cast_1: bf16[6]+dp = aten._to_copy(%sum_1, dtype=bf16)
+%reduce_scatter_2: (bf16[5@dp, 6], bf16[6@dp]) = shardc.reduce_scatter([%cast, %cast_1], [0, 0], dp)
 %getitem: bf16[5@dp, 6] = getitem(%reduce_scatter_2, 0)
-%_to_copy_default_2: f32[5@dp, 6] = aten._to_copy(%getitem, dtype=f32)
+%cast_2: f32[5@dp, 6] = aten._to_copy(%getitem, dtype=f32)
 %getitem_1: bf16[6@dp] = getitem(%reduce_scatter_2, 1)
-%_to_copy_default_3: f32[6@dp] = aten._to_copy(%getitem_1, dtype=f32)
-%div: f32[5@dp, 6] = aten.div.Tensor(%_to_copy_default_2, 2)
-return (%div, %_to_copy_default_3)""",
+%cast_3: f32[6@dp] = aten._to_copy(%getitem_1, dtype=f32)
+%div: f32[5@dp, 6] = aten.div.Tensor(%cast_2, 2)
+return (%div, %cast_3)""",
     )
 
 
