@@ -108,6 +108,18 @@ def test_search_finds_every_collective(view: Chromium, shown: Program):
         assert search(view, f"collective:{kind} dim:{dim}") == wanted
 
 
+def test_search_finds_collectives_that_move_twice(browser: Chromium, tmp_path: Path):
+    """What backward computes again is one value with two rows."""
+    made = program(recompute="layers.*")
+    rows = [c.name for c in made.collectives()]
+    assert len(set(rows)) < len(rows)
+    made.view(tmp_path / "again.html")
+    browser.open(tmp_path / "again.html")
+    assert search(browser, "collective") == sorted(set(rows), key=rows.index)
+    browser.js(f"{APP}.reveal({json.dumps(next(name for name in rows if rows.count(name) > 1))})")
+    assert "backward computes this again" in text(browser, "#details")
+
+
 @pytest.mark.parametrize("words", ["gelu", "layers.1.up", "op:aten.mm", "layout:@tp", "/^mm_\\d$/", "path:head"])
 def test_search_finds_by(view: Chromium, words: str, data: dict):
     found = search(view, words)
