@@ -108,6 +108,20 @@ def test_search_finds_every_collective(view: Chromium, shown: Program):
         assert search(view, f"collective:{kind} dim:{dim}") == wanted
 
 
+def test_search_finds_collectives_that_move_twice(browser: Chromium, tmp_path: Path):
+    """What backward computes again is one value with two rows."""
+    data = synthetic(2, 100)
+    first, *rest = data["collectives"]
+    data["collectives"] = [first, *rest, {**first, "phase": "backward"}]
+    path = tmp_path / "again.html"
+    path.write_text(page(data), encoding="utf-8")
+    browser.open(path)
+    assert search(browser, "collective") == [c["name"] for c in (first, *rest)]
+    browser.js(f"{APP}.reveal({json.dumps(first['name'])})")
+    assert "backward computes this again" in text(browser, "#details")
+    assert browser.js(f"{APP}.now.byName.get({json.dumps(first['name'])}).collective.phase") == "forward"
+
+
 @pytest.mark.parametrize("words", ["gelu", "layers.1.up", "op:aten.mm", "layout:@tp", "/^mm_\\d$/", "path:head"])
 def test_search_finds_by(view: Chromium, words: str, data: dict):
     found = search(view, words)
@@ -190,7 +204,7 @@ def test_two_plans_are_compared(view: Chromium, shown: Program):
     """The other plan is FullyShard over dp: its parameters are split, gathered, and reduce-scattered."""
     view.js("document.getElementById('tab-compare').click()")
     moved = cells(view, "#moves-differ")
-    assert any(row[:4] == ["all_gather", "dp", "forward", "layers.0.up"] and row[4] == "0: 0 B" for row in moved)
+    assert any(row[:3] == ["all_gather", "dp", "forward"] and row[4] == "0: 0 B" != row[5] for row in moved)
     assert {row[0] for row in moved} >= {"all_gather", "reduce_scatter", "all_reduce"}
     laid = {row[0]: row for row in cells(view, "#values-differ")}
     weight = laid["%layers_0_up_weight"]

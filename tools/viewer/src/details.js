@@ -23,7 +23,7 @@ function valueDetails(app, n) {
   return [
     el("h2", {}, c ? `${c.kind} over ${c.mesh_dim}` : `%${n.name}`),
     el("pre", { class: "line" }, `%${n.name}: ${n.type} = ${n.op === "input" ? n.args : `${n.op}(${n.args})`}`),
-    c ? collectiveDetails(c) : null,
+    c ? collectiveDetails(c, program.again.has(n.name)) : null,
     n.param ? paramDetails(n.param) : null,
     list(
       place ? row("source", el("code", { class: "where" }, place), el("div", {}, n.where)) : [],
@@ -50,11 +50,12 @@ function resultText(r) {
   return `${r.dtype}${r.layout}: ${r.shape.join(" × ") || "scalar"} in all, ${local} on rank 0`;
 }
 
-function collectiveDetails(c) {
+function collectiveDetails(c, again) {
   return list(
     row("bytes on the wire", `${count(c.bytes_on_wire)} per rank`),
     row("elements", `${count(c.numel)} of ${c.dtype.replace("torch.", "")}`),
     row("because of", c.why || "?"),
+    again ? row("again", "backward computes this again, and moves as much once more") : [],
   );
 }
 

@@ -41,7 +41,8 @@ export class Program {
   constructor({ title, data, timeline }) {
     Object.assign(this, { title, data, timeline });
     this.axes = data.mesh.map((dim) => dim.name);
-    this.moves = new Map(data.collectives.map((c) => [c.name, c]));
+    this.moves = new Map([...data.collectives].reverse().map((c) => [c.name, c]));
+    this.again = new Set(data.collectives.filter((c) => this.moves.get(c.name) !== c).map((c) => c.name));
     this.inputs = new Map(data.inputs.map((i) => [i.node, i]));
     this.params = new Map(data.parameters.map((p) => [p.node, p]));
     this.stages = new Map();
