@@ -90,10 +90,10 @@ def split_innermost(spec: Spec, d: int, axis: str, mesh: Mesh, rng: random.Rando
     return spec.with_dim(d, dim) if innermost and restrict(dim, others, mesh) == spec.dims[d] else None
 
 
-def draw_runs(n: int, rng: random.Random) -> tuple[tuple[int, int, int], ...]:
-    """Stretches of n indices, some backwards, some over again, perhaps none."""
-    steps = [rng.choice((1, -1, 2)) for _ in range(rng.randint(0, 3))] if n else []
-    return tuple((rng.randrange(n), rng.randrange(n), step) for step in steps)
+def draw_runs(n: int, rng: random.Random, beyond: int) -> tuple[tuple[int, int, int], ...]:
+    """Stretches of n indices, some backwards, some over again, perhaps none; and so many before and after them."""
+    steps = [rng.choice((1, -1, 2)) for _ in range(rng.randint(0, 3))] if n or beyond else []
+    return tuple((*(rng.randrange(-beyond, n + beyond) for _ in range(2)), step) for step in steps)
 
 
 def draw_change(kind, mesh: Mesh, rng: random.Random) -> tuple[Spec, Spec, tuple]:
@@ -116,7 +116,9 @@ def draw_change(kind, mesh: Mesh, rng: random.Random) -> tuple[Spec, Spec, tuple
             if more or part.axes != (axis,):
                 continue
             held = tuple(chunk(part.size, mesh, (axis,), {axis: i})[1] for i in range(mesh[axis]))
-            return split, split, (d, axis, held, tuple(draw_runs(part.size, rng) for _ in held))
+            fill = rng.choice(((), (0.0,), (1.0,)))
+            runs = tuple(draw_runs(part.size, rng, 3 * len(fill)) for _ in held)
+            return split, split, (d, axis, held, runs, *fill)
         if kind is c.all_gather:
             return split, bare, (d, axis)
         if kind is c.reduce_scatter:
