@@ -48,9 +48,11 @@ def compile(
     model: an nn.Module. plan: a `Plan`, a dict of patterns -> styles for the only mesh dim, a style for the
     root, or None for the module's own annotations. mesh: a torch DeviceMesh (real ranks), or a `shardc.Mesh`
     (all ranks simulated in this process; global tensors in and out). inputs, outputs: layouts of the root's
-    inputs and outputs. init: what fills a model on meta: None calls `reset_parameters` of every module that owns tensors
-    there, a function is called per such module, a state_dict or a path is loaded. src_data_rank: whose values win; None: each rank slices its own. recompute: patterns of
-    modules whose activations are computed again in backward. strict: errors instead of reports.
+    inputs and outputs. init: what fills a model on meta: None calls `reset_parameters` of every module that owns
+    tensors there, a function is called per such module, a state_dict or a path (safetensors, or a folder of
+    torch.distributed.checkpoint) is loaded. src_data_rank: whose values win; None: each rank slices its own.
+    recompute: patterns of modules whose activations are computed again in backward. strict: errors instead of
+    reports.
 
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
     the first call or `lower`, for a module that cannot be traced or sharded so.
