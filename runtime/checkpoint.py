@@ -7,9 +7,10 @@ that says which belong together. So a save that is killed leaves the last checkp
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -43,13 +44,24 @@ def save_checkpoint(path: str | os.PathLike[str], *objects: Any, background: boo
     """
     folder, state = Path(path), _collect(_sorted_out(objects))
     writer = _Writer(folder, overwrite=True)
+    if background and not dist.is_initialized():
+        copied = {key: x.detach().clone() if isinstance(x, Tensor) else x for key, x in state.items()}
+        pool = ThreadPoolExecutor(1)
+        try:
+            return pool.submit(_save_alone, copied, writer)
+        finally:
+            pool.shutdown(wait=False)
     if background:
-        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        with alone_is_meant():
-            return dcp.async_save(state, storage_writer=writer, process_group=group, no_dist=group is None)  # pyright: ignore
+        group = dist.new_group(backend="gloo")
+        return dcp.async_save(state, storage_writer=writer, process_group=group)  # pyright: ignore
     with alone_is_meant():
         dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
     return None
+
+
+def _save_alone(state: dict[str, Any], writer: dcp.FileSystemWriter) -> None:
+    with alone_is_meant():
+        dcp.save(state, storage_writer=writer, no_dist=True)
 
 
 def load_checkpoint(path: str | os.PathLike[str], *objects: Any, strict: bool = True) -> None:
@@ -70,7 +82,7 @@ def load_checkpoint(path: str | os.PathLike[str], *objects: Any, strict: bool = 
     try:
         with alone_is_meant():
             dcp.load(staged, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except Exception as error:
+    except (Exception, dcp.CheckpointException) as error:  # torch's own is no Exception
         raise CheckpointError(
             f"{folder} cannot be read: {_cause(error)}", help="nothing was loaded; take an older checkpoint"
         ) from error
@@ -164,7 +176,7 @@ def _collect(found: tuple[list[nn.Module], list[Optimizer]]) -> dict[str, Any]:
         raise CheckpointError(f"on meta, without values: {', '.join(on_meta)}", help="load them first")
     names = _names(modules)
     for k, optimizer in enumerate(optimizers):
-        state[f"{OPTIMIZER}.{k}.groups"] = _groups(optimizer, names)
+        state[f"{OPTIMIZER}.{k}.groups"] = pickle.dumps(_groups(optimizer, names))  # as one value
         for p, values in optimizer.state.items():
             state |= {f"{OPTIMIZER}.{k}.{_name(p, names)}.{key}": x for key, x in values.items()}
     return state
@@ -177,7 +189,7 @@ def _groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, An
 def _metadata(folder: Path) -> Metadata:
     try:
         return dcp.FileSystemReader(folder).read_metadata()
-    except Exception as error:
+    except (Exception, dcp.CheckpointException) as error:  # torch's own is no Exception
         raise CheckpointError(
             f"{folder / '.metadata'} cannot be read: {type(error).__name__}", help="is this the folder of a checkpoint?"
         ) from error
@@ -214,7 +226,7 @@ def _optimizer_room(
     groups = f"{OPTIMIZER}.{k}.groups"
     if groups not in entries:
         raise CheckpointError(f"{folder} holds no state of optimizer {k}", help="load the module alone")
-    room: dict[str, Any] = {groups: None}
+    room: dict[str, Any] = {groups: b""}
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         prefix = f"{OPTIMIZER}.{k}.{_name(p, names)}."
         for key, entry in entries.items():
@@ -232,7 +244,7 @@ def _state_like(p: Tensor, entry: Any) -> Any:
 
 
 def _put_optimizer(k: int, optimizer: Optimizer, names: Mapping[int, str], staged: Mapping[str, Any], folder: Path):
-    saved: list[dict[str, Any]] = staged[f"{OPTIMIZER}.{k}.groups"]
+    saved: list[dict[str, Any]] = pickle.loads(staged[f"{OPTIMIZER}.{k}.groups"])
     here = [group["params"] for group in _groups(optimizer, names)]
     if [group["params"] for group in saved] != here:
         raise CheckpointError(

@@ -3,6 +3,8 @@
 Fresh memory holds NaN here: what nothing was written to would show.
 """
 
+# ruff: noqa: E501  (what is printed is not wrapped)
+
 from __future__ import annotations
 
 from collections.abc import Callable
