@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +11,18 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from shardc.compiler.errors import ShardingError
+from shardc.compiler.errors import CheckpointError, PlanError, ShardingError
+from shardc.compiler.filling import Filling
 from shardc.compiler.lowering import Entry, Lowering
 from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.signature import InputKind, OutputKind
 from shardc.compiler.spec import Spec
+from shardc.runtime.deferred import tensors
 from shardc.runtime.norms import Piece, scale, total_norm
+from shardc.runtime.shards import cut
+from shardc.runtime.spread import Spread
 from shardc.runtime.state import as_dtensor, as_held, local_of, whole
 
 
@@ -34,6 +38,7 @@ class CompiledModule(nn.Module):
         self.__dict__["_lowering"] = lowering
         self.__dict__["_owners"] = _Owners(model)
         self.__dict__["_sync"] = True
+        self.__dict__["_on_meta"] = bool(_on_meta(model))
 
     # ---- calling
 
@@ -42,6 +47,8 @@ class CompiledModule(nn.Module):
 
     def prepared(self, args: Any, kwargs: Any) -> tuple[Entry, list[Any]]:
         """The program for a call that is about to run, and its inputs in signature order."""
+        if self._on_meta:
+            self._check_loaded()
         self._owners.check()
         device = self._lowering.plan.device_id
         if device is not None:
@@ -155,6 +162,8 @@ class CompiledModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors or shards, in place; every rank passes the same whole tensors."""
         ranks = self._lowering.ranks
+        held = tensors(self._model)
+        self._allocate([key for key, x in state_dict.items() if key in held and x.shape == held[key].shape])
         if ranks is None:
             return self._model.load_state_dict(state_dict, strict, assign)
         live = {**dict(self._model.named_parameters(remove_duplicate=False)), **dict(self._model.named_buffers())}
@@ -165,10 +174,53 @@ class CompiledModule(nn.Module):
 
     def full_state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
         """Whole tensors on every rank; with rank0_only an empty dict on the others. All ranks must call it."""
-        state = {key: whole(value) for key, value in self.state_dict().items()}
         ranks = self._lowering.ranks
-        first = ranks is None or not any(ranks.coords.values())
-        return state if first or not rank0_only else {}
+        keeps = not rank0_only or ranks is None or not any(ranks.coords.values())
+        state = {}
+        for key, x in self.state_dict().items():
+            value = whole(x)
+            if keeps:
+                state[key] = value
+        return state
+
+    def load_full_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load the whole tensors that the first rank passes; what others pass is not looked at. All ranks must call it.
+
+        Raises CheckpointError, on every rank and before anything is loaded, for names and shapes that do not fit.
+        """
+        ranks, state = self._lowering.ranks, self.state_dict(keep_vars=True)
+        groups: dict[int, list[str]] = {}
+        for key, x in state.items():
+            groups.setdefault(id(x), []).append(key)
+        spread = Spread([(keys, state[keys[0]]) for keys in groups.values()], list(state), ranks, 0)
+        spread.look(lambda: state_dict)
+        if spread.missing:
+            raise CheckpointError(f"no values for: {', '.join(spread.missing)}", help="nothing was loaded")
+        self._allocate(state)
+        live = tensors(self._model)
+        for keys, value in spread.whole():
+            held = live[keys[0]]
+            piece = cut(value, self._stored(keys[0]), ranks.mesh, ranks.coords) if ranks is not None else value
+            with torch.no_grad():
+                local_of(held).copy_(piece)
+
+    def _allocate(self, names: Collection[str]) -> None:
+        """Make room for what is still on meta, and about to be loaded."""
+        if not self._on_meta:
+            return
+        Filling(self._model, self._lowering.plan, self._lowering.ranks, None).allocate(names)
+        self.__dict__["_owners"] = _Owners(self._model)
+        self.__dict__["_on_meta"] = bool(_on_meta(self._model))
+
+    def _check_loaded(self) -> None:
+        missing = _on_meta(self._model)
+        self.__dict__["_on_meta"] = bool(missing)
+        if missing:
+            raise PlanError(
+                f"still on meta, without values: {', '.join(missing)}",
+                where=call_site(),
+                help="load them (load_state_dict, load_checkpoint) before the first call",
+            )
 
     def placed(self, key: str, value: Tensor, held: Tensor) -> Tensor:
         """A whole tensor or a DTensor, laid out as the parameter or buffer `held` of this name."""
@@ -223,6 +275,10 @@ class CompiledModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_model"], name)
+
+
+def _on_meta(model: nn.Module) -> list[str]:
+    return [name for name, x in tensors(model).items() if x.is_meta]
 
 
 class _Owners:

@@ -39,6 +39,12 @@ class PlanError(_Located):
     kind = "plan error"
 
 
+class CheckpointError(_Located):
+    """A file of weights, or a state_dict, is damaged or does not fit the model."""
+
+    kind = "checkpoint error"
+
+
 class RankMismatchError(RuntimeError):
     """Ranks disagree: on the program, on the plan, or on the sizes of their inputs."""
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from shardc.compiler.errors import PlanError
+from shardc.compiler.errors import CheckpointError, PlanError
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.wording import shown
 from shardc.runtime.deferred import check_fillable, drop_recipes, owners, recipes, record_init, tensors
@@ -18,7 +19,9 @@ from shardc.runtime.materialize import fill, put
 from shardc.runtime.ranks import Ranks
 from shardc.runtime.recipe import Recipe, generator_of
 from shardc.runtime.replay import Replay
-from shardc.runtime.state import broadcast, shard
+from shardc.runtime.spread import Spread
+from shardc.runtime.state import as_dtensor, broadcast, shard
+from shardc.runtime.weights import weights
 
 
 def check_init(init: Any) -> None:
@@ -43,17 +46,77 @@ class Filling:
         """Give every parameter and buffer its values and its layout. Raises PlanError for what stays without."""
         built = recipes(self.model)
         owned = owners(self.model, built)
-        function = callable(init) and not isinstance(init, Mapping)
-        if init is None:
-            check_fillable(self.model, owned)
+        loads = isinstance(init, (Mapping, str, os.PathLike))
         on_meta = [name for name, x in tensors(self.model).items() if x.is_meta]
+        if loads:
+            owned = self._never_loaded(owned)
+        if loads or init is None:
+            check_fillable(self.model, owned)
         self._agree(built)
-        fill(self.model, built, on_meta, self._place)
+        loaded = self._load(init, on_meta) if loads else set()
+        rest = [name for name in on_meta if name not in loaded]
+        fill(self.model, built, rest, self._place)
         drop_recipes(self.model)
-        if owned and (init is None or function):
-            self._initialise(owned, init, on_meta)
+        if owned:
+            fresh = [f"{prefix}.{n}" if prefix else n for prefix, names in owned.items() for n in names]
+            self._initialise(owned, None if loads else init, fresh if loads else rest)
         if self.ranks is not None:
             self._take_over(self.ranks, set(on_meta))
+
+    def _never_loaded(self, owned: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Of these tensors those that no state_dict holds."""
+        found = {}
+        for prefix, names in owned.items():
+            hidden = self.model.get_submodule(prefix)._non_persistent_buffers_set
+            if some := [name for name in names if name in hidden]:
+                found[prefix] = some
+        return found
+
+    def _load(self, source: Any, on_meta: list[str]) -> set[str]:
+        """Names of the tensors that got their values from a state_dict or a path, which must then have all."""
+        held, state = tensors(self.model), self.model.state_dict()
+        if not on_meta:
+            raise PlanError("init is given, but nothing is on meta", help="load into the compiled module instead")
+        groups: dict[int, list[str]] = {}
+        for name in (name for name in on_meta if name in state):
+            groups.setdefault(id(held[name]), []).append(name)
+        wanted = [(names, held[names[0]]) for names in groups.values()]
+        spread = Spread(wanted, list(state), self.ranks, self.source)
+        spread.look(lambda: weights(source))
+        if spread.missing and not isinstance(source, Mapping):
+            raise CheckpointError(f"{source} has no {', '.join(spread.missing)}", help="nothing was loaded")
+        loaded: set[str] = set()
+        for names, value in spread.whole():
+            x = held[names[0]]
+            made = self._place(names[0], x, value)
+            if not isinstance(made, DTensor):  # a shard is a copy already
+                made.data = made.data.clone()
+            for name in names:
+                put(self.model, name, made)
+            loaded |= set(names)
+        return loaded
+
+    def allocate(self, names: Collection[str]) -> None:
+        """Memory for those of these tensors that are still on meta, for values that come at once."""
+        made: dict[int, Tensor] = {}
+        held = tensors(self.model)
+        wanted = {id(held[name]) for name in names if name in held and held[name].is_meta}
+        for name, x in held.items():
+            if id(x) not in wanted:
+                continue
+            if id(x) not in made:
+                made[id(x)] = self._room(name, x)
+            put(self.model, name, made[id(x)])
+
+    def _room(self, name: str, x: Tensor) -> Tensor:
+        device = self.ranks.device_mesh.device_type if self.ranks is not None else "cpu"
+        if self.ranks is None or not isinstance(x, nn.Parameter):
+            made = torch.empty_like(x, device=device)
+            return nn.Parameter(made, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else made
+        spec = self.plan.params[self.plan.canonical(name)].stored_spec(self.ranks.mesh)
+        local = torch.empty(spec.local_shape(self.ranks.mesh, self.ranks.coords), dtype=x.dtype, device=device)
+        piece = local if spec.is_whole else as_dtensor(local, spec, self.ranks.device_mesh)
+        return nn.Parameter(piece, requires_grad=x.requires_grad)
 
     def _initialise(self, owned: dict[str, list[str]], init: Any, on_meta: list[str]) -> None:
         """As the source rank would draw. It and those that start as it does go on from where it ends."""

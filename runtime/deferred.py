@@ -34,7 +34,8 @@ def deferred_init(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) ->
     for name, x in tensors(module).items():
         if recipe.knows(x):
             recipe.names[name] = x._version
-            x.__class__ = _WaitingParameter if isinstance(x, nn.Parameter) else _WaitingTensor
+            kind = _WaitingParameter if isinstance(x, nn.Parameter) else _WaitingTensor
+            x.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
             vars(x)["_fqn"] = name
     module.__dict__[PLACE] = recipe
     return module
@@ -149,7 +150,7 @@ def _standing_in(module: nn.Module, keep: set[int]) -> Iterator[None]:
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     for table in (module._parameters, module._buffers):
         for name, x in table.items():
-            if id(x) in keep:
+            if x is not None and id(x) in keep:
                 kept.append((table, name, x))
     for table, name, x in kept:
         table[name] = _stand_in(x)

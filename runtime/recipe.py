@@ -19,12 +19,8 @@ from torch import Tensor
 
 from shardc.compiler.errors import ShardingError
 
-HERE = (
-    str(Path(__file__).parent),
-    str(Path(__file__).parent.parent / "compiler"),
-    str(Path(torch.__file__).parent),
-    "<",
-)
+_OURS = Path(__file__).parent
+HERE = (str(_OURS), str(_OURS.parent / "compiler"), str(Path(torch.__file__).parent), "<")
 
 
 class Ref(NamedTuple):

@@ -149,14 +149,15 @@ class _Recorder(TorchDispatchMode):
         sizes = [(x, recipe.storages[w.storage].nbytes) for x, w in zip(written, writes, strict=True)]
         if any(x.untyped_storage().nbytes() != nbytes for x, nbytes in sizes):
             raise unreplayable(func, "it gives a tensor another storage or size")
-        given = pytree.tree_map_only(Tensor, self._given, (args, kwargs))
+        given_args, given_kwargs = pytree.tree_map_only(Tensor, self._given, (args, kwargs))
         refs = tuple(recipe.ref(x, device) for x in results)
         if name in EMPTY or not (fresh or writes):
             return  # a new storage, or a view of one: no values yet
         makes = tuple(dict.fromkeys(recipe.ref(x).storage for x in fresh))
         before = self.state(self._generator(args, kwargs, func)) if random else None
         pure = name in PURE or all(a.kwarg_only for a in func._schema.arguments if _writes(a))
-        recipe.add(Step(func, *given, refs, makes, writes, bool(writes) and pure, before, user_line()))
+        pure = bool(writes) and pure
+        recipe.add(Step(func, given_args, given_kwargs, refs, makes, writes, pure, before, user_line()))
         if random:
             self._mark(self._generator(args, kwargs, func))
 

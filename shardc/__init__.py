@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shardc.compiler.plan import FullyShard, Layout, Plan, Precision, Replicated
     from shardc.compiler.rules.table import rule
     from shardc.compiler.train_step import train_step
+    from shardc.runtime.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
     from shardc.runtime.deferred import deferred_init
     from shardc.runtime.launch import launch
     from shardc.runtime.replicas import data_parallel, replicas
@@ -40,9 +41,12 @@ __all__ = [
     "discover_rule",
     "fully_shard",
     "launch",
+    "load_checkpoint",
     "replicas",
     "replicate",
     "rule",
+    "save_checkpoint",
+    "save_safetensors",
     "train_step",
 ]
 
@@ -66,10 +70,13 @@ _HOME = {
     "deferred_init": "shardc.runtime.deferred",
     "discover_rule": "shardc.compiler.check_rule",
     "fully_shard": "shardc.compiler.annotate",
+    "load_checkpoint": "shardc.runtime.checkpoint",
     "launch": "shardc.runtime.launch",
     "replicas": "shardc.runtime.replicas",
     "replicate": "shardc.compiler.annotate",
     "rule": "shardc.compiler.rules.table",
+    "save_checkpoint": "shardc.runtime.checkpoint",
+    "save_safetensors": "shardc.runtime.checkpoint",
     "train_step": "shardc.compiler.train_step",
 }
 
