@@ -121,7 +121,7 @@ def database(even: bool) -> list[Any]:
     from torch.testing._internal.common_methods_invocations import op_db
 
     # Else each call of a random operator would draw the same numbers, and it could not be told.
-    common_methods_invocations.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
+    vars(common_methods_invocations)["wrapper_set_seed"] = lambda op, *args, **kwargs: op(*args, **kwargs)
     if even:
         for name, module in list(sys.modules.items()):
             if name.startswith("torch.testing._internal"):

@@ -38,7 +38,7 @@ def test_a_singular_matrix_raises_as_on_one_device():
     eye = torch.eye(3).repeat(4, 1, 1)
     torch.testing.assert_close(compiled(eye), eye)
     eye[2, 1] = 0
-    with pytest.raises(torch.linalg.LinAlgError, match="linalg.inv"):
+    with pytest.raises(RuntimeError, match="linalg.inv.*singular"):
         compiled(eye)
 
 
