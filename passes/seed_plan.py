@@ -160,11 +160,12 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
         node = ends[i]
         if not isinstance(node, Node):
             continue
-        source = ctx.signature.inputs[entry.of or 0]  # meaningless for an output
         with gm.graph.inserting_before(end):
             if entry.kind is OutputKind.OUTPUT:
                 ends[i] = insert(gm.graph, reshard, (node, outputs[i]), node, why="the layout of an output")
-            elif entry.kind is OutputKind.MUTATION or source.kind is not InputKind.PARAMETER:
+                continue
+            source = ctx.signature.inputs[entry.of or 0]
+            if entry.kind is OutputKind.MUTATION or source.kind is not InputKind.PARAMETER:
                 target = Spec(spec(nodes[source.node]).dims)  # ... and so does each summand of a pending input
                 ends[i] = insert(gm.graph, reshard, (node, target), node, why=f"the layout of {source.name}")
             else:

@@ -59,7 +59,7 @@ def _with_a_row(site: Site, x: Any, rank: int, dim: int) -> Any:
 
 @rule(aten.gather.default)
 def _(x: Any, dim: int, index: Any, *, results: Any, sparse_grad: bool = False) -> OpRule:
-    if x.dim() == 0 or index.dim() == 0:
+    if x.dim() == 0 or index.dim() != x.dim():  # an empty index may have any rank
         return apart([x, index], results, linear="0")
     (source, where), whole = _aligned(dim, "vk", x, index)
 
@@ -79,7 +79,7 @@ def _(x: Any, dim: int, index: Any, *, results: Any, sparse_grad: bool = False) 
 
 @rule(aten.scatter_add.default)
 def _(x: Any, dim: int, index: Any, source: Any, *, results: Any) -> OpRule:
-    if x.dim() == 0 or index.dim() == 0 or index.shape != source.shape:
+    if x.dim() == 0 or index.dim() != x.dim() or index.shape != source.shape:
         return apart([x, index, source], results, linear="0 2")
     (into, where, same), whole = _aligned(dim, "vkk", x, index, source)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shardc.compiler.rules.names import Shape, broadcast, dims, inserted, line, without
+from shardc.compiler.rules.names import Shape, apart, broadcast, dims, inserted, line, without
 from shardc.compiler.rules.site import Site
 from shardc.compiler.rules.table import OpRule, RuleError, parse, rule
 
@@ -184,6 +184,8 @@ def _(x: Any, at: int, size: int, step: int, *, results: Any) -> OpRule:
 
 @rule(aten.unfold_backward.default)
 def _(grad: Any, sizes: Any, at: int, size: int, step: int, *, results: Any) -> OpRule:
+    if any(m != n for i, (m, n) in enumerate(zip(grad.shape, sizes, strict=False)) if i != at % len(sizes)):
+        return apart([grad], results)  # istft stretches its window so
     windows = [*dims(len(sizes), {at: "k"}), "w"]
     return parse(line([windows], [dims(len(sizes), {at: "n"})]), whole="n k w", linear="0", shape_arg=1)
 
