@@ -4,7 +4,8 @@ A save writes files of new names beside those of the last one, and switches by r
 that says which belong together. So a save that is killed leaves the last checkpoint as it was.
 """
 
-# pyright: reportPrivateImportUsage=false  (torch.distributed.checkpoint lists no names of its own)
+# torch.distributed.checkpoint lists no names of its own:
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import os

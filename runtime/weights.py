@@ -1,6 +1,7 @@
 """Weights to start from: a state_dict, a safetensors file or a folder of them, a folder of a distributed checkpoint."""
 
-# pyright: reportPrivateImportUsage=false  (torch.distributed.checkpoint lists no names of its own)
+# torch.distributed.checkpoint lists no names of its own:
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import os
