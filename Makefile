@@ -20,7 +20,7 @@ demo: $(READY) ## train a GPT on 4 local ranks and on one device, and compare (u
 	$(BIN)/shardc demo
 
 test: $(READY) ## all tests, as continuous integration runs them (under 15 minutes on 2 cores)
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2
 
 test-browser: $(READY) ## the viewer in a real browser; installs Debian's chromium where it can
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } \

@@ -231,6 +231,8 @@ def export(program: Program, flat: Sequence[Tensor], context: TracingContext | N
 class _Checks(TorchDispatchMode):
     """Records the error checks of torch.linalg as operators with a result, which need no order among them."""
 
+    supports_higher_order_operators = True  # they are refused by name, later
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten._linalg_check_errors.default:
             return func(*args, **(kwargs or {}))

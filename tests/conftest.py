@@ -32,6 +32,11 @@ def seed():
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """The longest test goes first: where tests run side by side, it would go on alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_property.py")
+
+
 def pytest_sessionfinish(session: pytest.Session):
     doubled = sorted(PARTS & set(sys.modules))
     if doubled:

@@ -37,7 +37,7 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], list[tuple[str, str, int]]]] 
     "argmin": (lambda x: x.argmin(1) + x.sum(1), TWICE + SUM),
     "argmax of all": (lambda x: x.argmax() + x.sum(1), TWICE + SUM),
     "max": (lambda x: torch.cat([*x.max(1)]), TWICE),
-    "min": (lambda x: x.min(1).values, TWICE),
+    "min": (lambda x: x.min(1).values, [*ONCE, ("all_reduce", "backward", 15)]),  # whose indices only backward needs
     "cumsum": (lambda x: x.cumsum(1).detach() + x, ONCE),
     "cumsum, trained": (lambda x: x.cumsum(1), [*ONCE, *BACKWARDS]),
     "flip": (lambda x: x.flip(0, 1), FETCHED),

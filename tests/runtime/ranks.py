@@ -11,13 +11,12 @@ import pytest
 
 from shardc.runtime.launch import launch
 
-LIMIT = float(os.environ.get("SHARDC_RANKS_LIMIT", "50"))
+LIMIT = float(os.environ.get("SHARDC_RANKS_LIMIT", "120"))
 
 
 def on_ranks(test: Callable) -> Callable:
-    """Marks a test that starts ranks, and gives it a little more time than they have, to see how they ended.
-    Where tests run side by side, one of these runs at a time."""
-    return pytest.mark.xdist_group("ranks")(pytest.mark.ranks(pytest.mark.timeout(LIMIT + 10)(test)))
+    """Marks a test that starts ranks, and gives it a little more time than they have, to see how they ended."""
+    return pytest.mark.ranks(pytest.mark.timeout(LIMIT + 10)(test))
 
 
 def run_ranks(fn: Callable[..., Any], nproc: int, args: Sequence[Any] = (), limit: float = LIMIT) -> list[Any]:
