@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -32,6 +32,7 @@ from shardc.runtime.launched import Job, run_rank
 GRACE = 1.0  # seconds that the other ranks have, after a failure, to report what it did to them
 ENDING = 10.0  # seconds for ranks that have returned to destroy their process group and exit
 COLLECTIVE_TIMEOUT = 300.0  # seconds a collective waits for a rank before it is an error
+PRELOADED = ["shardc.compiler.api", "shardc.runtime.checkpoint"]  # what ranks use, and with it torch
 POLL = 0.5  # seconds; a rank's forked children can hold its pipes open, so its end is looked for as well
 
 
@@ -42,6 +43,7 @@ def launch(
     *,
     timeout: float | None = None,
     process_group: bool = True,
+    start: Literal["spawn", "forkserver"] = "spawn",
 ) -> list[Any]:
     """Run `fn(rank, *args)` on `nproc` new local processes and return their results in rank order.
 
@@ -50,6 +52,9 @@ def launch(
     process_group=False leaves `init_process_group()` to fn. The processes import fn: it stands at the
     top level of a module, or of a script that calls launch under `if __name__ == "__main__":`. fn, args and
     results travel pickled, tensors by value. Nothing the ranks started outlives the call.
+
+    start="forkserver": the ranks are forked from a server that has imported torch and shardc once, for programs
+    that launch many times; a rank then starts in a fraction of a second. The server ends with this process.
 
     timeout: seconds for the whole call, start included. Raises RankFailure with the number and traceback of
     the first rank that failed (the others are stopped within about a second), or with the stacks of all once
@@ -61,12 +66,14 @@ def launch(
     payload = _packed(fn, tuple(args))
     store, port = _loopback_store()
     seconds = max(COLLECTIVE_TIMEOUT, timeout or 0)
-    job = Job(payload, nproc, port, seconds, process_group, _cores_per_rank(nproc))
+    job = Job(payload, nproc, port, seconds, process_group, _cores_per_rank(nproc), dict(os.environ))
+    context = multiprocessing.get_context(start)
+    context.set_forkserver_preload(PRELOADED)  # read only when a server starts
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="shardc-launch-") as folder:
         try:
             for number in range(nproc):
-                _start(number, job, Path(folder) / f"stacks-{number}", ranks)
+                _start(context, number, job, Path(folder) / f"stacks-{number}", ranks)
             results = _collected(ranks, deadline, timeout)
             _let_go(ranks)
             return results
@@ -80,7 +87,7 @@ class _Rank:
     """A rank as the caller sees it."""
 
     number: int
-    process: SpawnProcess
+    process: BaseProcess
     pipe: connection.Connection
     stacks: Path
     started: bool = False  # whether it has come as far as running our code
@@ -97,8 +104,8 @@ class _Rank:
         assert pid is not None
         try:
             return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # something else in this process has reaped it
-            return True
+        except ChildProcessError:  # the fork server's child, or something else in this process has reaped it
+            return bool(connection.wait([self.process.sentinel], 0))
 
     def look(self) -> None:
         """Take in what the rank has sent, and whether it has died."""
@@ -193,9 +200,8 @@ def _cores_per_rank(nproc: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // nproc)
 
 
-def _start(number: int, job: Job, stacks: Path, ranks: list[_Rank]) -> None:
+def _start(context: Any, number: int, job: Job, stacks: Path, ranks: list[_Rank]) -> None:
     here, there = multiprocessing.Pipe()
-    context = multiprocessing.get_context("spawn")
     process = context.Process(target=run_rank, args=(number, job, there, str(stacks)), name=f"rank-{number}")
     try:
         with _importable_main():

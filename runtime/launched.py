@@ -30,6 +30,7 @@ class Job:
     collective_timeout: float  # seconds
     process_group: bool
     threads: int
+    environment: dict[str, str]  # the caller's, as it is now; a fork server has that of its start
 
 
 def run_rank(rank: int, job: Job, pipe: Connection, stacks: str) -> None:
@@ -54,7 +55,9 @@ def run_rank(rank: int, job: Job, pipe: Connection, stacks: str) -> None:
 
 
 def _run(rank: int, job: Job) -> bytes:
+    os.environ.clear()
     os.environ.update(
+        job.environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(job.nproc),

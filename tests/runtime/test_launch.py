@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from shardc.compiler.errors import RankFailure
 from shardc.runtime.launch import launch
-from tests.runtime.ranks import LIMIT, on_ranks, run_ranks
+from tests.runtime.ranks import LIMIT, START, on_ranks, run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,8 +115,9 @@ def test_the_first_failure_is_told_and_nothing_is_left(how: str, tmp_path: Path)
 
 @on_ranks
 def test_over_time_the_ranks_tell_where_they_are(tmp_path: Path):
+    run_ranks(introduce, 2, (1.0,))  # a fork server is there from now on
     start = time.monotonic()
-    limit = 25.0
+    limit = 25.0 if START == "spawn" else 6.0
     with pytest.raises(RankFailure) as caught:
         run_ranks(fail, 2, ("hang", str(tmp_path)), limit=limit)
     assert time.monotonic() - start < limit + 5
@@ -129,6 +130,18 @@ def test_over_time_the_ranks_tell_where_they_are(tmp_path: Path):
 
 def return_what_cannot_travel(rank: int) -> object:
     return (lambda: rank) if rank == 0 else None
+
+
+def look_around(rank: int) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k.startswith("SHARDC_SEEN")}
+
+
+@on_ranks
+def test_forked_ranks_have_the_environment_of_the_call(monkeypatch: pytest.MonkeyPatch):
+    for name in ("SHARDC_SEEN_ONE", "SHARDC_SEEN_TWO"):  # the server keeps what it found when it started
+        monkeypatch.setenv(name, "1")
+        assert launch(look_around, 2, timeout=LIMIT, start="forkserver") == [{name: "1"}] * 2
+        monkeypatch.delenv(name)
 
 
 @on_ranks
