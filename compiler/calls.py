@@ -56,11 +56,13 @@ def held(module: nn.Module) -> dict[str, Tensor]:
     return dict(named)
 
 
-def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwargs: Any) -> tuple:
-    """What decides whether two calls share a program."""
+def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwargs: Any, sizes: bool = True) -> tuple:
+    """What decides whether two calls share a program; without `sizes`, whether they can be of one family."""
     leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
     described = tuple(
-        (tuple(x.shape), x.dtype, x.device, x.requires_grad, label(x)) if isinstance(x, Tensor) else _constant(x)
+        (tuple(x.shape) if sizes else x.dim(), x.dtype, x.device, x.requires_grad, label(x))
+        if isinstance(x, Tensor)
+        else _constant(x)
         for x in leaves
     )
     flags = tuple(m.training for m in modules)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +21,9 @@ from shardc.compiler.carry import add_carries
 from shardc.compiler.collectives import COLLECTIVES
 from shardc.compiler.draws import SEED
 from shardc.compiler.errors import PlanError, ShardingError
+from shardc.compiler.family import Families, Unfit
 from shardc.compiler.graph import copy_graph, is_random, move_of, placeholders, returned
+from shardc.compiler.kept import Kept
 from shardc.compiler.layout import Precision
 from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
@@ -32,13 +35,17 @@ from shardc.compiler.program import Program
 from shardc.compiler.refine import refinements
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.saved import Traces, about, load, save
-from shardc.compiler.signature import InputKind, OutputKind, Signature, TensorInfo
+from shardc.compiler.signature import InputKind, OutputKind, Signature
 from shardc.compiler.spec import Spec, to_placements
 from shardc.compiler.trace import Traced, argument_names, trace
+from shardc.compiler.trace_sizes import Template, Values
 from shardc.passes.pipeline import first_passes
 from shardc.runtime.engines import SimulatedRanks, ThisRank
 from shardc.runtime.executable import Executable, autocast_state
 from shardc.runtime.ranks import Ranks
+
+log = logging.getLogger(__name__)
+SIZES = 64  # of a program for many sizes, as many stay bound; more are bound anew when they come again
 
 
 @dataclass
@@ -51,38 +58,6 @@ class Entry:
     def __post_init__(self) -> None:
         moves = (move_of(node) for node in self.program.gm.graph.nodes)
         self.moves = any(move is not None and move.target in COLLECTIVES for move in moves)
-
-
-class Kept:
-    """Gradients left pending at unsynchronised steps, by parameter, with their layouts."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        self._specs: dict[str, Spec] = {}
-        self._due: dict[str, None] = {}  # whose unsynchronised forward has run, and perhaps not its backward
-
-    def declare(self, name: str, spec: Spec) -> None:
-        """In which layout the program at hand leaves a parameter's gradient."""
-        self._specs[name] = spec
-
-    def expect(self, names: Iterable[str]) -> None:
-        self._due |= dict.fromkeys(names)
-
-    def keep(self, name: str, gradient: Tensor) -> None:
-        self._tensors[name] = self._tensors[name] + gradient if name in self._tensors else gradient
-
-    def take(self, name: str) -> Tensor | None:
-        self._due.pop(name, None)
-        return self._tensors.pop(name, None)
-
-    def clear(self) -> None:
-        """Forget what was kept, as `zero_grad` does to what is in `.grad`."""
-        self._tensors.clear()
-        self._due.clear()
-
-    def layouts(self) -> tuple[tuple[str, Spec], ...]:
-        """Those that the next synchronised backward must take in, in the order in which programs declared them."""
-        return tuple((name, spec) for name, spec in self._specs.items() if name in self._tensors or name in self._due)
 
 
 @dataclass
@@ -98,10 +73,14 @@ class Lowering:
     recompute: tuple[str, ...] = ()
     rng: str = "counter"
     precision: Precision | None = None
+    dynamic: bool = False
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
     traces: Traces = field(default_factory=Traces)
     hashes: dict[str, str] = field(default_factory=dict)  # of the programs, by call and variant
+    families: Families = field(default_factory=Families)
+    _layouts: dict[Any, Any] = field(default_factory=dict)  # of what is passed in, by the form of the call
+    _sized: list[Any] = field(default_factory=list)  # keys of the entries that families gave, oldest first
     _entries: dict[Any, Entry] = field(default_factory=dict)
     _last: Entry | None = None
 
@@ -145,8 +124,8 @@ class Lowering:
             calls.number -= 1
         return entry
 
-    def _call_key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple:
-        return call_key(self._modules, [table[name] for table, name in self._params], args, kwargs)
+    def _call_key(self, args: Sequence[Any], kwargs: Mapping[str, Any], sizes: bool = True) -> tuple:
+        return call_key(self._modules, [table[name] for table, name in self._params], args, kwargs, sizes)
 
     def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
         """Trace, run the pipeline, agree with the other ranks, bind. variant: "reduce", "keep" (gradients are
@@ -154,22 +133,24 @@ class Lowering:
         check_call(self.module, args, kwargs)
         self.plan.roots.check_call(args, kwargs)
         self.plan.check_count("", "in", len(args))
-        traced = self._trace(args, kwargs)
-        self._check_results(traced.signature)
+        form = (self._call_key(args, kwargs, sizes=False), variant)
+        program = self._of_family(form, args, kwargs)
+        if program is not None:
+            if self.ranks is not None:
+                self.ranks.agree(program.hash, "the program for this call")
+            self._forget_sizes((self._call_key(args, kwargs), variant))
+            return Entry(program, self._executable(program))
+        call = self._whole_call(args, kwargs, self._layouts_of(args, kwargs))
+        template = self._template(form, call)
+        values = template and template.solve(_shapes(call))
+        traced = self._traced(call) if template is None or values is None else template.at(values)
+        dressed = self._dressed(traced, args, kwargs)
+        self._check_results(dressed.signature)
         if not self.programs:
-            self._settle(traced)
-        carries = variant if isinstance(variant, tuple) else ()
-        if carries:
-            traced = add_carries(traced, [name for name, _ in carries])
-        ctx = Context(
-            self.mesh, self.plan, traced.signature, average=self.ranks is not None, reduce=variant != "keep",
-            carries=dict(carries), strict=self.strict, rng=self.rng,
-        )  # fmt: skip
-        training = tuple(m.training for m in self._modules)
-        original = Original(
-            self.module, traced.signature, self.values, training, autocast_state(), self.rng, self.precision
-        )
-        program = Program.build(traced, ctx, original)
+            self._settle(dressed)
+        program = self._program(dressed, variant)
+        if template is not None and values is not None:
+            self._widen(form, program, template, values, (args, kwargs, variant))
         key = text_key(self._call_key(args, kwargs), variant)
         self.hashes[key] = program.hash
         self.traces.check(key, program.hash)
@@ -189,6 +170,8 @@ class Lowering:
 
     def _about(self) -> dict[str, Any]:
         options = {"strict": self.strict, "recompute": self.recompute, "rng": self.rng, "precision": self.precision}
+        if self.dynamic:
+            raise PlanError("programs compiled with dynamic=True cannot be saved", help="leave dynamic out")
         return about(self.module, self.mesh, self._asked.report(), options)
 
     def _check_results(self, signature: Signature) -> None:
@@ -257,37 +240,103 @@ class Lowering:
     def _stored(self, name: str) -> Spec:
         return self.plan.params[name].stored_spec(self.mesh)
 
-    def _trace(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
-        """The traced module at global shapes. On real ranks the caller passes pieces: sizes are multiplied by
-        the mesh dims that split them, for which the names (and styles on the root's border) must be known."""
-        grad = torch.is_grad_enabled()
-        tensors = held(self.module)
-        infos = {fqn: info_as(x, self.precision) for fqn, x in tensors.items()}
-        given: tuple[Any, Any] = (tuple(args), dict(kwargs))
-        call: tuple[Any, Any] = pytree.tree_map(lambda x: computed_as(x, self.precision), given)
-        layouts = None
-        if self.ranks is not None:
-            if needs_trace(self.plan):
-                layouts = self._traced_layouts(self._traced(call, infos, True))
-            call = self._global_call(*call, layouts)
-        traced = self._traced(call, infos, grad)
+    def _forget_sizes(self, key: Any) -> None:
+        """Of the sizes that families have served, the last ones stay bound."""
+        self._sized.append(key)
+        if len(self._sized) > SIZES:
+            self._entries.pop(self._sized.pop(0), None)
+
+    def _of_family(self, form: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program | None:
+        """The program of a family that has these sizes. Its conditions hold: forward takes the path that its own
+        call took, so what is passed in lies as it did then."""
+        if form not in self.families.made:
+            return None
+        return self.families.find(form, _shapes(self._whole_call(args, kwargs, self._layouts.get(form))))
+
+    def _template(self, form: Any, call: tuple[Any, Any]) -> Template | None:
+        """The module traced for all sizes, where it is asked for and can be."""
+        if not self.dynamic or not self.families.has_room(form):
+            return None
+        try:
+            traced = trace(self.module, *call, symbolic=True, **self._known())
+        except ShardingError as error:
+            log.warning("dynamic: each size gets a program of its own, as %s", error)
+            return None
+        return Template.of(traced.gm, traced.signature)
+
+    def _widen(self, form: Any, program: Program, template: Template, values: Values, call: tuple) -> None:
+        """Let the program serve other sizes too, if it is the same there."""
+        *given, variant = call
+
+        def lower(values: Values) -> Program:
+            return self._program(self._dressed(template.at(values), *given), variant)
+
+        try:
+            family = self.families.add(form, program, template, values, lower)
+            log.info("dynamic: %s", family.note())
+        except Unfit as error:
+            log.warning("dynamic: this program is for its own sizes only: %s", error)
+        if self.ranks is not None and needs_trace(self.plan):
+            self._layouts[form] = self._layouts_of(*given)
+
+    def _program(self, traced: Traced, variant: Any) -> Program:
+        """What the pipeline makes of a traced module (its graph is consumed)."""
+        carries = variant if isinstance(variant, tuple) else ()
+        if carries:
+            traced = add_carries(traced, [name for name, _ in carries])
+        ctx = Context(
+            self.mesh, self.plan, traced.signature, average=self.ranks is not None, reduce=variant != "keep",
+            carries=dict(carries), strict=self.strict, rng=self.rng,
+        )  # fmt: skip
+        training = tuple(m.training for m in self._modules)
+        original = Original(
+            self.module, traced.signature, self.values, training, autocast_state(), self.rng, self.precision
+        )
+        return Program.build(traced, ctx, original)
+
+    def _whole_call(self, args: Sequence[Any], kwargs: Mapping[str, Any], layouts: Any) -> tuple[Any, Any]:
+        """The call at global shapes and in the dtypes computed with. On real ranks the caller passes pieces: sizes
+        are multiplied by the mesh dims that split them, for which the names (and styles on the root's border) must
+        be known."""
+        call = self._computed(args, kwargs)
+        return call if self.ranks is None else self._global_call(*call, layouts)
+
+    def _computed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        return pytree.tree_map(lambda x: computed_as(x, self.precision), (tuple(args), dict(kwargs)))
+
+    def _layouts_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[dict[str, Any] | None] | None:
+        """Per leaf of the arguments, the layout it is passed in, where only the graph shows it."""
+        if self.ranks is None or not needs_trace(self.plan):
+            return None
+        return self._traced_layouts(self._traced(self._computed(args, kwargs), grad=True))
+
+    def _known(self, grad: bool | None = None) -> dict[str, Any]:
+        """What tracing is told beside the call."""
+        infos = {fqn: info_as(x, self.precision) for fqn, x in held(self.module).items()}
+        grad = torch.is_grad_enabled() if grad is None else grad
+        return {"marks": self.plan.marked, "params": infos, "grad": grad}
+
+    def _traced(self, call: tuple[Any, Any], grad: bool | None = None) -> Traced:
+        """From what is kept, or made now."""
+        known = self._known(grad)
+        key = text_key(self._call_key(*call), known["marks"], sorted(known["params"].items()), known["grad"])
+        found = self.traces.find(key)
+        if found is None:
+            found = trace(self.module, *call, **known)
+            self.traces.keep(key, found)
+        return found
+
+    def _dressed(self, traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+        """With the casts of the precision, and what is to be recomputed marked."""
         if self.precision is not None:
-            dtypes = {fqn: x.dtype for fqn, x in tensors.items()}
-            traced = add_casts(traced, dtypes | call_dtypes(traced, *given), self.precision)
+            dtypes = {fqn: x.dtype for fqn, x in held(self.module).items()}
+            given = call_dtypes(traced, tuple(args), dict(kwargs))
+            traced = add_casts(traced, dtypes | given, self.precision)
         check_counts(traced.gm, self.plan)
         for node in traced.gm.graph.nodes:
             if node.op == "call_function" and node.meta.get("phase") == "forward":
                 node.meta["recompute"] = node.meta.get("recompute") or self._recomputed_as(node.meta.get("path", ""))
         return traced
-
-    def _traced(self, call: tuple[Any, Any], infos: Mapping[str, TensorInfo], grad: bool) -> Traced:
-        """From what is kept, or made now."""
-        key = text_key(self._call_key(*call), self.plan.marked, sorted(infos.items()), grad)
-        found = self.traces.find(key)
-        if found is None:
-            found = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
-            self.traces.keep(key, found)
-        return found
 
     def _recomputed_as(self, path: str) -> str:
         """The outermost module around a path that the user asked to recompute, if any: a region of its own."""
@@ -325,6 +374,10 @@ class Lowering:
             if shape != tuple(x.shape):
                 leaves[i] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)
         return pytree.tree_unflatten(leaves, structure)
+
+
+def _shapes(call: tuple[Any, Any]) -> list[tuple[int, ...]]:
+    return [tuple(x.shape) for x in pytree.tree_leaves(call) if isinstance(x, Tensor)]
 
 
 def _carries(signature: Signature) -> set[str]:

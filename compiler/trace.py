@@ -42,6 +42,7 @@ from shardc.compiler.trace_modules import (
     standing_in,
     trace_device,
 )
+from shardc.compiler.trace_sizes import symbolic_mode, symbolic_stand_in
 from shardc.compiler.trace_sources import annotate, depends_on_values, refusal
 
 log = logging.getLogger(__name__)
@@ -63,27 +64,33 @@ def trace(
     marks: Iterable[str] = (),
     params: Mapping[str, TensorInfo] | None = None,
     grad: bool = True,
+    symbolic: bool = False,
 ) -> Traced:
     """The joint graph of `module(*args, **kwargs)`, in the train or eval mode it is in.
 
     Of the arguments' tensors only shape, strides, dtype, device and requires_grad count: fake and meta
     ones will do. `params` says the same of parameters and buffers whose tensors in the module do not
     (shards, meta tensors), by FQN. `marks` are the FQNs of modules whose border is kept (`marks.py`).
-    Without `grad`, or where nothing needs a gradient, there is a forward only.
+    Without `grad`, or where nothing needs a gradient, there is a forward only. `symbolic`: the arguments' sizes
+    are symbols (`trace_sizes.Template`).
     """
     held = held_tensors(module, params)
     _refuse_mixed_scripts(module)
     call = _Arguments.of(module, tuple(args), dict(kwargs or {}))
     infos = [h.info for h in held] + [info for info in call.infos if info is not None]
     device = trace_device(infos)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = symbolic_mode() if symbolic else FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
         for context in (unset_fake_temporarily(), torch.inference_mode(False), torch.set_grad_enabled(grad)):
             stack.enter_context(context)
         stack.enter_context(_plain_operators())
         stack.callback(Attributes(module).restore)
         fakes = [stand_in(h.info, mode, device, h.tensor) for h in held]
-        tensors = [stand_in(info, mode, device, torch.empty(0)) for info in call.infos if info is not None]
+        named = [(name, info) for name, info in zip(call.names, call.infos, strict=True) if info is not None]
+        tensors = [
+            symbolic_stand_in(info, mode, device, name) if symbolic else stand_in(info, mode, device, torch.empty(0))
+            for name, info in named
+        ]
         stack.enter_context(standing_in(module, held, fakes, mode, device))
         stack.enter_context(bordered(module, tuple(marks)))
         program = Program(held, call.rebuild, Attributes(module), grad)

@@ -8,14 +8,14 @@ operators stay, as they advance the generator. Constants that tracing met become
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import SymBool, SymFloat, SymInt, Tensor
+from torch import Tensor
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     PlainAOTInput,
@@ -29,6 +29,7 @@ from shardc.compiler.errors import ShardingError
 from shardc.compiler.rules.checks import CHECK
 from shardc.compiler.signature import Input, InputKind, Leaf, Output, OutputKind, Signature
 from shardc.compiler.trace_capture import Program
+from shardc.compiler.trace_sizes import SYMBOLIC, Sized, depends_on_data, symbols_of
 from shardc.compiler.trace_sources import VALUE_HELP, refusal_at
 
 aten = torch.ops.aten
@@ -119,7 +120,7 @@ class Builder:
 
     joint: Joint
     graph: Graph = field(default_factory=Graph)
-    of: dict[Node, Node] = field(default_factory=dict)
+    of: dict[Node, Any] = field(default_factory=dict)  # a node, or the number it stands for
     inputs: list[Input] = field(default_factory=list)
     position: dict[int, int] = field(default_factory=dict)
 
@@ -155,6 +156,9 @@ class Builder:
     def calls(self, needed: set[Node]) -> None:
         for old in self.joint.nodes:
             if old.op != "call_function" or old not in needed or old in self.stands_for:
+                continue
+            if isinstance(old.meta.get("val"), SYMBOLIC):
+                self.of[old] = Sized.of(old.meta["val"])
                 continue
             args, kwargs = torch.fx.map_arg((old.args, old.kwargs), lambda n: self.of[self.joint.resolve(n)])
             packet: Any = getattr(old.target, "overloadpacket", old.target)
@@ -274,18 +278,19 @@ def _check_constant(node: Node, name: str, value: Any) -> None:
 
 def _refuse_unsupported(joint: Joint, needed: Iterable[Node]) -> None:
     chosen = set(needed)
+    sizes = symbols_of([node.meta["val"] for node in joint.primals.values()])
     for node in joint.nodes:
         if node not in chosen or node.op != "call_function":
             continue
         if isinstance(node.target, HigherOrderOperator):
             name = node.target.name()
             raise refusal_at(node, f"{name} cannot be part of a sharded program", "write it with plain operators")
-        if any(isinstance(s, (SymInt, SymFloat, SymBool)) for s in _numbers(node.meta.get("val"))):
+        if depends_on_data(_numbers(node.meta.get("val")), sizes):
             name = str(node.target).removesuffix(".default")
             what = f"{name} makes a size or number that depends on the value of a tensor"
             raise refusal_at(node, what, VALUE_HELP)
 
 
-def _numbers(value: Any) -> Iterable[Any]:
+def _numbers(value: Any) -> Iterator[Any]:
     for leaf in pytree.tree_leaves(value):
         yield from leaf.shape if isinstance(leaf, Tensor) else (leaf,)

@@ -55,7 +55,7 @@ LAYERS = {  # first match wins
         for m in "layout plan annotate styles wording match splits roots forwards report resolve*".split()
     },
     # What compile is made of: one room in several files, the only one that sees both passes and runtime.
-    "compiler.saved": [*CORE, "compiler"],
+    **{f"compiler.{m}": [*CORE, "compiler"] for m in "saved family".split()},
     **{f"compiler.{m}": API for m in "api calls filling compiled lowering prove train_step check_rule".split()},
     # A program as data; it looks at a program, and nothing is done by it.
     "compiler.dump": [*CORE, *(f"compiler.{m}" for m in "explain flops text_changes program".split())],

@@ -110,7 +110,6 @@ def test_whatever_changes_the_program_compiles_exactly_one_more():
         assert len(compiled.programs) == n
 
 
-@pytest.mark.xfail(strict=True, raises=shardc.PlanError, reason="dynamic= is not built")
 def test_a_batch_marked_dynamic_compiles_once():
     """Case 114."""
     compiled = shardc.compile(MLP(), MLP_TP, mesh=Mesh(tp=2), dynamic=True)
