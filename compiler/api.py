@@ -56,6 +56,7 @@ def compile(
     precision: the dtypes that are computed with, reduced in and returned.
     recompute: patterns of modules whose activations are computed again in backward. rng: "counter", random numbers
     that are the same on any mesh, one device included, or "replay", those that plain eager torch draws on one device.
+    dynamic: sizes of inputs stay symbolic, and one program serves all that take the same path (docs/dynamic.md).
     strict: errors instead of reports.
 
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at

@@ -164,7 +164,7 @@ class Windowed(nn.Module):
 
 
 def test_what_cannot_be_one_program_gets_one_for_each_size(caplog: pytest.LogCaptureFixture):
-    compiled, alone = pair(Windowed(), {}, Mesh(dp=3), inputs={"x": Layout(dp=Shard(0))})
+    compiled, alone = pair(Windowed(), Plan(dp="replicate"), Mesh(dp=3), inputs={"x": Layout(dp=Shard(0))})
     with caplog.at_level(logging.WARNING, logger="shardc"):
         for rows in (6, 7, 12):
             x = torch.randn(rows, 4, dtype=torch.float64, requires_grad=True)
