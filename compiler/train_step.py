@@ -95,8 +95,9 @@ class _WithLoss(nn.Module):
 class TrainStep:
     """`loss = step(*batch)`: on real ranks each passes its own part of the batch; every rank gets the whole loss.
 
-    model: the one given, holding its shards. optimizer: of this rank's local tensors, in the order of
-    `model.parameters()`; learning rates may be changed in its groups. steps: how many were made.
+    model: the one given, holding its shards. compiled: it with its loss, as one compiled module. optimizer: of
+    this rank's local tensors, in the order of `model.parameters()`; learning rates may be changed in its groups.
+    steps: how many were made.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class TrainStep:
         accumulate: int,
         clip_norm: float | None,
     ) -> None:
-        self._compiled, self._accumulate, self._clip_norm = compiled, accumulate, clip_norm
+        self.compiled, self._accumulate, self._clip_norm = compiled, accumulate, clip_norm
         self.model, self.steps = model, 0
         self._held = dict(compiled.named_parameters())
         self._local = {fqn: _local_parameter(p) for fqn, p in self._held.items()}
@@ -118,13 +119,13 @@ class TrainStep:
         parts = _parts(batch, self._accumulate)
         losses, totals = [], dict[str, Tensor]()
         for i, part in enumerate(parts, 1):
-            with nullcontext() if i == len(parts) else self._compiled.no_sync():
+            with nullcontext() if i == len(parts) else self.compiled.no_sync():
                 loss, gradients = self._gradients(part)
             losses.append(loss)
             for name, gradient in gradients.items():
                 totals[name] = totals[name] + gradient if name in totals else gradient
         if self._clip_norm is not None:
-            self._compiled.clip({name: totals.get(name) for name in self._local}, self._clip_norm, 2.0)
+            self.compiled.clip({name: totals.get(name) for name in self._local}, self._clip_norm, 2.0)
         for name, parameter in self._local.items():
             parameter.data = _local(self._held[name])  # laid out anew by the first program, or moved by `to`
             parameter.grad = totals.get(name)
@@ -136,20 +137,20 @@ class TrainStep:
 
     def lower(self, *batch: Any) -> Program:
         """Compile for a batch like this ahead of time, from real, fake or meta tensors."""
-        return self._checked(self._compiled.lower(*_parts(batch, self._accumulate)[0]))
+        return self._checked(self.compiled.lower(*_parts(batch, self._accumulate)[0]))
 
     @property
     def programs(self) -> list[Program]:
         """Every compiled program, newest last: forward, loss and backward."""
-        return self._compiled.programs
+        return self.compiled.programs
 
     def _gradients(self, batch: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(the loss, local gradients by parameter), what was kept back of reductions included."""
         with torch.enable_grad():
-            entry, flat = self._compiled.prepared(batch, {})
+            entry, flat = self.compiled.prepared(batch, {})
         signature = self._checked(entry.program).signature
         found, saved = entry.run.halfway(flat)
-        self._compiled.mutate(entry, flat, found[1:])
+        self.compiled.mutate(entry, flat, found[1:])
         loss = found[0].detach()
         tangent = torch.full((), 1 / self._accumulate, dtype=loss.dtype, device=loss.device)
         gradients = entry.run.gradients(saved, [tangent])
@@ -183,7 +184,7 @@ class TrainStep:
             if p in self.optimizer.state
         }
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        return {"model": self._compiled.state_dict(), "optimizer": state, "groups": groups, "steps": self.steps}
+        return {"model": self.compiled.state_dict(), "optimizer": state, "groups": groups, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave, of this layout or another one, or with whole tensors; in place.
@@ -194,24 +195,30 @@ class TrainStep:
         if strange or len(state["groups"]) != len(self.optimizer.param_groups):
             what = f"the state of {', '.join(strange)}" if strange else f"{len(state['groups'])} parameter groups"
             raise PlanError(f"the optimizer has no place for {what}", help="load what an equal step has saved")
-        self._compiled.load_state_dict(state["model"])
-        for fqn, values in state["optimizer"].items():
+        self.compiled.load_state_dict(state["model"])
+        self.load_optimizer(state["optimizer"], state["groups"], state["steps"])
+
+    def load_optimizer(
+        self, state: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], steps: int
+    ) -> None:
+        """The optimizer's part of a state."""
+        for fqn, values in state.items():
             held = {key: self._placed(fqn, value) for key, value in values.items()}
             self.optimizer.state[self._local[fqn]] = held
-        for group, values in zip(self.optimizer.param_groups, state["groups"], strict=True):
+        for group, values in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(values)
-        self.steps = state["steps"]
+        self.steps = steps
 
     def _labelled(self, fqn: str, value: Any) -> Any:
         held = self._held[fqn]
         if not isinstance(held, DTensor) or not _is_like(value, self._local[fqn]):
             return value
-        return self._compiled.labelled(fqn, value)
+        return self.compiled.labelled(fqn, value)
 
     def _placed(self, fqn: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        placed = self._compiled.placed(fqn, value, self._held[fqn]) if value.shape == self._held[fqn].shape else value
+        placed = self.compiled.placed(fqn, value, self._held[fqn]) if value.shape == self._held[fqn].shape else value
         return _local(placed).detach().clone()
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import torch
@@ -37,7 +37,7 @@ OPTIMIZER = "optim"  # optim.0.layers.0.weight.exp_avg: of the first optimizer
 
 
 def save_checkpoint(path: str | os.PathLike[str], *objects: Any, background: bool = False) -> Future[Any] | None:
-    """Write modules and optimizers of their parameters into a folder. All ranks of a mesh call it.
+    """Write modules, train steps and optimizers of modules' parameters into a folder. All ranks of a mesh call it.
 
     The keys are the modules' own FQNs. What stands in the folder stays loadable until the new checkpoint is whole.
     background: copy the values, return a Future, and write meanwhile; wait for its `result()` before the next save.
@@ -67,7 +67,8 @@ def _save_alone(state: dict[str, Any], writer: dcp.FileSystemWriter) -> None:
 
 
 def load_checkpoint(path: str | os.PathLike[str], *objects: Any, strict: bool = True) -> None:
-    """Read a folder of `save_checkpoint` into modules and optimizers of any layout. All ranks of a mesh call it.
+    """Read a folder of `save_checkpoint` into modules, train steps and optimizers of any layout, a train step's into
+    a module and its optimizer as well. All ranks of a mesh call it.
 
     strict: the names here and there must be the same; else what both have is loaded. Everything is read before
     anything is changed. Raises CheckpointError that names files or keys where something is damaged or does not fit.
@@ -77,10 +78,9 @@ def load_checkpoint(path: str | os.PathLike[str], *objects: Any, strict: bool = 
     wanted = {key: x for module in modules for key, x in module.state_dict().items()}
     if modules:
         _check_keys(folder, wanted, entries, strict)
-    names = _names(modules)
     staged: dict[str, Any] = {key: _like(x) for key, x in wanted.items() if key in entries}
     for k, optimizer in enumerate(optimizers):
-        staged |= _optimizer_room(k, optimizer, names, entries, folder)
+        staged |= _optimizer_room(k, optimizer, modules, entries, folder)
     try:
         with alone_is_meant():
             dcp.load(staged, checkpoint_id=folder, no_dist=not dist.is_initialized())
@@ -91,7 +91,7 @@ def load_checkpoint(path: str | os.PathLike[str], *objects: Any, strict: bool = 
     for module in modules:
         module.load_state_dict({key: staged[key] for key in module.state_dict() if key in staged}, strict=False)
     for k, optimizer in enumerate(optimizers):
-        _put_optimizer(k, optimizer, names, staged, folder)
+        _put_optimizer(k, optimizer, modules, staged, folder)
 
 
 def save_safetensors(path: str | os.PathLike[str], module: nn.Module) -> None:
@@ -143,21 +143,40 @@ class _Writer(dcp.FileSystemWriter):
                 file.unlink(missing_ok=True)
 
 
-def _sorted_out(objects: Sequence[Any]) -> tuple[list[nn.Module], list[Optimizer]]:
+class StepLike(Protocol):
+    """A train step, as it is saved: its module, and an optimizer of this rank's local tensors."""
+
+    compiled: nn.Module
+    optimizer: Optimizer
+    steps: int
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_optimizer(self, state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], steps: int) -> None: ...
+
+
+Stepper = Optimizer | StepLike
+
+
+def _is_step(x: Any) -> bool:
+    return isinstance(getattr(x, "compiled", None), nn.Module) and isinstance(getattr(x, "optimizer", None), Optimizer)
+
+
+def _sorted_out(objects: Sequence[Any]) -> tuple[list[nn.Module], list[Stepper]]:
     for x in objects:
-        if not isinstance(x, (nn.Module, Optimizer)):
+        if not isinstance(x, (nn.Module, Optimizer)) and not _is_step(x):
             raise CheckpointError(
                 f"a {type(x).__name__} is nothing to checkpoint",
-                help="pass modules, and optimizers of their parameters",
+                help="pass modules, train steps, and optimizers of the modules' parameters",
             )
-    modules = [x for x in objects if isinstance(x, nn.Module)]
+    modules = [x.compiled if _is_step(x) else x for x in objects if not isinstance(x, Optimizer)]
     seen: dict[str, None] = {}
     for module in modules:
         twice = next((key for key in module.state_dict() if key in seen), None)
         if twice is not None:
             raise CheckpointError(f"two modules have a {twice}", help="save them into folders of their own")
         seen |= dict.fromkeys(module.state_dict())
-    return modules, [x for x in objects if isinstance(x, Optimizer)]
+    return modules, [x for x in objects if _is_step(x) or isinstance(x, Optimizer)]
 
 
 def _names(modules: Sequence[nn.Module]) -> dict[int, str]:
@@ -170,7 +189,7 @@ def _name(p: Tensor, names: Mapping[int, str]) -> str:
     return names[id(p)]
 
 
-def _collect(found: tuple[list[nn.Module], list[Optimizer]]) -> dict[str, Any]:
+def _collect(found: tuple[list[nn.Module], list[Stepper]]) -> dict[str, Any]:
     modules, optimizers = found
     state = {key: x for module in modules for key, x in module.state_dict().items()}
     on_meta = [key for key, x in state.items() if isinstance(x, Tensor) and x.is_meta]
@@ -178,14 +197,30 @@ def _collect(found: tuple[list[nn.Module], list[Optimizer]]) -> dict[str, Any]:
         raise CheckpointError(f"on meta, without values: {', '.join(on_meta)}", help="load them first")
     names = _names(modules)
     for k, optimizer in enumerate(optimizers):
-        state[f"{OPTIMIZER}.{k}.groups"] = pickle.dumps(_groups(optimizer, names))  # as one value
-        for p, values in optimizer.state.items():
-            state |= {f"{OPTIMIZER}.{k}.{_name(p, names)}.{key}": x for key, x in values.items()}
+        state[f"{OPTIMIZER}.{k}.groups"] = pickle.dumps(_groups(optimizer, modules))  # as one value
+        if not isinstance(optimizer, Optimizer):
+            state[f"{OPTIMIZER}.{k}.steps"] = optimizer.steps
+        for name, values in _state(optimizer, names).items():
+            state |= {f"{OPTIMIZER}.{k}.{name}.{key}": x for key, x in values.items()}
     return state
 
 
-def _groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    return [{**group, "params": [_name(p, names) for p in group["params"]]} for group in optimizer.param_groups]
+def _state(optimizer: Stepper, names: Mapping[int, str]) -> Mapping[str, Mapping[str, Any]]:
+    """What an optimizer holds of each parameter, by name, laid out as the parameter is."""
+    if not isinstance(optimizer, Optimizer):
+        return optimizer.state_dict()["optimizer"]
+    return {_name(p, names): values for p, values in optimizer.state.items()}
+
+
+def _groups(optimizer: Stepper, modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """The groups, with names for parameters. A train step's are of local tensors, in the order of its module's."""
+    if isinstance(optimizer, Optimizer):
+        names, groups = _names(modules), optimizer.param_groups
+    else:
+        local = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+        owned = [name for name, _ in optimizer.compiled.named_parameters()]
+        names, groups = {id(p): name for p, name in zip(local, owned, strict=True)}, optimizer.optimizer.param_groups
+    return [{**group, "params": [_name(p, names) for p in group["params"]]} for group in groups]
 
 
 def _metadata(folder: Path) -> Metadata:
@@ -222,18 +257,19 @@ def _like(x: Any) -> Any:
 
 
 def _optimizer_room(
-    k: int, optimizer: Optimizer, names: Mapping[int, str], entries: Mapping[str, Any], folder: Path
+    k: int, optimizer: Stepper, modules: Sequence[nn.Module], entries: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Where an optimizer's state is read to: laid out as its parameters are."""
-    groups = f"{OPTIMIZER}.{k}.groups"
+    groups, steps = f"{OPTIMIZER}.{k}.groups", f"{OPTIMIZER}.{k}.steps"
     if groups not in entries:
         raise CheckpointError(f"{folder} holds no state of optimizer {k}", help="load the module alone")
-    room: dict[str, Any] = {groups: b""}
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        prefix = f"{OPTIMIZER}.{k}.{_name(p, names)}."
+    room: dict[str, Any] = {groups: b""} | ({steps: 0} if steps in entries else {})
+    params = {name: p for module in modules for name, p in module.named_parameters()}
+    for name in (name for group in _groups(optimizer, modules) for name in group["params"]):
+        prefix = f"{OPTIMIZER}.{k}.{name}."
         for key, entry in entries.items():
             if key.startswith(prefix) and "." not in key[len(prefix) :]:
-                room[key] = _state_like(p, entry)
+                room[key] = _state_like(params[name], entry)
     return room
 
 
@@ -245,24 +281,28 @@ def _state_like(p: Tensor, entry: Any) -> Any:
     return torch.empty(entry.size, dtype=entry.properties.dtype)
 
 
-def _put_optimizer(k: int, optimizer: Optimizer, names: Mapping[int, str], staged: Mapping[str, Any], folder: Path):
+def _put_optimizer(
+    k: int, optimizer: Stepper, modules: Sequence[nn.Module], staged: Mapping[str, Any], folder: Path
+) -> None:
     saved: list[dict[str, Any]] = pickle.loads(staged[f"{OPTIMIZER}.{k}.groups"])
-    here = [group["params"] for group in _groups(optimizer, names)]
+    here = [group["params"] for group in _groups(optimizer, modules)]
     if [group["params"] for group in saved] != here:
         raise CheckpointError(
             f"optimizer {k} in {folder} has other groups of parameters", help="build it from the same parameters"
         )
-    state, index = {}, 0
-    for group in here:
-        for name in group:
-            prefix = f"{OPTIMIZER}.{k}.{name}."
-            values = {key[len(prefix) :]: x for key, x in staged.items() if key.startswith(prefix)}
-            if values:
-                state[index] = values
-            index += 1
+    state: dict[str, dict[str, Any]] = {}
+    for name in (name for group in here for name in group):
+        prefix = f"{OPTIMIZER}.{k}.{name}."
+        if values := {key[len(prefix) :]: x for key, x in staged.items() if key.startswith(prefix)}:
+            state[name] = values
+    if not isinstance(optimizer, Optimizer):
+        groups = [{key: x for key, x in group.items() if key != "params"} for group in saved]
+        optimizer.load_optimizer(state, groups, staged.get(f"{OPTIMIZER}.{k}.steps", 0))
+        return
+    place = {name: i for i, name in enumerate(name for group in here for name in group)}
     numbered = optimizer.state_dict()["param_groups"]
     groups = [{**group, "params": own["params"]} for group, own in zip(saved, numbered, strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": {place[n]: v for n, v in state.items()}, "param_groups": groups})
 
 
 def _cause(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,3 +104,31 @@ def test_any_layout_into_any_other_and_into_one_process(tmp_path: Path):
         shardc.load_checkpoint(tmp_path / source, *one)
         got = [step(one, False, 0, seed).item() for seed in (2, 3)]
         assert got == pytest.approx(losses, rel=1e-5), source
+
+
+def die_while_saving(rank: int, folder: str, where: str) -> None:
+    """Rank 1 is killed at its first call of an `os` function; rank 0 waits for it."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    torch.manual_seed(1)
+    model = shardc.compile(Tied(), FullyShard(), mesh=mesh)
+    if rank == (where == "fsync"):  # the coordinator renames, every rank writes
+
+        def die(*args: object, **kwargs: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(os, where, die)
+    shardc.save_checkpoint(folder, model)
+
+
+@on_ranks
+@pytest.mark.parametrize("where", ["fsync", "rename"])
+def test_a_rank_that_is_killed_while_saving_leaves_the_last_checkpoint(where: str, tmp_path: Path):
+    torch.manual_seed(0)
+    kept = Tied()
+    shardc.save_checkpoint(tmp_path, kept)
+    with pytest.raises(shardc.RankFailure, match="SIGKILL"):
+        run_ranks(die_while_saving, 2, (str(tmp_path), where))
+    torch.manual_seed(2)
+    shardc.load_checkpoint(tmp_path, other := Tied())
+    for (name, x), y in zip(kept.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name

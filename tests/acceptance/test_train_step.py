@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -289,3 +290,27 @@ class WithLoss(nn.Module):
 @on_ranks
 def test_on_four_ranks_a_step_is_bit_for_bit_its_parts_and_dispatches_on_no_dtensor():
     run_ranks(train_on_ranks, 4)
+
+
+def test_a_checkpoint_of_a_step_goes_on_as_a_step_or_as_module_and_optimizer(tmp_path: Path):
+    (model, _), (other, _), (third, _) = pair(), pair(), pair()
+    step = shardc.train_step(model, PLAN, loss_of, ADAMW, mesh=Mesh(dp=2, tp=2))
+    for batch in batches(4, 6)[:2]:
+        step(*batch)
+    shardc.save_checkpoint(tmp_path, step)
+    later = [step(*batch) for batch in batches(4, 6)[2:]]
+    again = shardc.train_step(other, Plan(dp=FullyShard()), loss_of, ADAMW, mesh=Mesh(dp=3))
+    shardc.load_checkpoint(tmp_path, again)
+    assert again.steps == 2
+    torch.testing.assert_close([again(*batch) for batch in batches(4, 6)[2:]], later, **CLOSE)
+    optim = ADAMW(third.parameters())
+    shardc.load_checkpoint(tmp_path, third, optim)
+    for batch, wanted in zip(batches(4, 6)[2:], later, strict=True):
+        loss = loss_of(third, *batch)
+        torch.testing.assert_close(loss.detach(), wanted, **CLOSE)
+        loss.backward()
+        optim.step()
+        optim.zero_grad()
+    shardc.save_checkpoint(tmp_path / "back", third, optim)
+    shardc.load_checkpoint(tmp_path / "back", again)
+    check_equal(again.model, third)
