@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import nbytes, operands, tensors, val
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.rules.table import OpRule, rule_of
+from shardc.compiler.rules.table import OpRule, RuleError, rule_of
 from shardc.compiler.spec import Dim, Part, Spec, axes_of, canonical, chunk, regroup, restrict
 
 PENDING = "+"  # the choice "let the pending sum pass", beside factor names and None
@@ -62,10 +63,18 @@ def decide(
 
 
 def call_rule(node: Node) -> OpRule | None:
-    """The rule of one call in a graph, fitted to its shapes; None for an operator without one."""
+    """The rule of one call in a graph, fitted to its shapes; None for an operator without one. Raises ShardingError
+    at the user's line where the rule does not fit this call."""
     if "rule" not in node.meta:
         args, kwargs = map_arg((node.args, node.kwargs), val)
-        node.meta["rule"] = rule_of(node.target, args, kwargs, val(node))
+        try:
+            node.meta["rule"] = rule_of(node.target, args, kwargs, val(node))
+        except RuleError as error:
+            raise ShardingError(
+                f"{node.target} cannot be sharded as it is called here: {error}",
+                where=node.meta.get("where", ""),
+                help="write it with other operators, or correct its rule (shardc.check_rule proves one)",
+            ) from error
     return node.meta["rule"]
 
 

@@ -150,7 +150,9 @@ def _backward(
     g, x = (args[i] for i in order)
     full, over = _dims(x)
     vectors = _vectors(x, [t for t in args[2:] if t is not None], "p")
-    made = [t for t, wanted in zip([full, ["c"], ["c"]], mask, strict=True) if wanted]
+    # tracing may show a gradient that the mask leaves out; running gives none
+    shown = mask if len(results) == sum(mask) else [True] * 3
+    made = [t for t, seen in zip([full, ["c"], ["c"]], shown, strict=True) if seen]
     count, types = math.prod(x.shape[d] for d in over), [r.dtype for r in results]
 
     def step(site: Site) -> Any:
@@ -164,8 +166,10 @@ def _backward(
         dx, *sums = grads(site, local[0], y, rstd, over, count)
         out = [affine(site, dx, w, None), *(_flat(site, s) for s in sums)]
         kinds = iter(types)
+        made_as = [next(kinds) if seen else None for seen in shown]
         return tuple(
-            cast(site, t, wide(x.dtype), next(kinds)) if wanted else None for t, wanted in zip(out, mask, strict=True)
+            cast(site, t, wide(x.dtype), kind) if wanted and kind is not None else None
+            for t, wanted, kind in zip(out, mask, made_as, strict=True)
         )
 
     kept = len(args) > 7 and args[7].numel()  # the forward may have made it up: then no kernel may see it

@@ -137,3 +137,25 @@ def test_a_module_may_return_none_beside_a_tensor():
     out, weights = shardc.compile(model, ColwiseParallel(), mesh=TWO)(x, x, x, need_weights=False)
     assert weights is None
     torch.testing.assert_close(out, alone[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5, 2, 3)])
+def test_batch_norm_of_an_input_that_needs_no_gradient(shape: tuple[int, ...]):
+    """Tracing shows a gradient of the input that the mask leaves out."""
+    model, x = nn.BatchNorm1d(2).double(), torch.randn(shape, dtype=torch.float64)
+    alone = copy.deepcopy(model)
+    compiled = shardc.compile(model, Replicated(), mesh=Mesh(dp=2))
+    compiled(x).square().sum().backward()
+    alone(x).square().sum().backward()
+    for p, q in zip(compiled.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+class Strided(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_strided(x, (2, 2), (1, 2), 3)
+
+
+def test_a_rule_that_does_not_fit_is_an_error_at_the_users_line():
+    with pytest.raises(ShardingError, match=r"as_strided.default cannot be sharded(.|\n)*test_found.py:\d+ in forward"):
+        shardc.compile(Strided(), Plan(dp=Replicated()), mesh=Mesh(dp=2), inputs=Layout(dp=Shard(0)))(torch.randn(4, 4))
