@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 import shardc
 from shardc import Layout, Mesh, Plan, Replicated, ShardingError
 from shardc.compiler.lowering import Lowering
+from shardc.compiler.rules.table import RuleError
 from tests.acceptance.models import MLP
 from tests.agree import agrees, agrees_as_ranks
 
@@ -151,11 +152,15 @@ def test_batch_norm_of_an_input_that_needs_no_gradient(shape: tuple[int, ...]):
         torch.testing.assert_close(p.grad, q.grad)
 
 
-class Strided(nn.Module):
+class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_strided(x, (2, 2), (1, 2), 3)
+        return x * 2
 
 
-def test_a_rule_that_does_not_fit_is_an_error_at_the_users_line():
-    with pytest.raises(ShardingError, match=r"as_strided.default cannot be sharded(.|\n)*test_found.py:\d+ in forward"):
-        shardc.compile(Strided(), Plan(dp=Replicated()), mesh=Mesh(dp=2), inputs=Layout(dp=Shard(0)))(torch.randn(4, 4))
+def test_a_rule_that_does_not_fit_is_an_error_at_the_users_line(monkeypatch: pytest.MonkeyPatch):
+    def wrong(*_: object) -> None:
+        raise RuleError("(('c',),) does not fit a tensor of 3 dims")
+
+    monkeypatch.setattr("shardc.compiler.infer.rule_of", wrong)
+    with pytest.raises(ShardingError, match=r"aten.mul.Tensor cannot be sharded(.|\n)*test_found.py:\d+ in forward"):
+        shardc.compile(Doubled(), Plan(dp=Replicated()), mesh=Mesh(dp=2))(torch.randn(4, 4))
