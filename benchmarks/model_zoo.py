@@ -80,7 +80,7 @@ WAYS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
 
 
 def results(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Every output, gradient and buffer, by name, after a backward of the loss, or of fixed numbers into the outputs."""
+    """Every output, gradient and buffer, by name, after a backward of the loss, or of fixed numbers at the outputs."""
     torch.manual_seed(3)
     given = {k: v.clone().requires_grad_(v.is_floating_point()) if isinstance(v, Tensor) else v
              for k, v in inputs.items()}  # fmt: skip

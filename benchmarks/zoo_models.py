@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 BATCH, LENGTH, WORDS = 4, 8, 64
 Made = tuple[nn.Module, dict[str, Any]]
+Makes = Callable[[], Made]
 TEXT = {
     "vocab_size": WORDS,
     "hidden_size": 32,
@@ -35,6 +36,8 @@ IMAGE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+WINDOWS = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2}
+MULTI = DECODER | {"num_key_value_heads": 4}
 HEADS = {"head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "output_router_logits": True}
 
@@ -70,7 +73,7 @@ def built(model: str, config: str, **options: Any) -> nn.Module:
 # ---- what a model is called on
 
 
-def causal(family: str, base: dict[str, Any] = DECODER, head: str = "ForCausalLM", **options: Any) -> Callable[[], Made]:
+def causal(family: str, base: dict[str, Any] = DECODER, head: str = "ForCausalLM", **options: Any) -> Makes:
     """A language model and its loss on the next word."""
 
     def make() -> Made:
@@ -81,7 +84,7 @@ def causal(family: str, base: dict[str, Any] = DECODER, head: str = "ForCausalLM
     return make
 
 
-def masked(family: str, **options: Any) -> Callable[[], Made]:
+def masked(family: str, **options: Any) -> Makes:
     """A text encoder and its loss on hidden words."""
 
     def make() -> Made:
@@ -91,7 +94,7 @@ def masked(family: str, **options: Any) -> Callable[[], Made]:
     return make
 
 
-def translating(family: str, **options: Any) -> Callable[[], Made]:
+def translating(family: str, **options: Any) -> Makes:
     def make() -> Made:
         inputs = {"input_ids": words(), "attention_mask": padded(), "labels": words(6)}
         return built(f"{family}ForConditionalGeneration", f"{family}Config", **options), inputs
@@ -99,7 +102,7 @@ def translating(family: str, **options: Any) -> Callable[[], Made]:
     return make
 
 
-def classifying(family: str, **options: Any) -> Callable[[], Made]:
+def classifying(family: str, **options: Any) -> Makes:
     """An image model and its loss on classes."""
 
     def make() -> Made:
@@ -109,7 +112,7 @@ def classifying(family: str, **options: Any) -> Callable[[], Made]:
     return make
 
 
-def plain(make: Callable[[], nn.Module], *shape: int) -> Callable[[], Made]:
+def plain(make: Callable[[], nn.Module], *shape: int) -> Makes:
     """A module of torch itself, called on one tensor."""
     return lambda: (make(), {"x": torch.randn(*shape)})
 
@@ -197,7 +200,7 @@ NET = {"depths": [1, 2], "hidden_sizes": [8, 16]}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 
-MODELS: dict[str, Callable[[], Made]] = {
+MODELS: dict[str, Makes] = {
     "Llama": causal("Llama"),
     "GPT-2": causal("GPT2", GPT2, "LMHeadModel"),
     "Qwen3": causal("Qwen3", **HEADS),
@@ -230,7 +233,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "OLMo 2": causal("Olmo2"),
     "StarCoder2": causal("Starcoder2"),
     "StableLM": causal("StableLm"),
-    "DeepSeek-V3": causal("DeepseekV3", moe_intermediate_size=24, num_experts_per_tok=2, **ROUTED, **LATENT),
+    "DeepSeek-V3": causal("DeepseekV3", MULTI, moe_intermediate_size=24, num_experts_per_tok=2, **ROUTED, **LATENT),
     "GPT-OSS": causal("GptOss", num_local_experts=4, num_experts_per_tok=2, sliding_window=4, **HEADS),
     "Mamba": causal("Mamba", MAMBA),
     "Mamba-2": causal("Mamba2", MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}),
@@ -243,7 +246,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "BART": translating("Bart", **BART),
     "CLIP": clip,
     "Whisper": whisper,
-    "Swin": classifying("Swin", image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 4], window_size=2),
+    "Swin": classifying("Swin", **WINDOWS),
     "ResNet": classifying("ResNet", **NET, embedding_size=8),
     "DINOv2": classifying("Dinov2", **IMAGE),
     "DeiT": classifying("DeiT", **IMAGE),
