@@ -102,13 +102,18 @@ def _cov(input: Tensor, *, correction: int = 1, fweights: Tensor | None = None, 
 
 
 def _corrcoef(input: Tensor) -> Any:
-    """Covariances over both deviations; what rounding put beyond one is one."""
+    """Covariances over both deviations; what rounding put beyond one is one.
+
+    That has no part in the gradient, which is zero at one anyway: which elements it happens to is up to rounding.
+    """
     c = _cov(input)
     if c is NotImplemented or c.dim() == 0:
         return c if c is NotImplemented else c / c
     deviation = (c.diagonal().real if c.is_complex() else c.diagonal()).sqrt()
     c = c / deviation.unsqueeze(1) / deviation.unsqueeze(0)
-    return torch.complex(c.real.clip(-1, 1), c.imag.clip(-1, 1)) if c.is_complex() else c.clip(-1, 1)
+    value = c.detach()
+    inside = torch.complex(value.real.clip(-1, 1), value.imag.clip(-1, 1)) if c.is_complex() else value.clip(-1, 1)
+    return c + (inside - value)
 
 
 # ---- places
