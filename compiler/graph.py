@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.rules.checks import CHECK
+from shardc.compiler.rules.checks import CHECKS
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec import Spec
 
@@ -197,7 +197,7 @@ def is_random(node: Node) -> bool:
 
 def stays(node: Node) -> bool:
     """Whether a call is made though nobody needs its result: it draws, or raises where one device would."""
-    return is_random(node) or node.target is CHECK
+    return is_random(node) or node.target in CHECKS
 
 
 def early_draws(gm: GraphModule) -> list[Node]:

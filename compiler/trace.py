@@ -108,6 +108,7 @@ def _joint(module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors
     """torch's joint graph: by Dynamo where it can, else by running forward on fake tensors."""
     flat = [*fakes, *tensors]
     scripted = any(isinstance(owner, torch.jit.ScriptModule) for owner in module.modules())
+    refused: ShardingError | None = None
     with quiet():
         if not scripted:
             try:
@@ -116,16 +117,19 @@ def _joint(module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors
             except ShardingError:
                 raise
             except Exception as error:
-                if depends_on_values(error):
-                    raise refusal(error) from error
+                if depends_on_values(error):  # or only a function does that has another form: trace_rewrites.py
+                    refused = refusal(error)
+                    refused.__cause__ = error
                 log.info("tracing by dispatch, as Dynamo says: %s", error)
         with _drawing_nothing():
             try:
-                program.call = by_dispatch(module)
+                program.call = by_dispatch(module, blind=refused is not None)
                 return export(program, flat, None)
-            except ShardingError:
-                raise
+            except ShardingError as error:
+                raise refused or error from None
             except Exception as error:
+                if refused is not None:
+                    raise refused from refused.__cause__
                 raise refusal(error) from error
 
 

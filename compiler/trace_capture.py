@@ -35,7 +35,7 @@ from torch._functorch._aot_autograd.functional_utils import has_data_mutation
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 from torch._library.simple_registry import singleton as simple_registry
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.jit._fuser import optimized_execution
@@ -44,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.compiler.rules.checks import CHECK
 from shardc.compiler.trace_modules import Attributes, Held
+from shardc.compiler.trace_rewrites import Rewrites
 from shardc.compiler.trace_sources import outside_torch, without_data, writes_to_constant
 
 LOG_METHODS = ("debug", "info", "warn", "error", "exception", "critical", "log")
@@ -77,7 +78,7 @@ class Program:
                 h.put(tensor)
             args, kwargs = self.rebuild(inputs[len(self.held) :])
             assert self.call is not None
-            with fx_traceback.preserve_node_meta(), _Checks():
+            with fx_traceback.preserve_node_meta(), Rewrites(), _Checks():
                 result = self.call(args, kwargs)
             after = self._after(inputs)
             # Not by version counters: batch norm changes its statistics without counting.
@@ -188,18 +189,21 @@ def by_dynamo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return call, gm.meta["tracing_context"]
 
 
-def by_dispatch(module: nn.Module) -> Call:
-    """Forward itself, to be recorded operator by operator."""
+def by_dispatch(module: nn.Module, blind: bool = False) -> Call:
+    """Forward itself, to be recorded operator by operator; blind: no value of a tensor may be asked for."""
     fqns = {id(owner): (fqn, type(owner)) for fqn, owner in module.named_modules()}
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with (
             patch.object(torch.compiler, "_is_compiling_flag", True),
             optimized_execution(False),
-            _Stamp(fqns),
+            _Stamp(fqns, blind) as stamp,
             _Alias(),
         ):
-            return module(*args, **kwargs)
+            result = module(*args, **kwargs)
+        if stamp.asked is not None:  # and forward went on without an answer
+            raise stamp.asked
+        return result
 
     return call
 
@@ -322,6 +326,11 @@ class _Alias(TorchFunctionMode):
         super().__exit__(*error)
 
 
+def _is_plain(x: Tensor) -> bool:
+    """A tensor of the user's own, whose value of today is not that of every call."""
+    return not isinstance(x, (FunctionalTensor, FakeTensor))
+
+
 def _written(func: Any, args: Sequence[Any]) -> Iterator[Any]:
     """The arguments that an operator writes to."""
     for declared, value in zip(func._schema.arguments, args, strict=False):
@@ -332,9 +341,14 @@ def _written(func: Any, args: Sequence[Any]) -> Iterator[Any]:
 class _Stamp(TorchDispatchMode):
     """Gives each recorded operator the source line and the module it is called from."""
 
-    def __init__(self, fqns: dict[int, tuple[str, type]]) -> None:
+    def __init__(self, fqns: dict[int, tuple[str, type]], blind: bool) -> None:
         super().__init__()
-        self._fqns = fqns
+        self._fqns, self._blind = fqns, blind
+        self.asked: Exception | None = None  # what came of looking at a value
+
+    def __enter__(self) -> _Stamp:
+        super().__enter__()
+        return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         line, owner = self._caller()
@@ -343,7 +357,13 @@ class _Stamp(TorchDispatchMode):
         meta = fx_traceback.current_meta
         meta["stack_trace"] = line
         meta["nn_module_stack"] = {str(owner): self._fqns[owner]} if owner else {}
-        return func(*args, **(kwargs or {}))
+        try:
+            if self._blind and func is torch.ops.aten._local_scalar_dense.default and _is_plain(args[0]):
+                raise DataDependentOutputException(func)
+            return func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            self.asked = error
+            raise
 
     def _caller(self) -> tuple[str, int | None]:
         frame, line, owner = inspect.currentframe(), "", None

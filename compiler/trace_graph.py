@@ -26,7 +26,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.rules.checks import CHECK
+from shardc.compiler.rules.checks import CHECKS
 from shardc.compiler.signature import Input, InputKind, Leaf, Output, OutputKind, Signature
 from shardc.compiler.trace_capture import Program
 from shardc.compiler.trace_sizes import SYMBOLIC, Sized, depends_on_data, symbols_of
@@ -108,7 +108,7 @@ class Joint:
         ends = [*self.results.values(), *self.gradients.values()]
         needed = {node for node in ends if node is not None}
         for node in reversed(self.nodes):
-            if node in needed or ((_random(node) or node.target is CHECK) and node not in self.stands_for):
+            if node in needed or ((_random(node) or node.target in CHECKS) and node not in self.stands_for):
                 needed.add(node)
                 needed.update(self.resolve(operand) for operand in node.all_input_nodes)
         return needed - {self.nodes[-1]}

@@ -5,6 +5,7 @@ import shardc.compiler.rules.batch_norm
 import shardc.compiler.rules.checks
 import shardc.compiler.rules.conv
 import shardc.compiler.rules.creation
+import shardc.compiler.rules.ctc
 import shardc.compiler.rules.embedding
 import shardc.compiler.rules.group_norm
 import shardc.compiler.rules.index

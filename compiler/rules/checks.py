@@ -1,12 +1,14 @@
-"""Checks that raise on one device, as values of a program: an operator whose result nobody needs, but which stays.
+"""Checks that raise on one device, as values of a program: operators whose result nobody needs, but which stay.
 
     %check_linalg: i32[8] = shardc.check_linalg(%info, 'linalg.inv', True)     raises where a matrix is singular
+    %check_true: bool[] = shardc.check_true(%all, 'ValueError', 'var has ...')  raises where it is false
 
 Every rank checks all of it, so that all raise the same error and none waits for another.
 """
 
 from __future__ import annotations
 
+import builtins
 from typing import Any
 
 import torch
@@ -26,15 +28,28 @@ def check_linalg(info: Tensor, api_name: str, is_matrix: bool) -> Tensor:
     return info.clone()
 
 
+@torch.library.custom_op("shardc::check_true", mutates_args=())
+def check_true(holds: Tensor, error: str, message: str) -> Tensor:
+    """Raises the built-in exception of that name where a bool without dims is false."""
+    if not holds:
+        raise getattr(builtins, error)(message)
+    return holds.clone()
+
+
 @check_linalg.register_fake
-def _(info: Tensor, api_name: str, is_matrix: bool) -> Tensor:
-    return torch.empty_like(info)
+@check_true.register_fake
+def _(value: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(value)
 
 
 CHECK = torch.ops.shardc.check_linalg.default
-has_side_effect(CHECK)  # else tracing takes it out, unused as it is
+CHECK_TRUE = torch.ops.shardc.check_true.default
+CHECKS = (CHECK, CHECK_TRUE)
+for _op in CHECKS:
+    has_side_effect(_op)  # else tracing takes it out, unused as it is
 
 
 @rule(CHECK)
-def _(info: Any, *_: Any, results: Any) -> OpRule:
-    return apart([info], results)
+@rule(CHECK_TRUE)
+def _(value: Any, *_: Any, results: Any) -> OpRule:
+    return apart([value], results)
