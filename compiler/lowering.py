@@ -51,6 +51,17 @@ class Entry:
     def __post_init__(self) -> None:
         moves = (move_of(node) for node in self.program.gm.graph.nodes)
         self.moves = any(move is not None and move.target in COLLECTIVES for move in moves)
+        signature = self.program.signature
+        self.there = [signature.outputs[i].node is not None for i in signature.indices(OutputKind.OUTPUT)]
+        self.mutated = signature.indices(OutputKind.MUTATION)
+        # a call with nothing but tensors, one after another, which the key of a call has counted
+        self.plain = not signature.keywords and len(signature.leaves) == signature.positional
+        self.plain = self.plain and all(leaf.input is not None for leaf in signature.leaves)
+        self.one = signature.out_spec.is_leaf() and self.there == [True]
+
+    def result(self, values: list[Any]) -> Any:
+        """What the user gets, of the outputs that have a value."""
+        return values[0] if self.one else self.program.signature.unflatten_outputs(values)
 
 
 class Kept:
