@@ -8,6 +8,7 @@ from shardc.compiler.pipeline import Context
 from shardc.passes.bucket_collectives import BucketCollectives
 from shardc.passes.canonicalize import Canonicalize
 from shardc.passes.choose_factors import ChooseFactors
+from shardc.passes.delay_reductions import DelayReductions
 from shardc.passes.draw_whole import DrawWhole
 from shardc.passes.fuse_cross_entropy import FuseCrossEntropy
 from shardc.passes.insert_reshards import InsertReshards
@@ -45,6 +46,7 @@ def pipeline(ctx: Context) -> list[Any]:
         MergeEqual(),  # before lowering: one reshard per value and layout
         LowerReshards(),  # ... and cost something
         MergeEqual(),  # the first legs of two ways may be the same
+        DelayReductions(),  # fewer messages: branches beside a residual are summed before they are reduced
         LOCALIZE,  # global shapes end here                                        RESHARDED -> LOCAL
         JoinUnits(),  # latency: what one unit gathers, and reduces, moves at once
         BucketCollectives(),  # latency: few large reductions of gradients
