@@ -67,7 +67,7 @@ def measure(rank: int, names: list[str], size: str, rounds: int, warm: int) -> d
         dist.barrier()
         start = time.perf_counter()
         step = make(name, model, mesh, rank, world)
-        losses[name] = float(step(*mine))
+        losses[name] = step(*mine).item()
         first[name] = time.perf_counter() - start
         for _ in range(warm):
             step(*mine)

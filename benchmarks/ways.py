@@ -29,7 +29,7 @@ UNITS = ("blocks.*",)
 
 
 def _step(model: torch.nn.Module, run: Callable[[Tensor], Tensor] | None = None, optimizer: Any = None) -> Step:
-    call = run or model
+    call = model if run is None else run
     made = optimizer(list(model.parameters())) if optimizer is not None else None
 
     def step(x: Tensor, y: Tensor) -> Tensor:
