@@ -23,6 +23,7 @@ from shardc.compiler.collectives import Cut, cut_of
 from shardc.compiler.graph import move_of, spec
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
+from shardc.runtime.direct import direct
 from shardc.runtime.together import GatherTogether, ScatterTogether
 from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Fetch, Line, ReduceScatter
 
@@ -74,7 +75,7 @@ class _Binder:
         if ours or node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
         args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)
-        return node.target, args, kwargs
+        return direct(node.target, args, kwargs), args, kwargs
 
     def _leaf(self, leaf: Any) -> Any:
         return self.env[leaf] if isinstance(leaf, Node) else leaf
