@@ -20,6 +20,7 @@ from shardc.passes.merge_equal import MergeEqual
 from shardc.passes.number_draws import NumberDraws
 from shardc.passes.overlap import Overlap
 from shardc.passes.propagate import Propagate
+from shardc.passes.reduce_in_place import ReduceInPlace
 from shardc.passes.regather_in_backward import RegatherInBackward
 from shardc.passes.seed_plan import SeedPlan
 from shardc.passes.shorten_views import ShortenViews
@@ -54,5 +55,6 @@ def pipeline(ctx: Context) -> list[Any]:
         FuseBias(),  # ... and the product with its bias, where it is no pending sum
         JoinUnits(),  # latency: what one unit gathers, and reduces, moves at once
         BucketCollectives(),  # latency: few large reductions of gradients
-        Overlap(),  # last: it fixes the order                                       LOCAL -> SCHEDULED
+        Overlap(),  # it fixes the order                                             LOCAL -> SCHEDULED
+        ReduceInPlace(),  # ... and so what is dead when a reduction starts
     ]

@@ -68,7 +68,8 @@ class _Binder:
     def _here(self, node: Node) -> tuple[Any, tuple, dict[str, Any]]:
         """(target, args, kwargs) of the node on this rank."""
         if node.target in MOVES:
-            x, *rest = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.values()  # pyright: ignore
+            options = {k: v for k, v in node.kwargs.items() if k != "reuse"}
+            x, *rest = inspect.signature(node.target).bind(*node.args, **options).arguments.values()  # pyright: ignore
             target, args = MOVES[node.target](self, node, x, *rest)
             return target, (self.env[x] if isinstance(x, Node) else [self.env[value] for value in x], *args), {}
         ours = getattr(node.target, "__module__", None) == c.__name__ and node.target not in c.LOCAL_STEPS
@@ -81,7 +82,7 @@ class _Binder:
         return self.env[leaf] if isinstance(leaf, Node) else leaf
 
     def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> Bound:
-        return AllReduce(op, self.lines[axis], f"%{node.name}"), ()
+        return AllReduce(op, self.lines[axis], f"%{node.name}", bool(node.kwargs.get("reuse"))), ()
 
     def all_gather(self, node: Node, x: Any, dim: Any, axis: str) -> Bound:
         if not isinstance(x, Node):

@@ -175,9 +175,10 @@ class Collective:
 class AllReduce(Collective):
     """Every rank's summand (or operand of max, min, prod) in; the reduced value out, on all of them."""
 
-    def __init__(self, op: str, line: Line, node: str = "all_reduce") -> None:
+    def __init__(self, op: str, line: Line, node: str = "all_reduce", reuse: bool = False) -> None:
+        """reuse: the result may lie in the operand's memory, where that is one stretch."""
         super().__init__("all_reduce", line, node, moves=True)
-        self.op = op
+        self.op, self.reuse = op, reuse
 
     def _alone(self, x: Tensor) -> Tensor:
         return x.contiguous()
@@ -191,7 +192,7 @@ class AllReduce(Collective):
             pair = (flat, got) if self.line.index == 0 else (got, flat)
             return Issued(work, lambda: combine(self.op, pair).view(x.shape), flat)
         if self.op == "sum" and x.dtype in SUMMED and (n == 2 or self.line.backend(x) == "nccl"):
-            total = flat.clone()
+            total = flat if self.reuse or flat.data_ptr() != x.data_ptr() else flat.clone()
             work = self._issue(dist.all_reduce, total, dist.ReduceOp.SUM)
             return Issued(work, lambda: total.view(x.shape), flat)
         if flat.nbytes * n <= SMALL:
