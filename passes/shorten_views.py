@@ -8,12 +8,12 @@
     %reshape_2: f32[64] = aten.reshape(%sum, [64])
   ==>
     %reshape_1: f32[4@dp, 32, 4, 16] = aten.reshape(%x, [4@dp, 32, 4, 16])
-    %sum: f32[64] = aten.sum.dim_IntList(%y, [0])
+    %reshape_2: f32[64] = aten.sum.dim_IntList(%y, [0])
 
 Autograd writes a view for every step back over a view, and each costs the host a call. Left alone: transposes of
-different dims; reshapes that change the shape; sums whose kept dims something else needs, or whose reshape does more than drop
-them; a reshape in backward of one in forward, which may be a copy; what begins or leaves a recomputed region; what
-the caller gets, where that would be an input itself.
+different dims; reshapes that change the shape; sums whose kept dims something else needs, or whose reshape does more
+than drop them; a reshape in backward of one in forward, which may be a copy; what begins or leaves a recomputed
+region; what the caller gets, where that would be an input itself.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class ShortenViews:
                     changes[kind] += 1
                     break
             else:
-                changes["chains"] += _skip(node)
+                dropped = _without_kept_dims(node)
+                changes["kept dims"] += dropped
+                changes["chains"] += not dropped and _skip(node)
         return PassResult(changes)
 
 
@@ -72,22 +74,23 @@ def _same(node: Node) -> Node | None:
     return source if alike and _may_use(node, source) else None
 
 
-def _without_kept_dims(node: Node) -> Node | None:
-    """A sum that drops its dims, in place of one that keeps them for a reshape to drop."""
+def _without_kept_dims(node: Node) -> bool:
+    """Let a reshape that only drops the dims that a sum kept be a sum that drops them."""
     if node.target is not RESHAPE:
-        return None
+        return False
     total = arguments(node)[0]
     if total.target is not SUM or len(total.args) != 3 or not total.args[2] or total.kwargs or len(total.users) != 1:
-        return None
+        return False
     layout, rank = specs(total), len(tensors(total)[0].shape)
     gone = {d % rank for d in total.args[1]}  # pyright: ignore
     left = tuple(dim for d, dim in enumerate(layout[0].dims) if d not in gone) if layout else None
     if not gone or not specs(node) or specs(node)[0].dims != left or specs(node)[0].pending != layout[0].pending:
-        return None
-    total.args = total.args[:2]
-    total.meta = {**node.meta, "made_by": "shorten-views"}
-    total.meta.pop("rule", None)
-    return total
+        return False
+    if any(total.meta.get(k) != node.meta.get(k) for k in ("phase", "recompute")):
+        return False
+    node.target, node.args = SUM, total.args[:2]
+    node.meta = {k: v for k, v in node.meta.items() if k != "rule"} | {"made_by": "shorten-views"}
+    return True
 
 
 def _skip(node: Node) -> bool:
@@ -114,5 +117,4 @@ def _may_use(node: Node, source: Node) -> bool:
 SHORTER: dict[str, Callable[[Node], Node | None]] = {
     "transposes": _twice,
     "same": _same,
-    "kept dims": _without_kept_dims,
 }

@@ -54,10 +54,10 @@ mesh dp=2
 %reshape_default_1: f32[4@dp, 8, 2, 3] = aten.reshape(%x, [4@dp, 8, 2, 3])
 %reshape_default_2: f32[32@dp, 6] = aten.reshape(%x, [32@dp, 6])
 %mm: f32[32@dp, 6] = aten.mm(%reshape_default_2, %w)
-%sum_1: f32[6]+dp = aten.sum.dim_IntList(%mm, [0])  # shorten-views
+%view_3: f32[6]+dp = aten.sum.dim_IntList(%mm, [0])  # shorten-views
 %relu: f32[4@dp, 8, 2, 3] = aten.relu(%reshape_default_1)
 %exp: f32[32@dp, 6] = aten.exp(%mm)
-return (%relu, %exp, %sum_1)""",
+return (%relu, %exp, %view_3)""",
     )
 
 
