@@ -21,7 +21,6 @@ DIRECT: dict[Any, Any] = {
     aten.bmm.default: torch.bmm,
     aten.cat.default: torch.cat,
     aten.clone.default: torch.clone,
-    aten.contiguous.default: torch.Tensor.contiguous,
     aten.cos.default: torch.cos,
     aten.div.Tensor: torch.div,
     aten.embedding.default: torch.embedding,
