@@ -79,7 +79,7 @@ def compile(
         raise error.at(call_site()) from None
     _COMPILED.update(model.modules())
     lowering = Lowering(
-        model, resolved, integers, ranks, lambda: _whole_values(model), strict, patterns, rng, precision
+        model, resolved, integers, ranks, lambda: _whole_values(model), strict, patterns, rng, precision, backend
     )
     return CompiledModule(model, lowering)
 
@@ -122,13 +122,10 @@ def _check_options(precision: Any, rng: Any, backend: Any, dynamic: bool) -> Non
         raise bad_option("precision", precision, "a shardc.Precision, such as Precision(param=torch.bfloat16)")
     if rng not in ("counter", "replay"):
         raise bad_option("rng", rng, '"counter" or "replay"')
-    unsupported = {
-        "backend": backend != "eager",
-        "dynamic": dynamic is not False,
-    }
-    for name, used in unsupported.items():
-        if used:
-            raise PlanError(f"this version of shardc does not take {name}=", help=f"leave {name} out")
+    if backend not in ("eager", "inductor") and not callable(backend):
+        raise bad_option("backend", backend, '"eager", "inductor", or what torch.compile takes as a backend function')
+    if dynamic is not False:
+        raise PlanError("this version of shardc does not take dynamic=", help="leave dynamic out")
 
 
 def _mesh(mesh: Any, plan: Any, model: nn.Module) -> tuple[Mesh, DeviceMesh | None]:

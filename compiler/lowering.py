@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.fx import GraphModule
 
+from shardc.compiler import trace_store
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.calls import call_key, check_call, global_shape, held, text_key
 from shardc.compiler.carry import add_carries
@@ -39,6 +40,9 @@ from shardc.passes.pipeline import first_passes
 from shardc.runtime.engines import SimulatedRanks, ThisRank
 from shardc.runtime.executable import Executable, autocast_state
 from shardc.runtime.ranks import Ranks
+from shardc.runtime.stretches import Stretches
+
+PROGRAMS = 64  # kept, of each kind: calls of more shapes than this, in turn, compile again
 
 
 @dataclass
@@ -109,6 +113,7 @@ class Lowering:
     recompute: tuple[str, ...] = ()
     rng: str = "counter"
     precision: Precision | None = None
+    backend: str | Callable[..., Any] = "eager"
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
     traces: Traces = field(default_factory=Traces)
@@ -129,6 +134,9 @@ class Lowering:
             key = (self._call_key(args, kwargs), variant)
             if key not in self._entries:
                 self._entries[key] = self.lower(args, kwargs, variant)
+                self._forget(self._entries[key])
+            else:
+                self._entries[key] = self._entries.pop(key)  # the last used come last
             return self._entries[key]
         except (PlanError, ShardingError) as error:
             if error.where:
@@ -140,7 +148,8 @@ class Lowering:
         pieces of unequal sizes must not meet in one collective. Calls that move nothing are each rank's own."""
         if self.ranks is None:
             return self.entry(args, kwargs, variant)
-        known, calls = self._entries.get((self._call_key(args, kwargs), variant)), self.ranks.calls
+        key, calls = (self._call_key(args, kwargs), variant), self.ranks.calls
+        known = self._entries.get(key)
         if known is not None and not known.moves:
             return known
         if known is not None and known is self._last:
@@ -149,12 +158,20 @@ class Lowering:
         with calls.entering():
             entry = known or self.entry(args, kwargs, variant)
             if known is not None:
+                self._entries[key] = self._entries.pop(key)
                 self.ranks.agree(entry.program.hash, "the program for this call")
         if entry.moves:
             self._last = entry
         else:
             calls.number -= 1
         return entry
+
+    def _forget(self, made: Entry) -> None:
+        """Drop the program that was not used for longest, where there are too many. Those that move something are
+        counted by themselves: all ranks use them in one order, and so forget the same."""
+        alike = [key for key, entry in self._entries.items() if entry.moves == made.moves]
+        if len(alike) > PROGRAMS:
+            self.programs.remove(self._entries.pop(alike[0]).program)
 
     def _call_key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple:
         return call_key(self._modules, [table[name] for table, name in self._params], args, kwargs)
@@ -234,8 +251,9 @@ class Lowering:
         if self.ranks is None:
             engine = SimulatedRanks(parts.forward, parts.backward, self.mesh, results)
             return Executable(signature, engine, {}, self.kept)
-        forward = self.ranks.bind(parts.forward)
-        backward = self.ranks.bind(parts.backward) if parts.backward is not None else None
+        stretches = Stretches(self.backend) if self.backend != "eager" else None
+        forward = self.ranks.bind(parts.forward, stretches)
+        backward = self.ranks.bind(parts.backward, stretches) if parts.backward is not None else None
         wraps, kept = self._gradients(program)
         blank = [self.ranks.zeros(n) for n in placeholders(program.gm) if n.name in _carries(signature)]
         drawing = [self._drawing(half) for half in (parts.forward, parts.backward)]
@@ -295,9 +313,15 @@ class Lowering:
         """From what is kept, or made now."""
         key = text_key(self._call_key(*call), self.plan.marked, sorted(infos.items()), grad)
         found = self.traces.find(key)
+        if found is None and trace_store.on():
+            found = trace_store.find(key, self._about())
+            if found is not None:
+                self.traces.keep(key, found)
         if found is None:
             found = trace(self.module, *call, marks=self.plan.marked, params=infos, grad=grad)
             self.traces.keep(key, found)
+            if trace_store.on():
+                trace_store.keep(key, found, self._about())
         return found
 
     def _recomputed_as(self, path: str) -> str:

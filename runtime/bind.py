@@ -38,19 +38,24 @@ def bind_program(
     coords: Mapping[str, int],
     groups: Mapping[str, ProcessGroup],
     look: Callable[[], None] | None = None,
+    reuse: bool = True,
 ) -> GraphModule:
     """A LOCAL or SCHEDULED program as the rank at `coords` runs it: local tensors in, local tensors out.
 
     groups: this rank's process group along each mesh dim that has more than one rank. look: see `wire.Line`.
+    reuse: whether dead operands may be reduced where they lie; not where others decide what shares memory.
     Nodes keep their names. No gradient flows through collectives.
     Raises ValueError for a call that has no place in such a program.
     """
     lines = {a: Line(a, mesh[a], coords[a], groups.get(a), look) for a in mesh.names}
-    return _Binder(gm, mesh, coords, lines).bound()
+    return _Binder(gm, mesh, coords, lines, reuse).bound()
 
 
 class _Binder:
-    def __init__(self, gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], lines: Mapping[str, Line]) -> None:
+    def __init__(
+        self, gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], lines: Mapping[str, Line], reuse: bool = True
+    ) -> None:
+        self.reuse = reuse
         self.gm, self.mesh, self.coords, self.lines = gm, mesh, dict(coords), lines
         self.graph = Graph()
         self.env: dict[Node, Node] = {}
@@ -82,7 +87,8 @@ class _Binder:
         return self.env[leaf] if isinstance(leaf, Node) else leaf
 
     def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> Bound:
-        return AllReduce(op, self.lines[axis], f"%{node.name}", bool(node.kwargs.get("reuse"))), ()
+        reuse = self.reuse and bool(node.kwargs.get("reuse"))
+        return AllReduce(op, self.lines[axis], f"%{node.name}", reuse), ()
 
     def all_gather(self, node: Node, x: Any, dim: Any, axis: str) -> Bound:
         if not isinstance(x, Node):

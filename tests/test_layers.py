@@ -48,6 +48,7 @@ LAYERS = {  # first match wins
     "compiler.collectives": [*VALUES, *FX],
     "compiler.infer": [*INFER, "compiler.rules"],
     "compiler.graph": [*INFER, "compiler.rules"],
+    "compiler.trace_store": [*CORE, "compiler"],
     "compiler.trace*": [*CORE, "compiler.trace_*", INTERNALS],
     "compiler.marks": [*CORE, *PLACEMENTS],
     **{
