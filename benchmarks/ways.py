@@ -28,7 +28,7 @@ ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
 UNITS = ("blocks.*",)
 
 
-def _step(model: torch.nn.Module, run: Callable[[Tensor], Tensor] | None = None, optimizer: Any = None) -> Step:
+def step_of(model: torch.nn.Module, run: Callable[[Tensor], Tensor] | None = None, optimizer: Any = None) -> Step:
     call = model if run is None else run
     made = optimizer(list(model.parameters())) if optimizer is not None else None
 
@@ -45,23 +45,23 @@ def _step(model: torch.nn.Module, run: Callable[[Tensor], Tensor] | None = None,
 
 def _dtensor(model: GPT, mesh: DeviceMesh, backend: str = "", optimizer: Any = None) -> Step:
     sharded = parallelize_module(model, mesh, tensor_parallel())
-    return _step(sharded, torch.compile(sharded, backend=backend) if backend else None, optimizer)
+    return step_of(sharded, torch.compile(sharded, backend=backend) if backend else None, optimizer)
 
 
 def _ddp(model: GPT, backend: str = "") -> Step:
     wrapped = DistributedDataParallel(model)
-    return _step(wrapped, torch.compile(wrapped, backend=backend) if backend else None)
+    return step_of(wrapped, torch.compile(wrapped, backend=backend) if backend else None)
 
 
 def _fsdp2(model: GPT, mesh: DeviceMesh, backend: str = "") -> Step:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return _step(model, torch.compile(model, backend=backend) if backend else None)
+    return step_of(model, torch.compile(model, backend=backend) if backend else None)
 
 
 def _shardc(model: GPT, plan: Plan, mesh: DeviceMesh, **options: Any) -> Step:
-    return _step(shardc.compile(model, plan, mesh=mesh, **options))
+    return step_of(shardc.compile(model, plan, mesh=mesh, **options))
 
 
 def _train_step(model: GPT, plan: Plan, mesh: DeviceMesh, **options: Any) -> Step:

@@ -532,7 +532,7 @@ PlanError: plan error: the layout given to constrain is Shard(0), but the mesh h
 # --- options
 
 
-@pytest.mark.parametrize("option", [{"backend": "inductor"}, {"dynamic": True}])
+@pytest.mark.parametrize("option", [{"dynamic": True}])
 def test_an_option_that_is_not_built_yet(option: dict):
     text = said(lambda: mlp(**option))
     (name,) = option
