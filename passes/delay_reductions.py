@@ -42,7 +42,7 @@ class DelayReductions:
 
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()
-        for node in reversed(call_nodes(gm, ADD)):
+        for node in call_nodes(gm, ADD):
             if _is_plain(node) and not _goes_on(node):
                 changes["reductions"] += _reduced_once(node)
         return PassResult(changes)

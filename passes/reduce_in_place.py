@@ -20,7 +20,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import all_reduce, bucket
-from shardc.compiler.graph import call_nodes, move_of
+from shardc.compiler.graph import arguments, call_nodes, move_of
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.verify import Stage
 
@@ -48,7 +48,7 @@ def _is_dead_after(value: Node, reduction: Node, order: dict[Node, int]) -> bool
     """Whether no node behind the reduction sees the memory that a value lies in."""
     source = value
     while _shows(source):
-        source = source.args[0]  # pyright: ignore[reportAssignmentType]
+        source = arguments(source)[0]
     if not _makes(source):
         return False
     seen, stack = {source}, [source]

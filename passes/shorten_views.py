@@ -60,7 +60,7 @@ def _twice(node: Node) -> Node | None:
     inner = node.args[0] if node.args else None
     if node.target not in (aten.t.default, aten.transpose.int) or not isinstance(inner, Node):
         return None
-    same = inner.target is node.target and {*inner.args[1:]} == {*node.args[1:]}
+    same = inner.target is node.target and set(arguments(inner)[1:]) == set(arguments(node)[1:])
     source = arguments(inner)[0] if same else None
     return source if source is not None and _may_use(node, source) and specs(source) == specs(node) else None
 

@@ -101,7 +101,8 @@ class _Compiled:
         return made(*xs)
 
     def _compile(self) -> Callable[..., Any]:
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe} if self._backend == "inductor" else None
+        unguarded: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        options = unguarded if self._backend == "inductor" else None
         # Code of its own for each kind of values: what is not guarded must not be found by another one.
         own = GraphModule(nn.Module(), self._gm.graph)
         return torch.compile(own.forward, backend=self._backend, dynamic=False, fullgraph=True, options=options)

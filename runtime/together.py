@@ -17,6 +17,8 @@ from shardc.compiler.collectives import Cut
 from shardc.runtime.shards import combine
 from shardc.runtime.wire import SUMMED, Collective, Issued, Line, Pieces, flattened, plain, reduce_pieces, room
 
+aten = torch.ops.aten
+
 
 class _Together(Collective):
     """cuts: how the mesh dim deals each whole into pieces; shapes: of what this rank gets of each."""
@@ -63,7 +65,7 @@ class GatherTogether(_Together):
         """Each whole in memory of its own: values are freed one by one."""
         if self.even:
             widths = [p.longest for p in self.pieces]
-            parts = torch.split_with_sizes_copy(rows, widths, 1)
+            parts = aten.split_with_sizes_copy.default(rows, widths, 1)
             return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         by_rank = [
             row[:n].split_with_sizes([p.numels[i] for p in self.pieces])
@@ -108,5 +110,5 @@ class ScatterTogether(_Together):
 
     def _mine(self, flat: Tensor) -> list[Tensor]:
         """This rank's row taken apart; each in memory of its own, for a gradient outlives the others."""
-        parts = torch.split_with_sizes_copy(flat, [p.numels[self.line.index] for p in self.pieces])
+        parts = aten.split_with_sizes_copy.default(flat, [p.numels[self.line.index] for p in self.pieces])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
