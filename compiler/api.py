@@ -80,7 +80,17 @@ def compile(
         raise error.at(call_site()) from None
     _COMPILED.update(model.modules())
     lowering = Lowering(
-        model, resolved, integers, ranks, lambda: _whole_values(model), strict, patterns, rng, precision, dynamic
+        model,
+        resolved,
+        integers,
+        ranks,
+        lambda: _whole_values(model),
+        strict,
+        patterns,
+        rng,
+        precision,
+        dynamic,
+        backend,
     )
     return CompiledModule(model, lowering)
 
@@ -125,8 +135,8 @@ def _check_options(precision: Any, rng: Any, backend: Any, dynamic: bool) -> Non
         raise bad_option("rng", rng, '"counter" or "replay"')
     if not isinstance(dynamic, bool):
         raise bad_option("dynamic", dynamic, "True or False")
-    if backend != "eager":
-        raise PlanError("this version of shardc does not take backend=", help="leave backend out")
+    if backend not in ("eager", "inductor") and not callable(backend):
+        raise bad_option("backend", backend, '"eager", "inductor", or what torch.compile takes as a backend function')
 
 
 def _mesh(mesh: Any, plan: Any, model: nn.Module) -> tuple[Mesh, DeviceMesh | None]:

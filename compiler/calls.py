@@ -58,7 +58,10 @@ def held(module: nn.Module) -> dict[str, Tensor]:
 
 def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwargs: Any, sizes: bool = True) -> tuple:
     """What decides whether two calls share a program; without `sizes`, whether they can be of one family."""
-    leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    if not kwargs and all(isinstance(x, Tensor) for x in args):
+        leaves, structure = args, len(args)
+    else:
+        leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
     described = tuple(
         (tuple(x.shape) if sizes else x.dim(), x.dtype, x.device, x.requires_grad, label(x))
         if isinstance(x, Tensor)

@@ -37,8 +37,8 @@ def reduce_scatter(x: Value, dim: int | Sequence[int], axis: str, op: str = "sum
     return x
 
 
-def all_reduce(x: Tensor, axis: str, op: str = "sum") -> Tensor:
-    """[n]+axis -> [n]"""
+def all_reduce(x: Tensor, axis: str, op: str = "sum", *, reuse: bool = False) -> Tensor:
+    """[n]+axis -> [n]; reuse: nothing needs the operand any more, and the result may lie in its memory"""
     return x
 
 
@@ -71,7 +71,7 @@ def make_partial(x: Tensor, axis: str) -> Tensor:
     return x
 
 
-def start(x: Value, kind: str, *args: Any) -> Value:
+def start(x: Value, kind: str, *args: Any, reuse: bool = False) -> Value:
     """`start(x, "all_reduce", "tp")`: a collective under way. Nothing but `wait` may take what this gives."""
     return x
 

@@ -11,13 +11,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from shardc.compiler.entries import Entry
 from shardc.compiler.errors import CheckpointError, PlanError, ShardingError
 from shardc.compiler.filling import Filling
-from shardc.compiler.lowering import Entry, Lowering
+from shardc.compiler.lowering import Lowering
 from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program
 from shardc.compiler.resolved import Resolved
-from shardc.compiler.signature import InputKind, OutputKind
+from shardc.compiler.signature import InputKind
 from shardc.compiler.spec import Spec
 from shardc.runtime.deferred import tensors
 from shardc.runtime.norms import Piece, scale, total_norm
@@ -62,8 +63,9 @@ class CompiledModule(nn.Module):
 
     def _flat(self, entry: Entry, args: Any, kwargs: Any) -> list[Any]:
         signature = entry.program.signature
-        batch = [local_of(x) for x in signature.flatten_inputs(args, kwargs)]
-        rest, flat = iter(batch), []
+        plain = entry.plain and not kwargs and all(isinstance(x, Tensor) for x in args)
+        given = args if plain else signature.flatten_inputs(args, kwargs)
+        rest, flat = (local_of(x) for x in given), []
         for item in signature.inputs:
             if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 flat.append(self._owners.get(item.name))
@@ -76,14 +78,12 @@ class CompiledModule(nn.Module):
     def _call(self, entry: Entry, flat: list[Any]) -> Any:
         outputs, mutations = entry.run(flat)
         self.mutate(entry, flat, mutations)
-        signature = entry.program.signature
-        entries = [signature.outputs[i] for i in signature.indices(OutputKind.OUTPUT)]
-        return signature.unflatten_outputs([v for v, e in zip(outputs, entries, strict=True) if e.node is not None])
+        return entry.result([v for v, there in zip(outputs, entry.there, strict=True) if there])
 
     def mutate(self, entry: Entry, flat: list[Any], mutations: list[Any]) -> None:
         """Write what forward changed back to where it came from."""
         signature = entry.program.signature
-        for value, place in zip(mutations, signature.indices(OutputKind.MUTATION), strict=True):
+        for value, place in zip(mutations, entry.mutated, strict=True):
             source = signature.outputs[place].of
             with torch.no_grad():
                 local_of(flat[source or 0]).copy_(value)
@@ -287,6 +287,7 @@ class _Owners:
     def __init__(self, model: nn.Module) -> None:
         self._places: dict[str, tuple[dict[str, Any], str]] = {}
         self._tables: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+        self._seen: list[tuple[dict[str, Any], list[str], list[Any], list[Any]]] = []
         for prefix, module in model.named_modules(remove_duplicate=False):
             for table in (module._parameters, module._buffers):
                 for name, value in table.items():
@@ -294,6 +295,8 @@ class _Owners:
                         self._places[f"{prefix}.{name}" if prefix else name] = (table, name)
             for table in (module._parameters, module._modules):
                 self._tables.append((prefix, table, _outline(table)))
+                shapes = [x.shape if isinstance(x, Tensor) else None for x in table.values()]
+                self._seen.append((table, list(table), list(table.values()), shapes))
 
     def get(self, fqn: str) -> Tensor:
         table, name = self._places[fqn]
@@ -301,7 +304,11 @@ class _Owners:
 
     def check(self) -> None:
         """Raises ShardingError where a parameter or submodule was added, removed or replaced since compile."""
-        for prefix, table, before in self._tables:
+        for (table, names, values, shapes), (prefix, _, before) in zip(self._seen, self._tables, strict=True):
+            if not table and not names:
+                continue
+            if [*table] == names and not any(map(_differs, table.values(), values, shapes)):
+                continue  # the very same objects: this is looked at in every call
             now = _outline(table)
             if now != before:
                 changed = [n for n in {**before, **now} if n not in now or n not in before or now[n] != before[n]]
@@ -311,6 +318,10 @@ class _Owners:
                     where=call_site(),
                     help="add parameters (adapters, LoRA) before compile, so that they are laid out and reduced",
                 )
+
+
+def _differs(now: Any, before: Any, shape: Any) -> bool:
+    return now is not before or (shape is not None and now.shape != shape)
 
 
 def _outline(table: dict[str, Any]) -> dict[str, Any]:

@@ -103,6 +103,10 @@ class Families:
                     return family.at(values)
         return None
 
+    def hold(self, program: Program) -> bool:
+        """Whether a program, or what was made of it for other sizes, can come again. What was made is no program."""
+        return any(f.program.records is program.records for families in self.made.values() for f in families)
+
     def has_room(self, key: Any) -> bool:
         return len(self.made.get(key, ())) < LIMIT
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.fx import GraphModule
 
+from shardc.compiler import trace_store
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.calls import call_key, check_call, global_shape, held, text_key
 from shardc.compiler.carry import add_carries
-from shardc.compiler.collectives import COLLECTIVES
 from shardc.compiler.draws import SEED
+from shardc.compiler.entries import Entries, Entry
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.family import Families, Unfit
-from shardc.compiler.graph import copy_graph, is_random, move_of, placeholders, returned
+from shardc.compiler.graph import copy_graph, is_random, placeholders, returned
 from shardc.compiler.kept import Kept
 from shardc.compiler.layout import Precision
 from shardc.compiler.match import find
@@ -43,21 +45,9 @@ from shardc.passes.pipeline import first_passes
 from shardc.runtime.engines import SimulatedRanks, ThisRank
 from shardc.runtime.executable import Executable, autocast_state
 from shardc.runtime.ranks import Ranks
+from shardc.runtime.stretches import Stretches
 
 log = logging.getLogger(__name__)
-SIZES = 64  # of a program for many sizes, as many stay bound; more are bound anew when they come again
-
-
-@dataclass
-class Entry:
-    """A program and the function that runs it."""
-
-    program: Program
-    run: Executable
-
-    def __post_init__(self) -> None:
-        moves = (move_of(node) for node in self.program.gm.graph.nodes)
-        self.moves = any(move is not None and move.target in COLLECTIVES for move in moves)
 
 
 @dataclass
@@ -74,14 +64,14 @@ class Lowering:
     rng: str = "counter"
     precision: Precision | None = None
     dynamic: bool = False
+    backend: str | Callable[..., Any] = "eager"
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
     traces: Traces = field(default_factory=Traces)
     hashes: dict[str, str] = field(default_factory=dict)  # of the programs, by call and variant
     families: Families = field(default_factory=Families)
     _layouts: dict[Any, Any] = field(default_factory=dict)  # of what is passed in, by the form of the call
-    _sized: list[Any] = field(default_factory=list)  # keys of the entries that families gave, oldest first
-    _entries: dict[Any, Entry] = field(default_factory=dict)
+    _entries: Entries = field(default_factory=Entries)
     _last: Entry | None = None
 
     def __post_init__(self) -> None:
@@ -95,9 +85,15 @@ class Lowering:
         of the call, where there is no better one."""
         try:
             key = (self._call_key(args, kwargs), variant)
-            if key not in self._entries:
-                self._entries[key] = self.lower(args, kwargs, variant)
-            return self._entries[key]
+            known = self._entries.get(key)
+            if known is not None:
+                self._entries.use(key)
+                return known
+            made = self.lower(args, kwargs, variant)
+            gone = self._entries.add(key, made)
+            if gone is not None and not self.families.hold(gone.program):
+                self.programs.remove(gone.program)
+            return made
         except (PlanError, ShardingError) as error:
             if error.where:
                 raise
@@ -108,7 +104,8 @@ class Lowering:
         pieces of unequal sizes must not meet in one collective. Calls that move nothing are each rank's own."""
         if self.ranks is None:
             return self.entry(args, kwargs, variant)
-        known, calls = self._entries.get((self._call_key(args, kwargs), variant)), self.ranks.calls
+        key, calls = (self._call_key(args, kwargs), variant), self.ranks.calls
+        known = self._entries.get(key)
         if known is not None and not known.moves:
             return known
         if known is not None and known is self._last:
@@ -117,6 +114,7 @@ class Lowering:
         with calls.entering():
             entry = known or self.entry(args, kwargs, variant)
             if known is not None:
+                self._entries.use(key)
                 self.ranks.agree(entry.program.hash, "the program for this call")
         if entry.moves:
             self._last = entry
@@ -130,6 +128,10 @@ class Lowering:
     def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
         """Trace, run the pipeline, agree with the other ranks, bind. variant: "reduce", "keep" (gradients are
         left unreduced over data-parallel mesh dims), or the layouts of kept gradients to take in."""
+        with _collecting_nothing():
+            return self._lowered(args, kwargs, variant)
+
+    def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any) -> Entry:
         check_call(self.module, args, kwargs)
         self.plan.roots.check_call(args, kwargs)
         self.plan.check_count("", "in", len(args))
@@ -138,7 +140,6 @@ class Lowering:
         if program is not None:
             if self.ranks is not None:
                 self.ranks.agree(program.hash, "the program for this call")
-            self._forget_sizes((self._call_key(args, kwargs), variant))
             return Entry(program, self._executable(program))
         call = self._whole_call(args, kwargs, self._layouts_of(args, kwargs))
         template = self._template(form, call)
@@ -160,6 +161,8 @@ class Lowering:
         return Entry(program, self._executable(program))
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        if self.dynamic:
+            raise PlanError("programs compiled with dynamic=True cannot be saved", help="leave dynamic out")
         save(path, self.traces, self.hashes, self._about())
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -170,8 +173,6 @@ class Lowering:
 
     def _about(self) -> dict[str, Any]:
         options = {"strict": self.strict, "recompute": self.recompute, "rng": self.rng, "precision": self.precision}
-        if self.dynamic:
-            raise PlanError("programs compiled with dynamic=True cannot be saved", help="leave dynamic out")
         return about(self.module, self.mesh, self._asked.report(), options)
 
     def _check_results(self, signature: Signature) -> None:
@@ -206,8 +207,9 @@ class Lowering:
         if self.ranks is None:
             engine = SimulatedRanks(parts.forward, parts.backward, self.mesh, results)
             return Executable(signature, engine, {}, self.kept)
-        forward = self.ranks.bind(parts.forward)
-        backward = self.ranks.bind(parts.backward) if parts.backward is not None else None
+        stretches = Stretches(self.backend) if self.backend != "eager" else None
+        forward = self.ranks.bind(parts.forward, stretches)
+        backward = self.ranks.bind(parts.backward, stretches) if parts.backward is not None else None
         wraps, kept = self._gradients(program)
         blank = [self.ranks.zeros(n) for n in placeholders(program.gm) if n.name in _carries(signature)]
         drawing = [self._drawing(half) for half in (parts.forward, parts.backward)]
@@ -239,12 +241,6 @@ class Lowering:
 
     def _stored(self, name: str) -> Spec:
         return self.plan.params[name].stored_spec(self.mesh)
-
-    def _forget_sizes(self, key: Any) -> None:
-        """Of the sizes that families have served, the last ones stay bound."""
-        self._sized.append(key)
-        if len(self._sized) > SIZES:
-            self._entries.pop(self._sized.pop(0), None)
 
     def _of_family(self, form: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program | None:
         """The program of a family that has these sizes. Its conditions hold: forward takes the path that its own
@@ -321,9 +317,15 @@ class Lowering:
         known = self._known(grad)
         key = text_key(self._call_key(*call), known["marks"], sorted(known["params"].items()), known["grad"])
         found = self.traces.find(key)
+        if found is None and trace_store.on():
+            found = trace_store.find(key, self._about())
+            if found is not None:
+                self.traces.keep(key, found)
         if found is None:
             found = trace(self.module, *call, **known)
             self.traces.keep(key, found)
+            if trace_store.on():
+                trace_store.keep(key, found, self._about())
         return found
 
     def _dressed(self, traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
@@ -378,6 +380,18 @@ class Lowering:
 
 def _shapes(call: tuple[Any, Any]) -> list[tuple[int, ...]]:
     return [tuple(x.shape) for x in pytree.tree_leaves(call) if isinstance(x, Tensor)]
+
+
+@contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """Tracing makes millions of objects, and looking through them for cycles again and again takes a fifth of it."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _carries(signature: Signature) -> set[str]:

@@ -27,6 +27,7 @@ from shardc.compiler.trace import Traced
 from shardc.compiler.trace_data import from_data, to_data
 
 FORMAT = "shardc programs 1"
+MADE = 128  # traces that are kept; a program may need two
 REBUILD = "compile and save again, or leave load_programs out: the module is then traced at its first call"
 
 
@@ -53,6 +54,8 @@ class Traces:
 
     def keep(self, key: str, traced: Traced) -> None:
         self.made[key] = Traced(copy_graph(traced.gm), traced.signature)
+        if len(self.made) > MADE:
+            del self.made[next(iter(self.made))]
 
     def check(self, key: str, made: str) -> None:
         """Raises PlanError where the program made for a call is another than its file promises."""

@@ -8,7 +8,9 @@ from shardc.compiler.pipeline import Context
 from shardc.passes.bucket_collectives import BucketCollectives
 from shardc.passes.canonicalize import Canonicalize
 from shardc.passes.choose_factors import ChooseFactors
+from shardc.passes.delay_reductions import DelayReductions
 from shardc.passes.draw_whole import DrawWhole
+from shardc.passes.fuse_bias import FuseBias
 from shardc.passes.fuse_cross_entropy import FuseCrossEntropy
 from shardc.passes.insert_reshards import InsertReshards
 from shardc.passes.join_units import JoinUnits
@@ -18,8 +20,10 @@ from shardc.passes.merge_equal import MergeEqual
 from shardc.passes.number_draws import NumberDraws
 from shardc.passes.overlap import Overlap
 from shardc.passes.propagate import Propagate
+from shardc.passes.reduce_in_place import ReduceInPlace
 from shardc.passes.regather_in_backward import RegatherInBackward
 from shardc.passes.seed_plan import SeedPlan
+from shardc.passes.shorten_views import ShortenViews
 
 LOCALIZE = Localize()  # also what proves a user's rule
 
@@ -45,8 +49,12 @@ def pipeline(ctx: Context) -> list[Any]:
         MergeEqual(),  # before lowering: one reshard per value and layout
         LowerReshards(),  # ... and cost something
         MergeEqual(),  # the first legs of two ways may be the same
+        DelayReductions(),  # fewer messages: branches beside a residual are summed before they are reduced
         LOCALIZE,  # global shapes end here                                        RESHARDED -> LOCAL
+        ShortenViews(),  # fewer calls: the ends of chains of views
+        FuseBias(),  # ... and the product with its bias, where it is no pending sum
         JoinUnits(),  # latency: what one unit gathers, and reduces, moves at once
         BucketCollectives(),  # latency: few large reductions of gradients
-        Overlap(),  # last: it fixes the order                                       LOCAL -> SCHEDULED
+        Overlap(),  # it fixes the order                                             LOCAL -> SCHEDULED
+        ReduceInPlace(),  # ... and so what is dead when a reduction starts
     ]

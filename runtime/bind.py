@@ -23,6 +23,7 @@ from shardc.compiler.collectives import Cut, cut_of
 from shardc.compiler.graph import move_of, spec
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
+from shardc.runtime.direct import direct
 from shardc.runtime.together import GatherTogether, ScatterTogether
 from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Fetch, Line, ReduceScatter
 
@@ -37,19 +38,24 @@ def bind_program(
     coords: Mapping[str, int],
     groups: Mapping[str, ProcessGroup],
     look: Callable[[], None] | None = None,
+    reuse: bool = True,
 ) -> GraphModule:
     """A LOCAL or SCHEDULED program as the rank at `coords` runs it: local tensors in, local tensors out.
 
     groups: this rank's process group along each mesh dim that has more than one rank. look: see `wire.Line`.
+    reuse: whether dead operands may be reduced where they lie; not where others decide what shares memory.
     Nodes keep their names. No gradient flows through collectives.
     Raises ValueError for a call that has no place in such a program.
     """
     lines = {a: Line(a, mesh[a], coords[a], groups.get(a), look) for a in mesh.names}
-    return _Binder(gm, mesh, coords, lines).bound()
+    return _Binder(gm, mesh, coords, lines, reuse).bound()
 
 
 class _Binder:
-    def __init__(self, gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], lines: Mapping[str, Line]) -> None:
+    def __init__(
+        self, gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], lines: Mapping[str, Line], reuse: bool = True
+    ) -> None:
+        self.reuse = reuse
         self.gm, self.mesh, self.coords, self.lines = gm, mesh, dict(coords), lines
         self.graph = Graph()
         self.env: dict[Node, Node] = {}
@@ -67,20 +73,22 @@ class _Binder:
     def _here(self, node: Node) -> tuple[Any, tuple, dict[str, Any]]:
         """(target, args, kwargs) of the node on this rank."""
         if node.target in MOVES:
-            x, *rest = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.values()  # pyright: ignore
+            options = {k: v for k, v in node.kwargs.items() if k != "reuse"}
+            x, *rest = inspect.signature(node.target).bind(*node.args, **options).arguments.values()  # pyright: ignore
             target, args = MOVES[node.target](self, node, x, *rest)
             return target, (self.env[x] if isinstance(x, Node) else [self.env[value] for value in x], *args), {}
         ours = getattr(node.target, "__module__", None) == c.__name__ and node.target not in c.LOCAL_STEPS
         if ours or node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
         args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)
-        return node.target, args, kwargs
+        return direct(node.target, args, kwargs), args, kwargs
 
     def _leaf(self, leaf: Any) -> Any:
         return self.env[leaf] if isinstance(leaf, Node) else leaf
 
     def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> Bound:
-        return AllReduce(op, self.lines[axis], f"%{node.name}"), ()
+        reuse = self.reuse and bool(node.kwargs.get("reuse"))
+        return AllReduce(op, self.lines[axis], f"%{node.name}", reuse), ()
 
     def all_gather(self, node: Node, x: Any, dim: Any, axis: str) -> Bound:
         if not isinstance(x, Node):

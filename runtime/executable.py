@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,32 @@ class Ledger(Protocol):
 
 
 @dataclass(frozen=True)
+class _Places:
+    """Of a signature what every call needs to know, looked up once."""
+
+    results: int  # how many of forward's returns are the caller's
+    flat: tuple[bool, ...]  # which outputs, mutations included, no gradient flows into
+    tangents: tuple[int, ...]  # the outputs that backward's tangents belong to
+    carries: tuple[str, ...]
+    given: int  # how many inputs a caller passes
+    gradients: tuple[int, ...]  # the inputs that gradients belong to
+
+    @classmethod
+    def of(cls, signature: Signature) -> _Places:
+        inputs, outputs = signature.inputs, signature.outputs
+        tangents = [inputs[i].of for i in signature.indices(InputKind.TANGENT)]
+        gradients = [outputs[i].of for i in signature.indices(OutputKind.GRADIENT)]
+        return cls(
+            len(signature.indices(OutputKind.OUTPUT)),
+            tuple(not e.requires_grad for e in outputs),
+            tuple(i for i in tangents if i is not None),
+            tuple(inputs[i].name for i in signature.indices(InputKind.CARRY)),
+            len(inputs) - len(signature.indices(InputKind.TANGENT, InputKind.CARRY)),
+            tuple(i for i in gradients if i is not None),
+        )
+
+
+@dataclass(frozen=True)
 class Executable:
     """One program bound to an engine. `inputs` of a call are in signature order, tangents and carries left out.
 
@@ -54,15 +81,19 @@ class Executable:
     kept: Mapping[int, str]
     ledger: Ledger
 
+    @cached_property
+    def _places(self) -> _Places:
+        return _Places.of(self.signature)
+
     def __call__(self, inputs: Flat) -> tuple[list[Any], list[Any]]:
         """(outputs, mutations): outputs carry autograd's graph where the program has a backward half."""
-        count = len(self.signature.indices(OutputKind.OUTPUT))
+        count = self._places.results
         with _casts_as_traced():
             results = self._results(inputs)
         return results[:count], results[count:]
 
     def _results(self, inputs: Flat) -> list[Any]:
-        if not self.signature.indices(InputKind.TANGENT):
+        if not self._places.tangents:
             return self.engine.forward(inputs)[0]
         results = list(_Run.apply(self, *inputs))
         self.ledger.expect(self.kept.values())  # their backward may come after the next forward
@@ -77,8 +108,7 @@ class Executable:
 
     def gradients(self, saved: Sequence[Any], tangents: list[Tensor]) -> list[Tensor | None]:
         """Backward, with what was kept back put in and what is to be kept taken out."""
-        names = [self.signature.inputs[i].name for i in self.signature.indices(InputKind.CARRY)]
-        carries = [self.ledger.take(name) for name in names]
+        carries = [self.ledger.take(name) for name in self._places.carries]
         with _casts_as_traced():
             found = self.engine.backward(saved, tangents, carries)
         for i, name in self.kept.items():
@@ -114,8 +144,7 @@ class _Run(torch.autograd.Function):
         ctx.others = [None if isinstance(v, Tensor) else v for v in saved]
         ctx.save_for_backward(*(saved[i] for i in ctx.tensors))
         ctx.set_materialize_grads(False)
-        outputs = program.signature.outputs
-        flat = [r for r, e in zip(results, outputs, strict=False) if isinstance(r, Tensor) and not e.requires_grad]
+        flat = [r for r, f in zip(results, program._places.flat, strict=False) if f and isinstance(r, Tensor)]
         ctx.mark_non_differentiable(*flat)
         ctx.results = [(r.shape, r.dtype, r.device) if isinstance(r, Tensor) else None for r in results]
         return tuple(results)
@@ -126,14 +155,10 @@ class _Run(torch.autograd.Function):
         saved = list(ctx.others)
         for i, value in zip(ctx.tensors, ctx.saved_tensors, strict=True):
             saved[i] = value
-        signature = program.signature
-        late = signature.indices(InputKind.TANGENT)
-        tangents = [_tangent(grads, signature.inputs[i].of, ctx.results) for i in late]
-        out: list[Any] = [None] * (len(signature.inputs) - len(signature.indices(InputKind.TANGENT, InputKind.CARRY)))
-        found = program.gradients(saved, tangents)
-        for i, grad in zip(signature.indices(OutputKind.GRADIENT), found, strict=True):
-            source = signature.outputs[i].of
-            assert source is not None
+        places = program._places
+        tangents = [_tangent(grads, of, ctx.results) for of in places.tangents]
+        out: list[Any] = [None] * places.given
+        for source, grad in zip(places.gradients, program.gradients(saved, tangents), strict=True):
             out[source] = grad
         if torch.is_grad_enabled():  # create_graph=True: as constants they would be wrong without a word
             out = [g if g is None else _Once.apply(g, torch.zeros((), requires_grad=True)) for g in out]
@@ -155,8 +180,7 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _tangent(grads: Sequence[Tensor | None], index: int | None, results: list) -> Tensor:
-    assert index is not None
+def _tangent(grads: Sequence[Tensor | None], index: int, results: list) -> Tensor:
     grad = grads[index]
     if grad is not None:
         return grad.contiguous()

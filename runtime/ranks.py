@@ -20,6 +20,7 @@ from shardc.runtime.groups import Groups
 from shardc.runtime.handshake import Calls, agree, calls_of
 from shardc.runtime.shards import cut
 from shardc.runtime.state import as_dtensor, broadcast, gather_whole, local_of
+from shardc.runtime.stretches import Stretches
 from shardc.runtime.wire import Line
 
 
@@ -52,9 +53,10 @@ class Ranks:
         """The count of calls that these ranks make together, whatever the module."""
         return calls_of(self.groups.ranks)
 
-    def bind(self, gm: GraphModule) -> GraphModule:
-        """A graph of symbolic collectives as this rank runs it."""
-        return bind_program(gm, self.mesh, self.coords, self.groups, self.calls.look)
+    def bind(self, gm: GraphModule, stretches: Stretches | None = None) -> GraphModule:
+        """A graph of symbolic collectives as this rank runs it. stretches: compile what is between them."""
+        bound = bind_program(gm, self.mesh, self.coords, self.groups, self.calls.look, reuse=stretches is None)
+        return bound if stretches is None else stretches.compiled(bound)
 
     def wrapper(self, spec: Spec) -> Callable[[Tensor], Tensor]:
         """What labels a local gradient with its global layout."""

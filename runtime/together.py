@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardc.compiler.collectives import Cut
 from shardc.runtime.shards import combine
-from shardc.runtime.wire import SUMMED, Collective, Issued, Line, Pieces, reduce_pieces, room
+from shardc.runtime.wire import SUMMED, Collective, Issued, Line, Pieces, flattened, plain, reduce_pieces, room
+
+aten = torch.ops.aten
 
 
 class _Together(Collective):
@@ -24,11 +27,13 @@ class _Together(Collective):
         self.pieces = [Pieces(cut) for cut in cuts]
         self.rows = [sum(p.numels[i] for p in self.pieces) for i in range(line.size)]
         self.shapes = [tuple(shape) for shape in shapes]
+        # every whole is its ranks' pieces one after another, all of one length
+        self.even = all(p.leading and len(set(p.numels)) == 1 for p in self.pieces) and all(self.rows)
         super().__init__(kind, line, node, moves=any(self.rows))
 
     def start(self, x: Any) -> Issued:
         """Issue the collective for this rank's operands, all of one dtype; `wait` gives a list."""
-        xs = [value.detach().resolve_conj().resolve_neg() for value in x]
+        xs = [plain(value) for value in x]
         if self.line.size == 1:
             alone = [value.reshape(shape).contiguous() for value, shape in zip(xs, self.shapes, strict=True)]
             return Issued(None, lambda: alone, xs[0])
@@ -50,14 +55,18 @@ class GatherTogether(_Together):
 
     def _start(self, x: Sequence[Tensor]) -> Issued:
         longest = max(self.rows)
-        row = room(x[0], longest)
-        sizes = [value.numel() for value in x]
-        for value, space in zip(x, row[: sum(sizes)].split_with_sizes(sizes), strict=True):
-            space.view(value.shape).copy_(value)
+        row = torch.cat([flattened(value) for value in x])
+        if row.numel() < longest:
+            row = torch.cat([row, room(row, longest - row.numel())])
         work, rows = self._gather(row, longest)
         return Issued(work, lambda: self._taken_apart(rows), row)
 
     def _taken_apart(self, rows: Tensor) -> list[Tensor]:
+        """Each whole in memory of its own: values are freed one by one."""
+        if self.even:
+            widths = [p.longest for p in self.pieces]
+            parts = aten.split_with_sizes_copy.default(rows, widths, 1)
+            return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         by_rank = [
             row[:n].split_with_sizes([p.numels[i] for p in self.pieces])
             for i, (row, n) in enumerate(zip(rows.unbind(), self.rows, strict=True))
@@ -88,6 +97,8 @@ class ScatterTogether(_Together):
 
     def _dealt(self, xs: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
         """Each rank's pieces in a row of its own, which takes so many elements."""
+        if self.even:
+            return torch.cat([x.reshape(len(widths), -1) for x in xs], 1).view(-1)
         flat = room(xs[0], sum(widths))
         spaces, starts = flat.split_with_sizes(list(widths)), [0] * len(widths)
         for pieces, x in zip(self.pieces, xs, strict=True):
@@ -99,5 +110,5 @@ class ScatterTogether(_Together):
 
     def _mine(self, flat: Tensor) -> list[Tensor]:
         """This rank's row taken apart; each in memory of its own, for a gradient outlives the others."""
-        parts = flat.split_with_sizes([p.numels[self.line.index] for p in self.pieces])
-        return [part.clone().view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        parts = aten.split_with_sizes_copy.default(flat, [p.numels[self.line.index] for p in self.pieces])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]

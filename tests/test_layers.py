@@ -48,6 +48,7 @@ LAYERS = {  # first match wins
     "compiler.collectives": [*VALUES, *FX],
     "compiler.infer": [*INFER, "compiler.rules"],
     "compiler.graph": [*INFER, "compiler.rules"],
+    "compiler.trace_store": [*CORE, "compiler"],
     "compiler.trace*": [*CORE, "compiler.trace_*", INTERNALS],
     "compiler.marks": [*CORE, *PLACEMENTS],
     **{
@@ -56,7 +57,7 @@ LAYERS = {  # first match wins
     },
     # What compile is made of: one room in several files, the only one that sees both passes and runtime.
     **{f"compiler.{m}": [*CORE, "compiler"] for m in "saved family".split()},
-    **{f"compiler.{m}": API for m in "api calls filling compiled lowering prove train_step check_rule".split()},
+    **{f"compiler.{m}": API for m in "api entries calls filling compiled lowering prove train_step check_rule".split()},
     # A program as data; it looks at a program, and nothing is done by it.
     "compiler.dump": [*CORE, *(f"compiler.{m}" for m in "explain flops text_changes program".split())],
     # A program shows itself: it hands its data, and no more, to the page maker, a leaf.

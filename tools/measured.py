@@ -12,6 +12,7 @@ from typing import Any
 
 NEAR = 400  # events between two operators of a half
 ENOUGH = 0.8  # of the operators must be found, else the trace is of something else
+CARRIERS = ("alltoall", "allgather")  # by which ranks also carry out other collectives
 RUN_AS_OTHERS = ("input", "getitem", "shardc.wait", "shardc.make_partial", "shardc.local_slice", "shardc.bucket",
                  "shardc.unbucket")  # fmt: skip
 
@@ -67,7 +68,8 @@ def _match(wanted: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[t
 
 def _is(event: str, node: dict[str, Any]) -> bool:
     if node["moves"]:
-        return event.startswith("c10d") and node["moves"].replace("_", "") in event.replace("_", "").lower()
+        event = event.replace("_", "").lower()
+        return event.startswith("c10d") and any(kind in event for kind in (node["moves"].replace("_", ""), *CARRIERS))
     family, _, rest = node["op"].partition(".")
     return event == f"{family}::{rest.split('.')[0]}"
 

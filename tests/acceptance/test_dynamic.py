@@ -174,12 +174,12 @@ def test_what_cannot_be_one_program_gets_one_for_each_size(caplog: pytest.LogCap
 
 
 def test_sizes_beyond_what_stays_bound_are_bound_anew(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shardc.compiler.lowering.SIZES", 2)
+    monkeypatch.setattr("shardc.compiler.entries.PROGRAMS", 2)
     compiled, alone = pair(nn.Linear(4, 6), {"": ColwiseParallel()}, Mesh(tp=2))
     for rows in (8, 5, 6, 7, 5, 9, 8):
         agrees(compiled, alone, (torch.randn(rows, 4, dtype=torch.float64),))
     assert len(compiled.programs) == 1
-    assert len(compiled._lowering._entries) == 3  # the program's own, and two
+    assert len(compiled._lowering._entries) == 2
 
 
 def test_programs_for_many_sizes_are_not_saved(tmp_path: Any):

@@ -532,16 +532,6 @@ PlanError: plan error: the layout given to constrain is Shard(0), but the mesh h
 # --- options
 
 
-def test_an_option_that_is_not_built_yet():
-    assert_expected_inline(
-        said(lambda: mlp(backend="inductor")),
-        """\
-PlanError: plan error: this version of shardc does not take backend=
-  --> test_mistakes.py:N
-   = help: leave backend out""",
-    )
-
-
 def test_an_unknown_option():
     assert_expected_inline(
         said(lambda: mlp(backnd="eager")), """TypeError: compile() got an unexpected keyword argument 'backnd'"""

@@ -57,7 +57,7 @@ def test_torch_trace_holds_every_pass(tmp_path: Path):
     (log,) = tmp_path.glob("*.log")
     lines = log.read_text().splitlines()
     names = [json.loads(line[line.index("{") :])["artifact"]["name"] for line in lines if '"name": "shardc_' in line]
-    assert names[0] == "shardc_0_traced" and names[-1].endswith("_overlap")
+    assert names[0] == "shardc_0_traced" and names[-1].endswith("_reduce-in-place")
     assert any("@tp" in line and "aten.mm" in line for line in lines if line.startswith("\t%"))
 
 

@@ -1,0 +1,115 @@
+"""A folder of traces makes a second start skip tracing; what is stale or damaged in it is refused and made anew."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+import shardc
+from shardc.compiler import entries
+from shardc.compiler.trace_store import FOLDER
+
+PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+
+
+class Net(nn.Sequential):
+    def __init__(self, negative: float = 0.1) -> None:
+        super().__init__(nn.Linear(6, 8), nn.LeakyReLU(negative), nn.Linear(8, 6))
+
+
+@pytest.fixture
+def traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every trace that is made."""
+    made: list[int] = []
+    trace = lowering.trace
+
+    def counted(*args, **kwargs):
+        made.append(1)
+        return trace(*args, **kwargs)
+
+    monkeypatch.setattr(lowering, "trace", counted)
+    monkeypatch.setenv(FOLDER, str(tmp_path / "traces"))
+    return made
+
+
+def started(negative: float = 0.1, rows: int = 4):
+    torch.manual_seed(0)
+    net = shardc.compile(Net(negative), PLAN, mesh=shardc.Mesh(tp=2))
+    out = net(torch.ones(rows, 6))
+    out.sum().backward()
+    return net, out, [p.grad for p in net.parameters()]
+
+
+def entry(tmp_path: Path) -> Path:
+    (found,) = (tmp_path / "traces").iterdir()
+    return found
+
+
+def test_a_second_start_does_not_trace(traces):
+    first, second = started(), started()
+    assert len(traces) == 1
+    assert str(first[0].programs[0]) == str(second[0].programs[0])
+    assert torch.equal(first[1], second[1])
+    for have, want in zip(second[2], first[2], strict=True):
+        assert torch.equal(have, want)
+
+
+def test_another_call_has_an_entry_of_its_own(traces, tmp_path):
+    started()
+    started(rows=8)
+    assert len(traces) == 2 and len(list((tmp_path / "traces").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: content.replace("aten.mm", "aten.bmm").replace("leaky_relu", "relu"),
+        lambda content: json.dumps({**json.loads(content), "format": "shardc programs 0"}),
+    ],
+)
+def test_a_damaged_entry_is_refused_and_made_anew(damage, traces, tmp_path, caplog):
+    started()
+    whole = entry(tmp_path).read_text()
+    assert damage(whole) != whole
+    entry(tmp_path).write_text(damage(whole))
+    with caplog.at_level(logging.WARNING, "shardc.compiler.trace_store"):
+        started()
+    assert len(traces) == 2 and "refused" in caplog.text
+    started()
+    assert len(traces) == 2 and entry(tmp_path).read_text() == whole
+
+
+def test_an_entry_of_another_module_is_refused_and_made_anew(traces, caplog):
+    started()
+    with caplog.at_level(logging.WARNING, "shardc.compiler.trace_store"):
+        _, out, _ = started(0.5)
+    assert len(traces) == 2 and "refused" in caplog.text and "module" in caplog.text
+    torch.manual_seed(0)
+    torch.testing.assert_close(out, Net(0.5)(torch.ones(4, 6)))
+
+
+def test_nothing_is_kept_where_no_folder_is_named(traces, monkeypatch, tmp_path):
+    monkeypatch.setenv(FOLDER, "")
+    started()
+    started()
+    assert len(traces) == 2 and not (tmp_path / "traces").exists()
+
+
+def test_programs_are_kept_up_to_a_bound(monkeypatch):
+    monkeypatch.setattr(entries, "PROGRAMS", 2)
+    net = shardc.compile(Net(), PLAN, mesh=shardc.Mesh(tp=2))
+    for rows in (2, 4, 2, 6):  # the call of four rows is forgotten
+        net(torch.ones(rows, 6))
+    assert len(net.programs) == 2
+    kept = list(net.programs)
+    net(torch.ones(2, 6))
+    assert net.programs == kept
+    net(torch.ones(4, 6))
+    assert len(net.programs) == 2 and net.programs != kept

@@ -1,0 +1,110 @@
+"""Goldens of passes/reduce_in_place.py. EXPECTTEST_ACCEPT=1 rewrites the expectations."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.text import text
+from shardc.compiler.verify import Stage
+from shardc.passes.localize import Localize
+from shardc.passes.overlap import Overlap
+from shardc.passes.reduce_in_place import ReduceInPlace
+from tests.build import all_reduce, apply, build, context, random_inputs, simulated
+
+aten = torch.ops.aten
+DP = Mesh(dp=2)
+TYPES = dict(x="f32[8@dp, 4]", w="f32[4, 4]", tangent="f32[8@dp, 4]")
+
+
+def reduced(fn, mesh: Mesh = DP, meta: dict | None = None, /, **types: str):
+    gm = build(fn, mesh, Stage.RESHARDED, **TYPES | types)
+    ctx = context(gm, mesh)
+    apply(Localize(), gm, ctx)
+    apply(Overlap(), gm, ctx)
+    for node in gm.graph.nodes:
+        node.meta |= meta or {}
+    record = apply(ReduceInPlace(), gm, ctx)
+    return gm, +Counter(record.changes)
+
+
+def dead_operand(x, w, tangent):
+    grad = all_reduce(aten.view(aten.mm(aten.t(x), tangent), [2, 8]), "dp")
+    return aten.mm(x, w), grad
+
+
+def test_an_operand_that_nothing_else_needs_is_reduced_where_it_lies():
+    gm, changes = reduced(dead_operand)
+    assert changes == {"reused": 1}
+    assert_expected_inline(
+        text(gm, DP),
+        """\
+mesh dp=2
+%x: f32[8@dp, 4] = input
+%w: f32[4, 4] = input
+%tangent: f32[8@dp, 4] = input
+%t: f32[4, 8@dp] = aten.t(%x)
+%mm: f32[4, 4]+dp = aten.mm(%t, %tangent)
+%view: f32[2, 8]+dp = aten.reshape(%mm, [2, 8])
+%start_all_reduce: f32[2, 8] = shardc.start(%view, all_reduce, dp, reuse=True)  # overlap
+%mm_1: f32[8@dp, 4] = aten.mm(%x, %w)
+%all_reduce: f32[2, 8] = shardc.wait(%start_all_reduce)
+return (%mm_1, %all_reduce)""",
+    )
+
+
+def test_values_do_not_change():
+    gm, _ = reduced(dead_operand)
+    before = build(dead_operand, DP, Stage.RESHARDED, **TYPES)
+    apply(Localize(), before, context(before, DP))
+    inputs = random_inputs(gm)
+    for have, want in zip(simulated(gm, DP, inputs), simulated(before, DP, inputs), strict=True):
+        assert torch.equal(have, want)
+
+
+def an_input(x, w, tangent):
+    return all_reduce(w, "dp")
+
+
+def a_view_of_an_input(x, w, tangent):
+    return all_reduce(aten.t(w), "dp")
+
+
+def returned(x, w, tangent):
+    grad = aten.mm(aten.t(x), tangent)
+    return all_reduce(grad, "dp"), grad
+
+
+def used_afterwards(x, w, tangent):
+    grad = aten.mm(aten.t(x), tangent)
+    total = all_reduce(grad, "dp")
+    return aten.mm(total, grad)
+
+
+def another_view_used_afterwards(x, w, tangent):
+    grad = aten.mm(aten.t(x), tangent)
+    other = aten.view(grad, [2, 8])
+    total = all_reduce(grad, "dp")
+    return aten.mm(total, total), aten.neg(other)
+
+
+@pytest.mark.parametrize("fn", [returned, used_afterwards, another_view_used_afterwards])
+def test_left_alone(fn):
+    assert not reduced(fn)[1]
+
+
+@pytest.mark.parametrize("fn", [an_input, a_view_of_an_input])
+def test_left_alone_where_it_is_an_input(fn):
+    assert not reduced(fn, w="f32[4, 4]+dp")[1]
+
+
+def test_left_alone_where_backward_computes_it_again():
+    assert not reduced(dead_operand, DP, {"recompute": "layers.0"})[1]
+
+
+def test_left_alone_on_a_mesh_dim_of_one_rank():
+    assert not reduced(dead_operand, Mesh(dp=1))[1]
