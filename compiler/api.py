@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -57,7 +58,8 @@ def compile(
     recompute: patterns of modules whose activations are computed again in backward. rng: "counter", random numbers
     that are the same on any mesh, one device included, or "replay", those that plain eager torch draws on one device.
     dynamic: sizes of inputs stay symbolic, and one program serves all that take the same path (docs/dynamic.md).
-    strict: errors instead of reports.
+    backend: "eager" runs the graph's own Python, "inductor" compiles what a rank computes between collectives, a
+    function does so as for `torch.compile`. strict: errors instead of reports.
 
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
     the first call or `lower`, for a module that cannot be traced or sharded so.
@@ -79,19 +81,9 @@ def compile(
     except PlanError as error:
         raise error.at(call_site()) from None
     _COMPILED.update(model.modules())
-    lowering = Lowering(
-        model,
-        resolved,
-        integers,
-        ranks,
-        lambda: _whole_values(model),
-        strict,
-        patterns,
-        rng,
-        precision,
-        dynamic,
-        backend,
-    )
+    values = partial(_whole_values, model)
+    options = {"recompute": patterns, "rng": rng, "precision": precision, "dynamic": dynamic, "backend": backend}
+    lowering = Lowering(model, resolved, integers, ranks, values, strict, **options)
     return CompiledModule(model, lowering)
 
 

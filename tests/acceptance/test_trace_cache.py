@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
-from shardc.compiler import entries
+from shardc.compiler import entries, lowering
 from shardc.compiler.trace_store import FOLDER
 
 PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
