@@ -137,3 +137,20 @@ def test_a_module_may_return_none_beside_a_tensor():
     out, weights = shardc.compile(model, ColwiseParallel(), mesh=TWO)(x, x, x, need_weights=False)
     assert weights is None
     torch.testing.assert_close(out, alone[0])
+
+
+class Box:
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+
+class ScaledByABox(nn.Module):
+    def forward(self, x: Tensor, box: Box) -> Tensor:
+        return x * box.scale
+
+
+def test_an_object_that_holds_a_tensor_is_no_input():
+    """It was taken as a constant: a tensor put into it later was not seen."""
+    compiled = shardc.compile(ScaledByABox(), ANY, mesh=TWO)
+    with pytest.raises(shardc.PlanError, match="an input of type Box is neither a tensor nor a value"):
+        compiled(draw(4, 3), Box(draw(3)))
