@@ -78,13 +78,26 @@ def text_key(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
+def _holds_tensor(x: Any, seen: set[int]) -> bool:
+    """Whether a tensor lies somewhere in an object's attributes, where a program would keep the first call's."""
+    if id(x) in seen or isinstance(x, type) or not hasattr(x, "__dict__"):
+        return False
+    seen.add(id(x))
+    leaves = pytree.tree_leaves(dict(vars(x)))
+    return any(isinstance(leaf, Tensor) or _holds_tensor(leaf, seen) for leaf in leaves)
+
+
 def _constant(x: Any) -> Any:
     try:
         hash(x)
     except TypeError:
+        comparable = False
+    else:
+        comparable = not _holds_tensor(x, set())
+    if not comparable:
         raise PlanError(
             f"an input of type {type(x).__name__} is neither a tensor nor a value that can be compared",
             where=call_site(),
             help="pass tensors, numbers, strings, None, or lists, tuples and dicts of them",
-        ) from None
+        )
     return type(x).__name__, x

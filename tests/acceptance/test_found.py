@@ -164,3 +164,20 @@ def test_a_rule_that_does_not_fit_is_an_error_at_the_users_line(monkeypatch: pyt
     monkeypatch.setattr("shardc.compiler.infer.rule_of", wrong)
     with pytest.raises(ShardingError, match=r"aten.mul.Tensor cannot be sharded(.|\n)*test_found.py:\d+ in forward"):
         shardc.compile(Doubled(), Plan(dp=Replicated()), mesh=Mesh(dp=2))(torch.randn(4, 4))
+
+
+class Box:
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+
+class ScaledByABox(nn.Module):
+    def forward(self, x: Tensor, box: Box) -> Tensor:
+        return x * box.scale
+
+
+def test_an_object_that_holds_a_tensor_is_no_input():
+    """It was taken as a constant: a tensor put into it later was not seen."""
+    compiled = shardc.compile(ScaledByABox(), ANY, mesh=TWO)
+    with pytest.raises(shardc.PlanError, match="an input of type Box is neither a tensor nor a value"):
+        compiled(draw(4, 3), Box(draw(3)))
