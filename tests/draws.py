@@ -357,10 +357,13 @@ def _ordered(w: _Writer) -> str | None:
     x = w.value(1)
     if x is None:
         return None
-    d = w.number(0, w.values[x].dim() - 1)
+    rank = w.values[x].dim()
+    d = w.number(0, rank - 1)
     n = w.values[x].shape[d]
+    # in which order topk takes equal values torch leaves open
+    apart = f"({x} + torch.linspace(0, 0.01, {n}).double().reshape({[n if i == d else 1 for i in range(rank)]}))"
     return w.one(
-        f"{x}.sort({d})[0]", f"{x}.topk({w.number(1, n)}, {d})[0]", f"{x}.max({d})[0]", f"{x}.cumprod({d})",
+        f"{x}.sort({d})[0]", f"{apart}.topk({w.number(1, n)}, {d})[0]", f"{x}.max({d})[0]", f"{x}.cumprod({d})",
         f"{x}.prod({d})", f"{x}.std({d}, correction=0)" if n > 2 else f"{x}.min({d}, keepdim=True)[0]",
         f"F.one_hot({x}.argmax({d}), {n}).double()", f"{x}.logcumsumexp({d})", f"{x}.median({d})[0]",
         f"{x}.scatter({d}, {x}.argmax({d}, keepdim=True), 0.0)", f"{x}.gather({d}, {x}.argsort({d}))",
