@@ -11,7 +11,8 @@
 
 The backward of a layer norm takes a bias for its shape alone: with the weight in its place nobody gathers it again.
 A product whose contracted dim is split is a pending sum, and a bias inside it would count once per rank.
-Left alone: scaled forms (alpha, beta other than 1), and a bias of another kind than the weight. What nothing uses is dropped.
+Left alone: scaled forms (alpha, beta other than 1), and a bias of another kind than the weight. What nothing uses is
+dropped.
 """
 
 from __future__ import annotations
