@@ -5,8 +5,14 @@
     %mm: f32[8, 16] = aten.mm(%x, %w)
     %add: f32[8, 16] = aten.add.Tensor(%mm, %bias)
 
+    %back = aten.native_layer_norm_backward(%g, %x, [64], %mean, %rstd, %weight, %bias, [True, True, True])
+  ==>
+    %back = aten.native_layer_norm_backward(%g, %x, [64], %mean, %rstd, %weight, %weight, [True, True, True])
+
+The backward of a layer norm takes a bias for its shape alone: with the weight in its place nobody gathers it again.
 A product whose contracted dim is split is a pending sum, and a bias inside it would count once per rank.
-Left alone: scaled forms (alpha, beta other than 1). What nothing uses is dropped.
+Left alone: scaled forms (alpha, beta other than 1), and a bias of another kind than the weight. What nothing uses is
+dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.graph import call_nodes, insert
+from shardc.compiler.graph import arguments, call_nodes, insert, tensors
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.verify import Stage
 
@@ -42,7 +48,19 @@ class Canonicalize:
             if not any(scale != 1 for scale in node.kwargs.values()):
                 _split_bias(node)
                 changes[str(node.target)] += 1
+        for node in call_nodes(gm, aten.native_layer_norm_backward.default):
+            weight, bias = arguments(node)[5:7]
+            if weight is not bias and _alike(weight, bias):
+                node.update_arg(6, weight)
+                changes["bias for its shape"] += 1
         return PassResult(changes)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        return False
+    (x,), (y,) = tensors(a), tensors(b)
+    return (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
 
 
 def _split_bias(node: Node) -> None:

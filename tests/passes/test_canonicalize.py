@@ -96,3 +96,23 @@ def test_what_nothing_uses_is_dropped():
     gm = build(fn, MESH, **LINEAR)
     apply(Canonicalize(), gm, context(gm, MESH))
     assert [n.name for n in gm.graph.nodes if n.op == "call_function"] == ["relu"]
+
+
+def norm_backward(g, x, mean, rstd, weight, bias):
+    back = aten.native_layer_norm_backward(g, x, [4], mean, rstd, weight, bias, [True, True, True])
+    return back[0], back[1], back[2]
+
+
+NORM = dict(g="f32[8, 4]", x="f32[8, 4]", mean="f32[8, 1]", rstd="f32[8, 1]", weight="f32[4]", bias="f32[4]")
+
+
+@pytest.mark.parametrize(("bias", "taken"), [("f32[4]", 1), ("f64[4]", 0)])
+def test_backward_of_a_norm_does_not_read_its_bias(bias, taken):
+    gm = build(norm_backward, MESH, **NORM | {"bias": bias})
+    inputs = random_inputs(gm)
+    before = on_one_device(gm, inputs) if taken else []
+    record = apply(Canonicalize(), gm, context(gm, MESH))
+    assert record.changes.get("bias for its shape", 0) == taken
+    assert bool(next(n for n in gm.graph.nodes if n.name == "bias").users) == (not taken)
+    for have, want in zip(on_one_device(gm, inputs) if taken else [], before, strict=True):
+        assert torch.equal(have, want)
