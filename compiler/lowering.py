@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,6 +102,8 @@ class Lowering:
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
     traces: Traces = field(default_factory=Traces)
+    # Told of a parameter that is stored anew, with what moves a local tensor that is laid out as it was.
+    followers: list[Callable[[nn.Parameter, Callable[[Tensor], Tensor]], None]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)  # of the programs, by call and variant
     _entries: dict[Any, Entry] = field(default_factory=dict)
     _last: Entry | None = None
@@ -213,7 +216,10 @@ class Lowering:
                 continue
             stored = {a: p for a, p in zip(self.mesh.names, placements, strict=True) if not isinstance(p, Replicate)}
             if self.ranks is not None:
-                self.ranks.relay(self.module.get_parameter(name), layout.stored_spec(self.mesh), spec)
+                param, before = self.module.get_parameter(name), layout.stored_spec(self.mesh)
+                self.ranks.relay(param, before, spec)
+                for follow in self.followers:
+                    follow(param, partial(self.ranks.moved, before=before, after=spec))
             params[name] = replace(layout, stored=stored, compute=stored)
         self.plan = replace(self.plan, params=params)
 

@@ -112,10 +112,28 @@ class TrainStep:
         self._held = dict(compiled.named_parameters())
         self._local = {fqn: _local_parameter(p) for fqn, p in self._held.items()}
         self.optimizer = optimizer(list(self._local.values()))
+        compiled.follow(self._moved)
+
+    def _moved(self, held: nn.Parameter, move: Callable[[Tensor], Tensor]) -> None:
+        """State that was loaded before the first program goes where that one puts its parameter."""
+        local = next(self._local[name] for name, p in self._held.items() if p is held)
+        state = self.optimizer.state.get(local, {})
+        state.update({key: move(value) for key, value in state.items() if _is_like(value, local)})
+
+    def _look(self) -> None:
+        """Parameters that were on meta are other objects once they are loaded; the optimizer's stay the same."""
+        if not any(p.is_meta for p in self._held.values()):
+            return
+        for name, p in self._compiled.named_parameters():
+            if p is not self._held[name]:
+                self._held[name] = p
+                made = nn.Parameter(_local(p).detach(), p.requires_grad)  # of its memory; p stays the module's own
+                torch.utils.swap_tensors(self._local[name], made)
 
     def __call__(self, *batch: Any) -> Tensor:
         """The loss before the step. Raises PlanError where the batch cannot be cut into `accumulate` equal parts."""
         parts = _parts(batch, self._accumulate)
+        self._look()
         losses, totals = [], dict[str, Tensor]()
         for i, part in enumerate(parts, 1):
             with nullcontext() if i == len(parts) else self._compiled.no_sync():
@@ -177,12 +195,7 @@ class TrainStep:
     def state_dict(self) -> dict[str, Any]:
         """Parameters and buffers under "model", per-parameter optimizer state by FQN, its groups, and the count of
         steps. What is sharded is a DTensor that shares memory with the live state."""
-        state = {
-            fqn: {key: self._labelled(fqn, value) for key, value in self.optimizer.state[p].items()}
-            for fqn, p in self._local.items()
-            if p in self.optimizer.state
-        }
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        state, groups = self.optimizer_state(), self.optimizer_groups()
         return {"model": self._compiled.state_dict(), "optimizer": state, "groups": groups, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -195,12 +208,43 @@ class TrainStep:
             what = f"the state of {', '.join(strange)}" if strange else f"{len(state['groups'])} parameter groups"
             raise PlanError(f"the optimizer has no place for {what}", help="load what an equal step has saved")
         self._compiled.load_state_dict(state["model"])
-        for fqn, values in state["optimizer"].items():
+        self.put_optimizer(state["optimizer"], state["groups"], state["steps"])
+
+    # What checkpoints ask for and give:
+
+    @property
+    def module(self) -> CompiledModule:
+        """The compiled model, with the loss."""
+        return self._compiled
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The parameters by name, as they are laid out, or will be once they are loaded."""
+        return {name: self._compiled.room_like(name) if p.is_meta else p for name, p in self._held.items()}
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """By parameter; what is sharded is a DTensor that shares memory with the live state."""
+        return {
+            fqn: {key: self._labelled(fqn, value) for key, value in self.optimizer.state[p].items()}
+            for fqn, p in self._local.items()
+            if p in self.optimizer.state
+        }
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """As in the optimizer, with the names of the parameters."""
+        names = {id(p): fqn for fqn, p in self._local.items()}
+        return [{**g, "params": [names[id(p)] for p in g["params"]]} for g in self.optimizer.param_groups]
+
+    def put_optimizer(self, state: Mapping[str, Mapping[str, Any]], groups: Sequence[Any], steps: int) -> None:
+        """What the two above gave, of any layout, or with whole tensors; what `state` lacks has none."""
+        self._look()
+        self.optimizer.state.clear()
+        for fqn, values in state.items():
             held = {key: self._placed(fqn, value) for key, value in values.items()}
             self.optimizer.state[self._local[fqn]] = held
-        for group, values in zip(self.optimizer.param_groups, state["groups"], strict=True):
-            group.update(values)
-        self.steps = state["steps"]
+        for group, values in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update({key: value for key, value in values.items() if key != "params"})
+        self.steps = steps
 
     def _labelled(self, fqn: str, value: Any) -> Any:
         held = self._held[fqn]

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from shardc.compiler.annotate import fully_shard, replicate
     from shardc.compiler.api import CompiledModule, Program, compile
     from shardc.compiler.check_rule import check_rule, discover_rule
-    from shardc.compiler.errors import PlanError, RankFailure, RankMismatchError, ShardingError
+    from shardc.compiler.errors import CheckpointError, PlanError, RankFailure, RankMismatchError, ShardingError
     from shardc.compiler.marks import constrain
     from shardc.compiler.mesh import Mesh
     from shardc.compiler.plan import FullyShard, Layout, Plan, Precision, Replicated
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "CompiledModule",
     "FullyShard",
     "Layout",
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "CheckpointError": "shardc.compiler.errors",
     "CompiledModule": "shardc.compiler.api",
     "FullyShard": "shardc.compiler.plan",
     "Layout": "shardc.compiler.plan",
