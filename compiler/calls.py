@@ -73,6 +73,11 @@ def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwa
     return described, structure, flags, kinds, torch.is_grad_enabled(), autocast_state()
 
 
+def shapes_of(call: tuple[Any, Any]) -> list[tuple[int, ...]]:
+    """Of the tensors among (args, kwargs), in order."""
+    return [tuple(x.shape) for x in pytree.tree_leaves(call) if isinstance(x, Tensor)]
+
+
 def text_key(*parts: Any) -> str:
     """The same in every process for equal parts."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -208,9 +208,17 @@ class CompiledModule(nn.Module):
         """Make room for what is still on meta, and about to be loaded."""
         if not self._on_meta:
             return
-        Filling(self._model, self._lowering.plan, self._lowering.ranks, None).allocate(names)
+        self._filling().allocate(names)
         self.__dict__["_owners"] = _Owners(self._model)
         self.__dict__["_on_meta"] = bool(_on_meta(self._model))
+
+    def _filling(self) -> Filling:
+        return Filling(self._model, self._lowering.plan, self._lowering.ranks, None)
+
+    def room_like(self, name: str) -> Tensor:
+        """New memory in the layout that this rank holds a parameter or buffer in, or will once it is loaded."""
+        x = tensors(self._model)[name]
+        return self._filling().room(name, x).detach() if x.is_meta else torch.empty_like(x.detach())
 
     def _check_loaded(self) -> None:
         missing = _on_meta(self._model)
@@ -240,6 +248,11 @@ class CompiledModule(nn.Module):
         if layout is None:
             return Spec.whole(self._owners.get(key).shape)
         return layout.stored_spec(self._lowering.mesh)
+
+    def follow(self, follower: Callable[[nn.Parameter, Callable[[Tensor], Tensor]], None]) -> None:
+        """Have a function called for each parameter that the first program stores in another layout, with what
+        moves local tensors that are laid out as the parameter was. Of what several hold, all ranks move theirs."""
+        self._lowering.followers.append(follower)
 
     # ---- what was compiled
 

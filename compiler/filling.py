@@ -105,10 +105,11 @@ class Filling:
             if id(x) not in wanted:
                 continue
             if id(x) not in made:
-                made[id(x)] = self._room(name, x)
+                made[id(x)] = self.room(name, x)
             put(self.model, name, made[id(x)])
 
-    def _room(self, name: str, x: Tensor) -> Tensor:
+    def room(self, name: str, x: Tensor) -> Tensor:
+        """What this rank will hold of a tensor that is still on meta, without values."""
         device = self.ranks.device_mesh.device_type if self.ranks is not None else "cpu"
         if self.ranks is None or not isinstance(x, nn.Parameter):
             made = torch.empty_like(x, device=device)

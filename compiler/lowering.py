@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from shardc.compiler import trace_store
 from shardc.compiler.borders import border_layout, check_counts, input_layouts, needs_trace
-from shardc.compiler.calls import call_key, check_call, global_shape, held, text_key
+from shardc.compiler.calls import call_key, check_call, global_shape, held, shapes_of, text_key
 from shardc.compiler.carry import add_carries
 from shardc.compiler.draws import SEED
 from shardc.compiler.entries import Entries, Entry
@@ -31,7 +31,7 @@ from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.mixed import add_casts, call_dtypes, computed_as, info_as
 from shardc.compiler.original import Original
-from shardc.compiler.pipeline import Context
+from shardc.compiler.pipeline import Context, collecting_nothing
 from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program
 from shardc.compiler.refine import refinements
@@ -68,6 +68,8 @@ class Lowering:
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
     traces: Traces = field(default_factory=Traces)
+    # Told of a parameter that is stored anew, with what moves a local tensor that is laid out as it was.
+    followers: list[Callable[[nn.Parameter, Callable[[Tensor], Tensor]], None]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)  # of the programs, by call and variant
     families: Families = field(default_factory=Families)
     _layouts: dict[Any, Any] = field(default_factory=dict)  # of what is passed in, by the form of the call
@@ -128,7 +130,7 @@ class Lowering:
     def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
         """Trace, run the pipeline, agree with the other ranks, bind. variant: "reduce", "keep" (gradients are
         left unreduced over data-parallel mesh dims), or the layouts of kept gradients to take in."""
-        with _collecting_nothing():
+        with collecting_nothing():
             return self._lowered(args, kwargs, variant)
 
     def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any) -> Entry:
@@ -143,7 +145,7 @@ class Lowering:
             return Entry(program, self._executable(program))
         call = self._whole_call(args, kwargs, self._layouts_of(args, kwargs))
         template = self._template(form, call)
-        values = template and template.solve(_shapes(call))
+        values = template and template.solve(shapes_of(call))
         traced = self._traced(call) if template is None or values is None else template.at(values)
         dressed = self._dressed(traced, args, kwargs)
         self._check_results(dressed.signature)
@@ -197,7 +199,10 @@ class Lowering:
                 continue
             stored = {a: p for a, p in zip(self.mesh.names, placements, strict=True) if not isinstance(p, Replicate)}
             if self.ranks is not None:
-                self.ranks.relay(self.module.get_parameter(name), layout.stored_spec(self.mesh), spec)
+                param, before = self.module.get_parameter(name), layout.stored_spec(self.mesh)
+                self.ranks.relay(param, before, spec)
+                for follow in self.followers:
+                    follow(param, partial(self.ranks.moved, before=before, after=spec))
             params[name] = replace(layout, stored=stored, compute=stored)
         self.plan = replace(self.plan, params=params)
 
@@ -247,7 +252,7 @@ class Lowering:
         call took, so what is passed in lies as it did then."""
         if form not in self.families.made:
             return None
-        return self.families.find(form, _shapes(self._whole_call(args, kwargs, self._layouts.get(form))))
+        return self.families.find(form, shapes_of(self._whole_call(args, kwargs, self._layouts.get(form))))
 
     def _template(self, form: Any, call: tuple[Any, Any]) -> Template | None:
         """The module traced for all sizes, where it is asked for and can be."""
@@ -376,22 +381,6 @@ class Lowering:
             if shape != tuple(x.shape):
                 leaves[i] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)
         return pytree.tree_unflatten(leaves, structure)
-
-
-def _shapes(call: tuple[Any, Any]) -> list[tuple[int, ...]]:
-    return [tuple(x.shape) for x in pytree.tree_leaves(call) if isinstance(x, Tensor)]
-
-
-@contextmanager
-def _collecting_nothing() -> Iterator[None]:
-    """Tracing makes millions of objects, and looking through them for cycles again and again takes a fifth of it."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _carries(signature: Signature) -> set[str]:

@@ -95,9 +95,8 @@ class _WithLoss(nn.Module):
 class TrainStep:
     """`loss = step(*batch)`: on real ranks each passes its own part of the batch; every rank gets the whole loss.
 
-    model: the one given, holding its shards. compiled: it with its loss, as one compiled module. optimizer: of
-    this rank's local tensors, in the order of `model.parameters()`; learning rates may be changed in its groups.
-    steps: how many were made.
+    model: the one given, holding its shards. optimizer: of this rank's local tensors, in the order of
+    `model.parameters()`; learning rates may be changed in its groups. steps: how many were made.
     """
 
     def __init__(
@@ -108,24 +107,42 @@ class TrainStep:
         accumulate: int,
         clip_norm: float | None,
     ) -> None:
-        self.compiled, self._accumulate, self._clip_norm = compiled, accumulate, clip_norm
+        self._compiled, self._accumulate, self._clip_norm = compiled, accumulate, clip_norm
         self.model, self.steps = model, 0
         self._held = dict(compiled.named_parameters())
         self._local = {fqn: _local_parameter(p) for fqn, p in self._held.items()}
         self.optimizer = optimizer(list(self._local.values()))
+        compiled.follow(self._moved)
+
+    def _moved(self, held: nn.Parameter, move: Callable[[Tensor], Tensor]) -> None:
+        """State that was loaded before the first program goes where that one puts its parameter."""
+        local = next(self._local[name] for name, p in self._held.items() if p is held)
+        state = self.optimizer.state.get(local, {})
+        state.update({key: move(value) for key, value in state.items() if _is_like(value, local)})
+
+    def _look(self) -> None:
+        """Parameters that were on meta are other objects once they are loaded; the optimizer's stay the same."""
+        if not any(p.is_meta for p in self._held.values()):
+            return
+        for name, p in self._compiled.named_parameters():
+            if p is not self._held[name]:
+                self._held[name] = p
+                made = nn.Parameter(_local(p).detach(), p.requires_grad)  # of its memory; p stays the module's own
+                torch.utils.swap_tensors(self._local[name], made)
 
     def __call__(self, *batch: Any) -> Tensor:
         """The loss before the step. Raises PlanError where the batch cannot be cut into `accumulate` equal parts."""
         parts = _parts(batch, self._accumulate)
+        self._look()
         losses, totals = [], dict[str, Tensor]()
         for i, part in enumerate(parts, 1):
-            with nullcontext() if i == len(parts) else self.compiled.no_sync():
+            with nullcontext() if i == len(parts) else self._compiled.no_sync():
                 loss, gradients = self._gradients(part)
             losses.append(loss)
             for name, gradient in gradients.items():
                 totals[name] = totals[name] + gradient if name in totals else gradient
         if self._clip_norm is not None:
-            self.compiled.clip({name: totals.get(name) for name in self._local}, self._clip_norm, 2.0)
+            self._compiled.clip({name: totals.get(name) for name in self._local}, self._clip_norm, 2.0)
         for name, parameter in self._local.items():
             parameter.data = _local(self._held[name])  # laid out anew by the first program, or moved by `to`
             parameter.grad = totals.get(name)
@@ -137,20 +154,20 @@ class TrainStep:
 
     def lower(self, *batch: Any) -> Program:
         """Compile for a batch like this ahead of time, from real, fake or meta tensors."""
-        return self._checked(self.compiled.lower(*_parts(batch, self._accumulate)[0]))
+        return self._checked(self._compiled.lower(*_parts(batch, self._accumulate)[0]))
 
     @property
     def programs(self) -> list[Program]:
         """Every compiled program, newest last: forward, loss and backward."""
-        return self.compiled.programs
+        return self._compiled.programs
 
     def _gradients(self, batch: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(the loss, local gradients by parameter), what was kept back of reductions included."""
         with torch.enable_grad():
-            entry, flat = self.compiled.prepared(batch, {})
+            entry, flat = self._compiled.prepared(batch, {})
         signature = self._checked(entry.program).signature
         found, saved = entry.run.halfway(flat)
-        self.compiled.mutate(entry, flat, found[1:])
+        self._compiled.mutate(entry, flat, found[1:])
         loss = found[0].detach()
         tangent = torch.full((), 1 / self._accumulate, dtype=loss.dtype, device=loss.device)
         gradients = entry.run.gradients(saved, [tangent])
@@ -178,13 +195,8 @@ class TrainStep:
     def state_dict(self) -> dict[str, Any]:
         """Parameters and buffers under "model", per-parameter optimizer state by FQN, its groups, and the count of
         steps. What is sharded is a DTensor that shares memory with the live state."""
-        state = {
-            fqn: {key: self._labelled(fqn, value) for key, value in self.optimizer.state[p].items()}
-            for fqn, p in self._local.items()
-            if p in self.optimizer.state
-        }
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        return {"model": self.compiled.state_dict(), "optimizer": state, "groups": groups, "steps": self.steps}
+        state, groups = self.optimizer_state(), self.optimizer_groups()
+        return {"model": self._compiled.state_dict(), "optimizer": state, "groups": groups, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave, of this layout or another one, or with whole tensors; in place.
@@ -195,30 +207,55 @@ class TrainStep:
         if strange or len(state["groups"]) != len(self.optimizer.param_groups):
             what = f"the state of {', '.join(strange)}" if strange else f"{len(state['groups'])} parameter groups"
             raise PlanError(f"the optimizer has no place for {what}", help="load what an equal step has saved")
-        self.compiled.load_state_dict(state["model"])
-        self.load_optimizer(state["optimizer"], state["groups"], state["steps"])
+        self._compiled.load_state_dict(state["model"])
+        self.put_optimizer(state["optimizer"], state["groups"], state["steps"])
 
-    def load_optimizer(
-        self, state: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], steps: int
-    ) -> None:
-        """The optimizer's part of a state."""
+    # What checkpoints ask for and give:
+
+    @property
+    def module(self) -> CompiledModule:
+        """The compiled model, with the loss."""
+        return self._compiled
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The parameters by name, as they are laid out, or will be once they are loaded."""
+        return {name: self._compiled.room_like(name) if p.is_meta else p for name, p in self._held.items()}
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """By parameter; what is sharded is a DTensor that shares memory with the live state."""
+        return {
+            fqn: {key: self._labelled(fqn, value) for key, value in self.optimizer.state[p].items()}
+            for fqn, p in self._local.items()
+            if p in self.optimizer.state
+        }
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """As in the optimizer, with the names of the parameters."""
+        names = {id(p): fqn for fqn, p in self._local.items()}
+        return [{**g, "params": [names[id(p)] for p in g["params"]]} for g in self.optimizer.param_groups]
+
+    def put_optimizer(self, state: Mapping[str, Mapping[str, Any]], groups: Sequence[Any], steps: int) -> None:
+        """What the two above gave, of any layout, or with whole tensors; what `state` lacks has none."""
+        self._look()
+        self.optimizer.state.clear()
         for fqn, values in state.items():
             held = {key: self._placed(fqn, value) for key, value in values.items()}
             self.optimizer.state[self._local[fqn]] = held
         for group, values in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(values)
+            group.update({key: value for key, value in values.items() if key != "params"})
         self.steps = steps
 
     def _labelled(self, fqn: str, value: Any) -> Any:
         held = self._held[fqn]
         if not isinstance(held, DTensor) or not _is_like(value, self._local[fqn]):
             return value
-        return self.compiled.labelled(fqn, value)
+        return self._compiled.labelled(fqn, value)
 
     def _placed(self, fqn: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        placed = self.compiled.placed(fqn, value, self._held[fqn]) if value.shape == self._held[fqn].shape else value
+        placed = self._compiled.placed(fqn, value, self._held[fqn]) if value.shape == self._held[fqn].shape else value
         return _local(placed).detach().clone()
 
 

@@ -78,10 +78,14 @@ class Ranks:
 
     def relay(self, param: nn.Parameter, before: Spec, after: Spec) -> None:
         """Store a parameter in another layout, in place: the object, which an optimizer may hold, stays the same."""
-        whole = gather_whole(local_of(param.detach()), before, self.device_mesh, self.coords)
-        made = nn.Parameter(as_dtensor(cut(whole, after, self.mesh, self.coords).contiguous(), after, self.device_mesh))
-        made.requires_grad_(param.requires_grad)
+        local = self.moved(local_of(param.detach()), before, after)
+        made = nn.Parameter(as_dtensor(local, after, self.device_mesh), requires_grad=param.requires_grad)
         torch.utils.swap_tensors(param, made)
+
+    def moved(self, local: Tensor, before: Spec, after: Spec) -> Tensor:
+        """This rank's piece in another layout. All ranks pass theirs."""
+        whole = gather_whole(local, before, self.device_mesh, self.coords)
+        return cut(whole, after, self.mesh, self.coords).contiguous()
 
     @cached_property
     def lines(self) -> dict[str, Line]:

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Spec, to_placements
+from shardc.compiler.spec import Spec, from_placements, to_placements
 from shardc.runtime.shards import cut, put
 
 
@@ -62,7 +62,7 @@ def as_held(value: Tensor, held: Tensor, spec: Spec, device_mesh: DeviceMesh, co
     if not isinstance(held, DTensor):
         return value.full_tensor() if isinstance(value, DTensor) else value
     if isinstance(value, DTensor):
-        return value.redistribute(held.device_mesh, held.placements)
+        return relaid(value, held)
     if value.shape != held.shape:
         return value  # nn.Module's own message about shapes is the right one
     return as_dtensor(cut(value, spec, Mesh.of(device_mesh), coords).contiguous(), spec, device_mesh)
@@ -83,3 +83,60 @@ def gather_whole(local: Tensor, spec: Spec, device_mesh: DeviceMesh, coords: Map
 def whole(x: Tensor) -> Tensor:
     """The global tensor, on every rank; a collective where x is a DTensor."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+# ---- runs: what torch's checkpoints can name is one box of indices per rank, and not three of a fused q, k, v
+
+
+def in_runs(x: DTensor) -> bool:
+    """Whether each rank's piece is one box of indices, by placements that say so plainly."""
+    return all(isinstance(p, (Shard, Replicate)) for p in x.placements)
+
+
+def _spec_of(x: DTensor) -> Spec:
+    mesh = Mesh.of(x.device_mesh)
+    return from_placements(x.shape, dict(zip(mesh.names, x.placements, strict=True)), mesh)
+
+
+def _spec_in_runs(x: DTensor) -> Spec:
+    mesh, split = Mesh.of(x.device_mesh), _spec_of(x)
+    spec = Spec.whole(x.shape)
+    for axis in mesh.names:
+        d = split.dim_of(axis)
+        spec = spec if d is None else spec.split(d, axis, mesh)
+    return spec
+
+
+def _coords(x: DTensor) -> Mapping[str, int]:
+    here = x.device_mesh.get_coordinate()
+    assert here is not None
+    return dict(zip(Mesh.of(x.device_mesh).names, here, strict=True))
+
+
+def as_runs(x: DTensor) -> DTensor:
+    """The same value split over the same mesh dims in one box per rank. All ranks call it."""
+    if in_runs(x):
+        return x
+    spec, mesh, coords = _spec_in_runs(x), Mesh.of(x.device_mesh), _coords(x)
+    joined = gather_whole(x.to_local(), _spec_of(x), x.device_mesh, coords)
+    return as_dtensor(cut(joined, spec, mesh, coords).clone(), spec, x.device_mesh)
+
+
+def room_in_runs(x: DTensor) -> DTensor:
+    """Memory for `as_runs` of a value laid out as x."""
+    if in_runs(x):
+        return cast(DTensor, torch.empty_like(x))
+    spec, mesh = _spec_in_runs(x), Mesh.of(x.device_mesh)
+    local = torch.empty(spec.local_shape(mesh, _coords(x)), dtype=x.dtype, device=x.to_local().device)
+    return as_dtensor(local, spec, x.device_mesh)
+
+
+def relaid(value: Tensor, like: Tensor) -> Tensor:
+    """A DTensor in the layout of another one of its shape. All ranks call it."""
+    if not isinstance(value, DTensor) or not isinstance(like, DTensor) or value.placements == like.placements:
+        return value
+    if in_runs(like) and in_runs(value):
+        return value.redistribute(like.device_mesh, like.placements)
+    joined = gather_whole(value.to_local(), _spec_of(value), value.device_mesh, _coords(value))
+    spec, mesh = _spec_of(like), Mesh.of(like.device_mesh)
+    return as_dtensor(cut(joined, spec, mesh, _coords(like)).contiguous(), spec, like.device_mesh)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from shardc.compiler.errors import CheckpointError
-from shardc.runtime.checkpoint import OPTIMIZER, alone_is_meant
+from shardc.runtime.checkpoint_files import read_into, read_metadata
+from shardc.runtime.checkpoint_optimizers import is_optimizer_key
 from shardc.runtime.safetensors_file import SafetensorsFile
 
 
@@ -41,14 +41,11 @@ class _Folder(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        try:
-            entries: dict[str, Any] = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        except Exception as error:
-            raise CheckpointError(f"{folder / '.metadata'} cannot be read: {error}") from error
+        entries: dict[str, Any] = read_metadata(folder).state_dict_metadata
         self._entries = {
             key: entry
             for key, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(f"{OPTIMIZER}.")
+            if isinstance(entry, TensorStorageMetadata) and not is_optimizer_key(key)
         }
 
     def shape_of(self, key: str) -> torch.Size:
@@ -58,11 +55,7 @@ class _Folder(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         entry = self._entries[key]
         made = torch.empty(entry.size, dtype=entry.properties.dtype)
-        try:
-            with alone_is_meant():
-                dcp.load({key: made}, checkpoint_id=self._folder, no_dist=True)
-        except Exception as error:
-            raise CheckpointError(f"{key} in {self._folder} cannot be read: {error}") from error
+        read_into({key: made}, self._folder, alone=True)
         return made
 
     def __iter__(self) -> Iterator[str]:
