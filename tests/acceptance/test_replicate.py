@@ -273,7 +273,7 @@ def forward_products(program: Program) -> dict[str, int]:
     assert program.halves.backward is not None
     found: dict[str, int] = {}
     for node in program.halves.backward.graph.nodes:
-        if str(node.target) == "aten.mm.default" and node.meta["phase"] == "forward":
+        if str(node.target) in ("aten.mm.default", "aten.addmm.default") and node.meta["phase"] == "forward":
             child = node.meta["path"].split(".")[0]
             found[child] = found.get(child, 0) + 1
     return found
