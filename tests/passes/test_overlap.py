@@ -8,8 +8,9 @@ from expecttest import assert_expected_inline
 from torch.fx import GraphModule
 
 from shardc.compiler import collectives as c
-from shardc.compiler.accounts import collectives_of, peak_bytes
+from shardc.compiler.accounts import collectives_of
 from shardc.compiler.halves import halves
+from shardc.compiler.memory import peak_bytes
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context
 from shardc.compiler.text import text
@@ -162,7 +163,7 @@ def test_a_gather_starts_no_earlier_than_the_window_lets_it():
 def test_the_peak_is_no_higher_with_one_gather_ahead_of_time_than_with_that_much_more():
     gm, ctx = overlapped(two_gathers, DP, **SHARDS)
     before = local(two_gathers, DP, **SHARDS)
-    peaks = [peak_bytes(halves(g, ctx.signature), ctx.signature, DP) for g in (before, gm)]
+    peaks = [peak_bytes(halves(g, ctx.signature), DP) for g in (before, gm)]
     assert peaks[0] <= peaks[1] <= peaks[0] + 64
 
 
