@@ -94,3 +94,57 @@ def test_the_peak_is_what_a_rank_holds(case: str, first_of_four: None):
     compiled = shardc.compile(make(), plan, mesh=mesh)
     peak, program = measured(compiled, x)
     assert abs(program.peak_bytes() / peak - 1) < 0.03, (program.peak_bytes(), peak)
+
+
+# --- building
+
+
+class Wide(nn.Module):
+    """Several layers, one of them larger than the others, and a norm with buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 63, bias=False)
+        self.stats = nn.BatchNorm1d(63)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.stats(self.down(self.up(x)))
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return Wide()
+
+
+@pytest.mark.parametrize("build", [lambda: shardc.deferred_init(Wide), on_meta], ids=["deferred", "meta"])
+def test_a_build_takes_the_shards_and_the_largest_parameter(build: Callable[[], nn.Module], first_of_four: None):
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+    whole = nbytes(*Wide().parameters())
+    with Counting() as counted:
+        compiled = shardc.compile(build(), Plan(dp=FullyShard("layers.*")), mesh=mesh)
+    shards = nbytes(*(getattr(x, "_local_tensor", x) for x in [*compiled.parameters(), *compiled.buffers()]))
+    largest = nbytes(compiled.up.weight)  # pyright: ignore
+    slack = 16 << 10  # states of the random generator
+    assert shards <= counted.alive <= shards + slack
+    assert counted.peak <= shards + largest + slack < 0.8 * whole
+
+
+def test_a_rank_holds_the_chunks_of_torch_three_times_over(first_of_four: None):
+    """Parameters, gradients and the two moments of Adam, to the byte."""
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+    compiled = shardc.compile(Wide(), Plan(dp=FullyShard("layers.*")), mesh=mesh)
+    optimizer = torch.optim.Adam(compiled.parameters())
+    compiled(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    for (name, p), alone in zip(compiled.named_parameters(), Wide().parameters(), strict=True):
+        want = nbytes(alone.chunk(4)[0])
+        moments = [optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")]
+        assert p.grad is not None
+        assert [x.to_local().untyped_storage().nbytes() for x in (p, p.grad, *moments)] == 4 * [want], name  # pyright: ignore
