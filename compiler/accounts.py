@@ -1,4 +1,4 @@
-"""What a program moves and holds, in integers: collectives with their bytes, and the peak of live bytes.
+"""What a program moves, in integers: collectives with their bytes.
 
 Bytes on the wire are per rank, for the rank that sends most, with ring algorithms and the padding that
 uneven pieces need: all_gather (n-1) p, reduce_scatter and all_to_all (n-1) p, all_reduce 2 (n-1) s/n for
@@ -7,7 +7,6 @@ pieces of p bytes and a value of s bytes over n ranks.
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -18,11 +17,9 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.collectives import cut_of
-from shardc.compiler.graph import Call, local_nbytes, move_of, specs, tensors
-from shardc.compiler.halves import Halves
+from shardc.compiler.graph import Call, move_of, specs, tensors
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import tensors_in
-from shardc.compiler.signature import Signature
 
 
 class Collective(NamedTuple):
@@ -117,34 +114,6 @@ def is_view(node: Node) -> bool:
     return _owner(node) is not node
 
 
-class Life(NamedTuple):
-    """A value in memory: its bytes on the rank that holds most, and the steps of its half from and to which it
-    lives. Step -1 is before the first node."""
-
-    name: str
-    nbytes: int
-    begin: int
-    end: int
-
-
-class Memory(NamedTuple):
-    """One half over time: its nodes in order, the bytes alive while each runs, and what they are made of."""
-
-    order: tuple[str, ...]
-    start: int  # bytes of inputs and saved values, before the first node
-    alive: tuple[int, ...]
-    values: tuple[Life, ...]
-
-    @property
-    def peak(self) -> int:
-        return max(self.start, *self.alive) if self.alive else self.start
-
-
-def peak_bytes(parts: Halves, signature: Signature, mesh: Mesh) -> int:
-    """The most bytes alive at once: inputs and saved values for as long as they are, the rest until last use."""
-    return max(memory_of(gm, mesh).peak for gm in (parts.forward, parts.backward) if gm is not None)
-
-
 def last_uses(nodes: Sequence[Node]) -> dict[Node, int]:
     """Of each value that owns memory, which of the nodes is the last to use it or a view of it."""
     last: dict[Node, int] = {}
@@ -152,20 +121,3 @@ def last_uses(nodes: Sequence[Node]) -> dict[Node, int]:
         for used in node.all_input_nodes:
             last[_owner(used)] = i
     return last
-
-
-def memory_of(gm: GraphModule, mesh: Mesh) -> Memory:
-    """What is alive when, in one half. What nothing uses lives on to the end, as inputs do."""
-    nodes = list(gm.graph.nodes)
-    last = last_uses(nodes)
-    end = len(nodes) - 1
-    calls = [(i, n) for i, n in enumerate(nodes) if n.op == "call_function" and _owner(n) is n]
-    inputs = [Life(n.name, local_nbytes(n, mesh), -1, end) for n in nodes if n.op == "placeholder"]
-    values = [*inputs, *(Life(n.name, local_nbytes(n, mesh), i, last.get(n, end)) for i, n in calls)]
-    steps = [0] * (len(nodes) + 1)
-    for life in values[len(inputs) :]:
-        steps[life.begin] += life.nbytes
-        steps[life.end + 1] -= life.nbytes
-    start = sum(life.nbytes for life in inputs)
-    alive = tuple(start + held for held in itertools.accumulate(steps[:-1]))
-    return Memory(tuple(n.name for n in nodes), start, alive, tuple(values))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from shardc.compiler.accounts import is_view, memory_of
+from shardc.compiler.accounts import is_view
 from shardc.compiler.explain import rule_text, source_of
 from shardc.compiler.flops import flops
 from shardc.compiler.graph import local_nbytes, move_of, specs, target_name, tensors
+from shardc.compiler.memory import memories
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.signature import InputKind
@@ -151,12 +152,8 @@ def _plan(program: Program) -> dict[str, Any]:
 
 def _memory(program: Program) -> dict[str, Any]:
     """Bytes over the schedule of each half, on the rank that holds most; the peak is `program.peak_bytes()`."""
-    parts = {"forward": program.halves.forward, "backward": program.halves.backward}
     halves = []
-    for phase, gm in parts.items():
-        if gm is None:
-            continue
-        memory = memory_of(gm, program.mesh)
+    for phase, memory in memories(program.halves, program.mesh).items():
         halves.append(
             {
                 "phase": phase,

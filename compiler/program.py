@@ -12,12 +12,13 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.accounts import Collective, collectives_of, peak_bytes
+from shardc.compiler.accounts import Collective, collectives_of
 from shardc.compiler.averages import Averages
 from shardc.compiler.dump import dump
 from shardc.compiler.explain import cause, explain
 from shardc.compiler.graph import copy_graph, returned, spec
 from shardc.compiler.halves import Halves, halves
+from shardc.compiler.memory import peak_bytes
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, Record, Stage, run_passes
 from shardc.compiler.prove import prove
@@ -92,7 +93,7 @@ class Program:
 
     def peak_bytes(self) -> int:
         """Bytes alive at the worst moment of forward and backward on the rank that holds most."""
-        return peak_bytes(self.halves, self.signature, self.mesh)
+        return peak_bytes(self.halves, self.mesh)
 
     def notes(self) -> list[str]:
         """What passes report: operators without a rule, for example."""

@@ -12,7 +12,8 @@
     return (%all_reduce, %mm_1)
 
 Forward comes first, then backward; nothing crosses from one to the other. A reduction starts when its operand
-is ready and is waited for as late as `window` bytes in flight allow. A gather, whose result is larger than
+is ready and is waited for as late as `window` bytes in flight allow; that of a unit's gradients until the next unit's
+starts, else the gradients of all units would be there whole at the end. A gather, whose result is larger than
 what it gathers, is waited for where it is used and started as early as `window` and `ahead` allow; that of a unit's
 parameters only while the parameters of fewer than `units` units are held, the root's included. Left alone: a
 collective with no computation between its operand and its first use, or over one rank.
@@ -28,7 +29,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.accounts import last_uses
-from shardc.compiler.collectives import COLLECTIVES, all_gather, start, wait
+from shardc.compiler.collectives import COLLECTIVES, all_gather, reduce_scatter, start, wait
 from shardc.compiler.graph import call_nodes, early_draws, local_nbytes, move_of, returned
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
@@ -115,6 +116,8 @@ class _Schedule:
             begin, end = self._back(max(ready, self._gathers[0]), need, size), need
             self._gathers = [*self._gathers[1:], need]
         else:
+            if _scatters_unit(node):
+                self._end_units(ready)
             self._make_room(ready, size)
             begin, end = ready, self._on(ready, need, size)
             self._reductions.append(node)
@@ -138,6 +141,13 @@ class _Schedule:
         for node in self._reductions:
             if slot == len(self.nodes) or self._flying[slot] + size <= self.window:
                 return
+            if node in self.starts and self.starts[node] < slot < self.waits[node]:
+                self._fly(slot, self.waits[node], -local_nbytes(node, self.mesh))
+                self.waits[node] = slot
+
+    def _end_units(self, slot: int) -> None:
+        """Wait for the last unit's gradients: while they are under way all ranks' summands are held too."""
+        for node in filter(_scatters_unit, self._reductions):
             if node in self.starts and self.starts[node] < slot < self.waits[node]:
                 self._fly(slot, self.waits[node], -local_nbytes(node, self.mesh))
                 self.waits[node] = slot
@@ -197,6 +207,10 @@ class _Schedule:
 def _unit(node: Node) -> str | None:
     """The unit whose parameters a node gathers, if any."""
     return node.meta.get("unit") if node.target is all_gather else None
+
+
+def _scatters_unit(node: Node) -> bool:
+    return node.target is reduce_scatter and node.meta.get("unit") is not None
 
 
 def _axis(node: Node) -> str:

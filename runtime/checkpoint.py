@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -140,7 +140,7 @@ def _collect(modules: Sequence[nn.Module], trained: Sequence[Trained]) -> dict[s
         state[f"{one.prefix}groups"] = pickle.dumps({"groups": one.groups(), "steps": one.steps()})  # as one value
         for name, values in one.state().items():
             state |= {f"{one.prefix}{name}.{key}": x for key, x in values.items()}
-    return {key: as_runs(cast(DTensor, x.detach())) if isinstance(x, DTensor) else x for key, x in state.items()}
+    return {key: as_runs(x) if isinstance(x, DTensor) else x for key, x in state.items()}
 
 
 def _check_keys(folder: Path, wanted: Mapping[str, Any], entries: Mapping[str, Any], strict: bool) -> None:

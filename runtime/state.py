@@ -123,7 +123,7 @@ def as_runs(x: DTensor) -> DTensor:
     return as_dtensor(cut(joined, spec, mesh, coords).clone(), spec, x.device_mesh)
 
 
-def room_in_runs(x: DTensor) -> DTensor:
+def room_in_runs(x: DTensor) -> Tensor:
     """Memory for `as_runs` of a value laid out as x."""
     if in_runs(x):
         return cast(DTensor, torch.empty_like(x))

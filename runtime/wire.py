@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardc.compiler.collectives import Cut, Runs, indices_of
+from shardc.compiler.collectives import SMALL, Cut, Runs, indices_of
 from shardc.compiler.errors import RankFailure, RankMismatchError
 from shardc.runtime.shards import combine
 
@@ -36,7 +36,6 @@ reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 SUMMED = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 PATIENCE = timedelta(seconds=2)  # before a rank looks whether the others are elsewhere
-SMALL = 1 << 20  # bytes: all summands gathered in one round beat two rounds up to about here (gloo, measured)
 
 
 class Line:

@@ -31,7 +31,7 @@ INFER = [*VALUES, "compiler.collectives", "compiler.infer", "compiler.graph", *F
 WISHES = [f"compiler.{m}" for m in "layout plan resolved borders".split()]  # what passes see of a plan
 FOURTH = [
     *(f"compiler.{m}" for m in "pipeline verify text cost marks signature local refine atoms".split()),
-    *(f"compiler.{m}" for m in "averages halves accounts draws".split()),
+    *(f"compiler.{m}" for m in "averages halves accounts memory draws".split()),
     *WISHES,
 ]
 PASS = [*INFER, *FOURTH]

@@ -157,6 +157,7 @@ def on_two(rank: int, folder: str, every: bool) -> dict[str, Any]:
 
 
 def in_the_background(one: Layout, other: Layout, folder: Path) -> None:
+    want = torch.empty(0)
     for _ in range(2):  # the second save replaces the first
         future = shardc.save_checkpoint(folder, *one.objects, background=True)
         want = one.step(2)  # changes what is being saved

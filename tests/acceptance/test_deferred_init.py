@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import shardc
 from shardc import FullyShard, Mesh, Plan, Replicated
@@ -206,7 +209,50 @@ def test_what_builds_no_module():
         shardc.deferred_init(torch.zeros, 3)  # pyright: ignore
 
 
-# --- on real ranks
+# --- on real ranks, of which all but one need not be there
+
+
+@pytest.mark.filterwarnings("ignore:nothing is planned for the mesh dim:UserWarning")
+@pytest.mark.parametrize("sizes", [(4,), (2, 2)])
+@pytest.mark.parametrize("rank", range(4))
+def test_each_of_four_ranks_holds_its_slice_of_the_normal_build(rank: int, sizes: tuple[int, ...]):
+    """No rank tells another anything: each draws what is its own, bit for bit."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "tp")[: len(sizes)])
+        plan = Plan(dp=FullyShard(), tp=FullyShard(placement=last)) if len(sizes) == 2 else FullyShard()
+        for make in KINDS.values():
+            holds_its_slice(make, plan, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def last(p: Tensor) -> Shard:
+    return Shard(p.dim() - 1)
+
+
+def holds_its_slice(make: Callable[[], nn.Module], plan: Any, mesh: Any) -> None:
+    torch.manual_seed(7)
+    alone = make()
+    torch.manual_seed(7)
+    compiled = shardc.compile(shardc.deferred_init(make), plan, mesh=mesh)
+    split = 0
+    for name, want in tensors(alone).items():
+        have = tensors(compiled)[name]
+        if isinstance(have, DTensor):
+            for i, placement in enumerate(have.placements):
+                want = dealt(want, placement, mesh.size(i), mesh.get_local_rank(i))
+            have, split = have.to_local(), split + 1
+        torch.testing.assert_close(have, want, rtol=0, atol=0, msg=lambda t, n=name: f"{n}: {t}")
+    assert split
+
+
+def dealt(x: Tensor, placement: Any, ways: int, place: int) -> Tensor:
+    if not isinstance(placement, Shard):
+        assert isinstance(placement, Replicate)
+        return x
+    pieces = x.chunk(ways, placement.dim)
+    return pieces[place] if place < len(pieces) else x.narrow(placement.dim, 0, 0)
 
 
 def shards_of(rank: int, world: int) -> int:

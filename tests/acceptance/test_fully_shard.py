@@ -213,6 +213,33 @@ def test_a_loss_of_one_output_leaves_the_rest_without_gradients_of_their_own():
     torch.testing.assert_close(model.layers[0].lin.weight.grad, alone.layers[0].lin.weight.grad)  # pyright: ignore
 
 
+def test_a_child_by_itself_after_a_step_of_the_root():
+    """54: nothing that was gathered for the root's step is still in use. Real ranks: test_real_ranks_fsdp.py."""
+    model, x = Framed().double(), rows()
+    alone = copy.deepcopy(model)
+    compiled = shardc.compile(model, Plan(dp=FullyShard("layers.*")), mesh=Mesh(dp=2))
+    for one in (compiled, alone):
+        optimizer = ADAM(one.parameters())
+        one(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        one.get_submodule("layers.1")(x).square().sum().backward()
+    for (name, p), q in zip(compiled.named_parameters(), alone.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None) == (not name.startswith("layers.1.")), name
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_outputs_of_which_one_is_used_and_a_unit_that_is_not():
+    """55: what a loss does not reach has no gradient, or zeros where the unit ran; nothing is left waiting."""
+    model, x = Twice().double(), rows()
+    alone = copy.deepcopy(model)
+    compiled = shardc.compile(model, Plan(dp=FullyShard("layers.*")), mesh=Mesh(dp=2))
+    for one in (compiled, alone):
+        one(x).square().sum().backward()
+    for (name, p), q in zip(compiled.named_parameters(), alone.named_parameters(), strict=True):
+        assert (p.grad is None) == (q[1].grad is None) == name.startswith("layers.1."), name
+
+
 # --- 58, 59: with other mesh dims
 
 BOTH = Layout(replica=Shard(0), dp=Shard(0))

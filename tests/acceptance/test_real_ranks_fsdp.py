@@ -188,6 +188,39 @@ def short(rank: int, mesh: Any) -> list[str]:
     return sorted({f"{c.kind} {c.dtype}" for c in ours.programs[-1].collectives()})
 
 
+def tied_norms(rank: int, mesh: Any) -> None:
+    """A weight that two units use counts once, whatever the norm; one that nothing uses has no gradient."""
+    ours, alone = shardc.compile(model(), Plan(dp=FullyShard("layers.*")), mesh=mesh), model()
+    ids, _ = tokens(0)
+    for p in (1, 2, 3, math.inf):
+        for one, x in ((ours, ids.chunk(2)[rank]), (alone, ids)):
+            one.zero_grad()
+            one(x).square().mean().backward()
+        norms = ours.clip_grad_norm_(0.01, p), nn.utils.clip_grad_norm_(alone.parameters(), 0.01, p)
+        torch.testing.assert_close(*norms, **EXACT)
+        same_grads(ours, alone)
+
+
+def a_child_alone(rank: int, mesh: Any) -> list[str]:
+    """54: after a step of the root, what calling one child by itself does: refused in words, and the next step of the
+    root is as if nothing had been. 57: a child has no switch of its own for its reductions."""
+    ours, alone = shardc.compile(deep(), Plan(dp=FullyShard("layers.*")), mesh=mesh), deep()
+    told = []
+    for seed in range(2):
+        for one, x in ((ours, mine(batch(seed), rank)), (alone, batch(seed))):
+            one.zero_grad()
+            step(one, x)
+        same_grads(ours, alone)
+        child = ours.get_submodule("layers.0")
+        try:
+            child(mine(batch(9), rank)).sum().backward()
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+        same_grads(ours, alone)
+        assert not hasattr(child, "no_sync")
+    return told
+
+
 def doubled(rank: int, mesh: Any) -> None:
     """`.to(float64)` after compile, before the first step."""
     ours = shardc.compile(deep().float(), Plan(dp=FullyShard("layers.*")), mesh=mesh).to(torch.float64)
@@ -203,13 +236,17 @@ def on_two(rank: int) -> list[Any]:
     counted = accumulated(rank, mesh)
     optimized(rank, mesh)
     doubled(rank, mesh)
-    return [counted, short(rank, mesh)]
+    tied_norms(rank, mesh)
+    return [counted, short(rank, mesh), a_child_alone(rank, mesh)]
 
 
 @on_ranks
 def test_accumulation_optimizers_and_dtypes():
     wire = ["all_gather torch.bfloat16", "reduce_scatter torch.float32"]
-    assert run_ranks(on_two, 2) == 2 * [[[0, 2], wire]]
+    first, second = run_ranks(on_two, 2)
+    assert first == second
+    assert first[:2] == [[0, 2], wire]
+    assert all("got mixed torch.Tensor and DTensor" in told for told in first[2]) and len(first[2]) == 2
 
 
 # --- 58, 60, 211: two mesh dims

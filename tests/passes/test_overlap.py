@@ -8,15 +8,26 @@ from expecttest import assert_expected_inline
 from torch.fx import GraphModule
 
 from shardc.compiler import collectives as c
-from shardc.compiler.accounts import collectives_of, peak_bytes
+from shardc.compiler.accounts import collectives_of
 from shardc.compiler.halves import halves
+from shardc.compiler.memory import peak_bytes
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context
 from shardc.compiler.text import text
 from shardc.compiler.verify import Stage
 from shardc.passes.localize import Localize
 from shardc.passes.overlap import Overlap
-from tests.build import all_gather, all_reduce, all_to_all, apply, build, context, random_inputs, simulated
+from tests.build import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    apply,
+    build,
+    context,
+    random_inputs,
+    reduce_scatter,
+    simulated,
+)
 
 aten = torch.ops.aten
 DP = Mesh(dp=2)
@@ -162,7 +173,7 @@ def test_a_gather_starts_no_earlier_than_the_window_lets_it():
 def test_the_peak_is_no_higher_with_one_gather_ahead_of_time_than_with_that_much_more():
     gm, ctx = overlapped(two_gathers, DP, **SHARDS)
     before = local(two_gathers, DP, **SHARDS)
-    peaks = [peak_bytes(halves(g, ctx.signature), ctx.signature, DP) for g in (before, gm)]
+    peaks = [peak_bytes(halves(g, ctx.signature), DP) for g in (before, gm)]
     assert peaks[0] <= peaks[1] <= peaks[0] + 64
 
 
@@ -276,3 +287,26 @@ def test_left_alone_across_the_border_of_forward_and_backward():
 def test_a_program_without_gradients_is_one_half():
     gm, ctx = overlapped(two_gathers, DP, **SHARDS)
     assert isinstance(ctx, Context) and halves(gm, ctx.signature).backward is None
+
+
+def unit_gradients(count: int):
+    """Gradients of as many units, each reduced and scattered."""
+
+    def fn(x, w, tangent):
+        grads = []
+        for _ in range(count):
+            grads.append(reduce_scatter(aten.mm(aten.t(x), tangent), 0, "dp"))
+            tangent = aten.mul(tangent, 2)
+        return (aten.mm(x, w), *grads, tangent)
+
+    return fn
+
+
+@pytest.mark.parametrize(("units", "flying"), [(True, 1), (False, 3)])
+def test_the_gradients_of_one_unit_at_a_time_are_under_way(units: bool, flying: int):
+    gm = local(unit_gradients(3), DP, **LAYER)
+    for i, node in enumerate(n for n in gm.graph.nodes if n.target is c.reduce_scatter):
+        node.meta |= {"unit": f"layers.{i}"} if units else {}
+    apply(Overlap(), gm, context(gm, DP, ("w", "w", "w", "x")))
+    assert _most_flying(gm) == flying
+    assert order(gm)[-1 if units else -3].startswith("reduce_scatter")
