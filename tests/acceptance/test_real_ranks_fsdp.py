@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -284,13 +285,35 @@ def some_ranks_hold_nothing(rank: int, whole: Tensor) -> None:
         same_grads(ours, alone)
 
 
-def on_four(rank: int) -> str:
+def saved_and_loaded(mesh: Any, rows: Tensor, whole: Tensor, folder: str) -> None:
+    """A dim that both split, `dp` named first: out into the plain module, and from there into another one."""
+    plan = Plan(dp=FullyShard("net*"), tp=TP)
+    ours, alone = shardc.compile(mlp(), plan, mesh=mesh), mlp()
+    for one, x in ((ours, rows), (alone, whole)):
+        optimizer = torch.optim.Adam(one.parameters(), lr=0.01)
+        step(one, x)
+        optimizer.step()
+        shardc.save_checkpoint(f"{folder}/{type(one).__name__}", one, optimizer)
+    torch.manual_seed(9)
+    plain, other = MLP(8, 8).double(), shardc.compile(MLP(8, 8).double(), plan, mesh=mesh)
+    for one, source in ((plain, ours), (other, alone)):
+        optimizer = torch.optim.Adam(one.parameters())
+        shardc.load_checkpoint(f"{folder}/{type(source).__name__}", one, optimizer)
+        same(one, alone)
+        one.zero_grad()
+        step(one, rows if one is other else whole)
+        optimizer.step()  # lr comes from the file
+    same(other, plain)
+
+
+def on_four(rank: int, folder: str) -> str:
     whole = torch.randn(4, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     some_ranks_hold_nothing(rank, whole)
     names = ("dp", "tp")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
     rows = whole.chunk(2)[mesh.get_local_rank("dp")]
     clipped(rank, mesh, Plan(dp=FullyShard("net*"), tp=TP), rows, whole)
+    saved_and_loaded(mesh, rows, whole, folder)
     hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "dp"))
     clipped(rank, hybrid, Plan(replica=Replicated(), dp=FullyShard("net*")), whole.chunk(4)[rank], whole)
     try:
@@ -301,8 +324,8 @@ def on_four(rank: int) -> str:
 
 
 @on_ranks
-def test_norms_over_two_mesh_dims_and_pieces_that_torch_cannot_name():
-    first, *others = run_ranks(on_four, 4)
+def test_norms_over_two_mesh_dims_and_pieces_that_torch_cannot_name(tmp_path: Path):
+    first, *others = run_ranks(on_four, 4, (str(tmp_path),))
     assert others == 3 * [first]
     lines = first.splitlines()
     assert lines[0] == (
