@@ -27,11 +27,11 @@ test-browser: $(READY) ## the viewer in a real browser; installs Debian's chromi
 		|| echo "chromium cannot be installed here: these tests will be skipped"
 	SHARDC_BROWSER=1 $(BIN)/pytest -rs tests/browser
 
-check: $(READY) ## lint, format, types and the fast tests (under 2 minutes)
+check: $(READY) ## lint, format, types and the fast tests: all but acceptance and real ranks (under 2 minutes)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest -m "not slow and not ranks"
+	$(BIN)/pytest -n 2 -m "not slow and not ranks" --ignore=tests/acceptance
 
 sweep: $(READY) ## every operator of torch's test database, sharded every way, beside DTensor (an hour)
 	$(BIN)/python benchmarks/op_coverage.py --dtensor --json build/op_coverage

@@ -47,5 +47,6 @@ def test_the_text_does_not_depend_on_the_hash_seed(name: str):
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.slow
 def test_the_text_does_not_depend_on_what_was_compiled_before():
     assert program("replicated") == program("replicated")

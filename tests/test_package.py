@@ -69,6 +69,7 @@ def test_import_does_not_load_torch(tmp_path: Path):
     assert run(sys.executable, "-c", "import sys, shardc; print('torch' in sys.modules)", cwd=tmp_path) == "False\n"
 
 
+@pytest.mark.slow
 def test_public_names_start_nothing(tmp_path: Path):
     code = (
         "import shardc, torch\n"

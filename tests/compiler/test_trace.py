@@ -358,6 +358,7 @@ def test_the_caller_s_grad_mode_does_not_matter(mode):
         assert [trace(module, (torch.randn(3, 4),), grad=grad).gm.code for grad in (True, False)] == expected
 
 
+@pytest.mark.slow
 def test_many_shapes_and_modes_neither_fail_nor_pile_up():
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     alive = {}

@@ -48,6 +48,7 @@ def example(shapes: Any) -> tuple[Tensor, ...]:
     return tuple(torch.ones(s, dtype=torch.bool) if i else torch.randn(s) for i, s in enumerate(shapes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_at_sizes_it_is_the_trace_of_these_sizes(name: str):
     make, calls = CASES[name]

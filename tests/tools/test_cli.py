@@ -49,6 +49,7 @@ def test_view_writes_a_graph_for_model_explorer(dumped: Path, tmp_path: Path):
     assert nodes["layers_0_up_weight"]["namespace"] == "forward/layers/0/up"
 
 
+@pytest.mark.slow
 def test_torch_trace_holds_every_pass(tmp_path: Path):
     """What tlparse reads; in a process of its own, as torch looks at TORCH_TRACE once."""
     env = {**os.environ, "TORCH_TRACE": str(tmp_path)}
