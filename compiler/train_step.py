@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.fx import Node
 
@@ -22,6 +23,7 @@ from shardc.compiler.compiled import CompiledModule
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.graph import returned, shape
 from shardc.compiler.layout import bad_option
+from shardc.compiler.mesh import Mesh
 from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program
 from shardc.compiler.signature import InputKind, OutputKind
@@ -36,6 +38,7 @@ def train_step(
     loss_fn: LossFn,
     optimizer: Factory,
     *,
+    mesh: DeviceMesh | Mesh | None = None,
     accumulate: int = 1,
     clip_norm: float | None = None,
     **options: Any,
@@ -46,7 +49,7 @@ def train_step(
     F.cross_entropy(model(x), y)`. optimizer: makes a torch.optim optimizer from a list of parameters:
     `functools.partial(torch.optim.AdamW, lr=1e-3)`. accumulate: the batch is cut into so many equal parts along dim
     0, computed one after another, their losses averaged and their gradients reduced once. clip_norm: gradients are
-    scaled so that their 2-norm as one vector is at most this. options: `compile`'s.
+    scaled so that their 2-norm as one vector is at most this. mesh, options: `compile`'s.
 
     Raises what `compile` raises; ShardingError at the first call where loss_fn does not return a scalar that depends
     on a parameter.
@@ -55,7 +58,7 @@ def train_step(
         raise bad_option("accumulate", accumulate, "a positive integer").at(call_site())
     if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
         raise bad_option("clip_norm", clip_norm, "a number above zero, or None").at(call_site())
-    compiled = compile(_WithLoss(model, loss_fn), plan, **options)
+    compiled = compile(_WithLoss(model, loss_fn), plan, mesh=mesh, **options)
     return TrainStep(compiled, model, optimizer, accumulate, clip_norm)
 
 
