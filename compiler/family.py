@@ -45,8 +45,9 @@ class Formula:
     kind: type = int
 
     def at(self, values: Values) -> Any:
-        exact = self.plus + self.times * _exact(self.expr, values) if self.kind is int else None
-        return Sized(self.expr, self.kind).at(values) if exact is None else _whole(exact)
+        if self.kind is not int:
+            return Sized(self.expr, self.kind).at(values)
+        return _whole(self.plus + self.times * _exact(self.expr, values))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Tracing with symbolic sizes: one trace for all sizes of the arguments' tensors that take the same path.
 
-    template = trace_template(module, (x,), {})
+    traced = trace(module, (x,), symbolic=True)
+    template = Template.of(traced.gm, traced.signature)
     template.solve([(8, 16)])      {s0: 8}, or None where a branch that forward took would go another way
     template.at({s0: 6}).gm        the same graph for six rows
 
@@ -104,7 +105,7 @@ class Template:
         sizes = tuple(tuple(_sized(n) for n in t.shape) for t in batch)
         bare = [n.expr for shape in sizes for n in shape if isinstance(n, Sized)]
         symbols = tuple(dict.fromkeys(e for e in bare if isinstance(e, sympy.Symbol)))
-        return cls(gm, signature, symbols, sizes, tuple(_conditions(batch, symbols)))
+        return cls(gm, signature, symbols, sizes, tuple(_conditions(batch)))
 
     def solve(self, shapes: Sequence[Sequence[int]]) -> dict[sympy.Symbol, int] | None:
         """The symbols' values for arguments of these shapes; None where this graph does not serve them."""
@@ -165,8 +166,8 @@ def _sized_in(node: Node) -> list[Sized]:
     return [sized for sized in found if sized.expr.free_symbols]
 
 
-def _conditions(batch: Sequence[Tensor], symbols: Sequence[sympy.Symbol]) -> Iterator[Any]:
-    """What torch has recorded of the symbols: the outcome of each branch."""
+def _conditions(batch: Sequence[Tensor]) -> Iterator[Any]:
+    """What torch has recorded of the sizes: the outcome of each branch."""
     envs = {id(n.node.shape_env): n.node.shape_env for t in batch for n in t.shape if isinstance(n, SymInt)}
     for env in envs.values():
         for guard in env.guards:
