@@ -20,10 +20,9 @@ import torch
 import torch.distributed as dist
 from gpt import GPT, SHAPES, batch_of
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from ways import make
+from ways import given, make
 
 from shardc import launch
 
@@ -62,12 +61,10 @@ class Live(TorchDispatchMode):
 def measure(rank: int, names: tuple[str, ...], size: str) -> dict[str, int]:
     world, shape = dist.get_world_size(), SHAPES[size]
     torch.manual_seed(0)
-    model, (x, y) = GPT(shape), batch_of(shape)
+    model, batch = GPT(shape), batch_of(shape)
     found = {}
     for name in names:
-        kind = name.split()[0]
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp" if kind == "tp" else "dp",))
-        mine = (x, y) if kind == "tp" else (x.chunk(world)[rank].clone(), y.chunk(world)[rank].clone())
+        mesh, mine = given(name, batch, rank, world)
         step = make(name, model, mesh, rank, world)
         step(*mine)
         step(*mine)

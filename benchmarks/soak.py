@@ -16,8 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gpt import GPT, SHAPES, batch_of
-from torch.distributed.device_mesh import init_device_mesh
-from ways import make
+from ways import given, make
 
 from shardc import launch
 
@@ -29,12 +28,10 @@ def measure(rank: int, names: tuple[str, ...], size: str, steps: int) -> dict[st
     """By way: (resident KiB, Python objects) after a fifth of the steps and after each fifth to come."""
     world, shape = dist.get_world_size(), SHAPES[size]
     torch.manual_seed(0)
-    model, (x, y) = GPT(shape), batch_of(shape)
+    model, batch = GPT(shape), batch_of(shape)
     found = {}
     for name in names:
-        kind = name.split()[0]
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp" if kind == "tp" else "dp",))
-        mine = (x, y) if kind == "tp" else (x.chunk(world)[rank].clone(), y.chunk(world)[rank].clone())
+        mesh, mine = given(name, batch, rank, world)
         step = make(name, model, mesh, rank, world)
         seen = []
         for i in range(1, steps + 1):

@@ -25,8 +25,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # a first step
 import torch
 import torch.distributed as dist
 from gpt import GPT, SHAPES, batch_of
-from torch.distributed.device_mesh import init_device_mesh
-from ways import WAYS, make
+from ways import WAYS, given, make
 
 from shardc import launch
 
@@ -58,12 +57,10 @@ def measure(rank: int, names: list[str], size: str, rounds: int, warm: int) -> d
     """On one rank: {"steps": seconds by way and round, "first": seconds by way, "losses": by way}."""
     world, shape = dist.get_world_size(), SHAPES[size]
     torch.manual_seed(0)
-    model, (x, y) = GPT(shape), batch_of(shape)
+    model, batch = GPT(shape), batch_of(shape)
     steps, first, losses = {}, {}, {}
     for name in names:
-        kind = name.split()[0]
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp" if kind == "tp" else "dp",))
-        mine = (x, y) if kind == "tp" else (x.chunk(world)[rank].clone(), y.chunk(world)[rank].clone())
+        mesh, mine = given(name, batch, rank, world)
         dist.barrier()
         start = time.perf_counter()
         step = make(name, model, mesh, rank, world)

@@ -14,7 +14,7 @@ import floors
 import torch
 from gpt import GPT, loss_of, tensor_parallel
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -89,6 +89,14 @@ WAYS: dict[str, Way] = {
     "fsdp shardc": lambda m, mesh, r, n: _shardc(m, FSDP, mesh),
     "fsdp floor": lambda m, mesh, r, n: floors.fully_sharded(m, r, n),
 }
+
+
+def given(name: str, batch: tuple[Tensor, Tensor], rank: int, world: int) -> tuple[DeviceMesh, tuple[Tensor, Tensor]]:
+    """The mesh of a way, and this rank's part of a batch: all of it under tensor parallelism, else its rows."""
+    tensor = name.startswith("tp ")
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp" if tensor else "dp",))
+    x, y = batch
+    return mesh, batch if tensor else (x.chunk(world)[rank].clone(), y.chunk(world)[rank].clone())
 
 
 def make(name: str, model: GPT, mesh: DeviceMesh, rank: int, world: int) -> Step:

@@ -21,8 +21,7 @@ import torch.distributed as dist
 from counting import NAME, Counting, register
 from gpt import GPT, SHAPES, Shape, batch_of
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from ways import make
+from ways import given, make
 
 from shardc import launch
 
@@ -56,12 +55,10 @@ def count(rank: int, names: tuple[str, ...], size: str) -> dict[str, Any]:
     dist.init_process_group(NAME, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     torch.manual_seed(0)
     shape = SHAPES[size]
-    model, (x, y) = GPT(shape), batch_of(shape)
+    model, batch = GPT(shape), batch_of(shape)
     found = {}
     for name in names:
-        kind = name.split()[0]
-        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp" if kind == "tp" else "dp",))
-        mine = (x, y) if kind == "tp" else (x.chunk(2)[rank].clone(), y.chunk(2)[rank].clone())
+        mesh, mine = given(name, batch, rank, 2)
         step = make(name, model, mesh, rank, 2)
         step(*mine)
         step(*mine)  # the first may have settled layouts
