@@ -21,7 +21,7 @@ from shardc.compiler.mesh import Mesh
 from shardc.compiler.mixed import with_precision
 from shardc.compiler.plan import call_site, warn_user
 from shardc.compiler.program import Program
-from shardc.compiler.resolve import check_placements, check_resharding, mesh_dims, resolve
+from shardc.compiler.resolve import check_placements, mesh_dims, resolve
 from shardc.compiler.wording import shown
 from shardc.runtime.groups import default_device_mesh
 from shardc.runtime.ranks import Ranks
@@ -72,7 +72,6 @@ def compile(
         _check_source(src_data_rank, integers)
         patterns = _patterns(recompute, model, strict)
         resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
-        check_resharding(resolved)
         if device_mesh is not None:
             check_placements(resolved)
         resolved = with_precision(resolved, precision)

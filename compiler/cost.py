@@ -74,7 +74,7 @@ def _price(move: Move, at: Spec, itemsize: int, mesh: Mesh) -> float:
 
 
 def _moves(at: Spec, target: Spec, mesh: Mesh) -> Iterator[Move]:
-    for axis in mesh.names:
+    for axis in dict.fromkeys((*mesh.names, *at.axes(), *target.axes())):  # parts of mesh dims too
         op, to = at.reduction(axis), target.dim_of(axis)
         source = at.dim_of(axis)
         if op and target.reduction(axis) != op:

@@ -8,6 +8,7 @@ why      the plan entry behind a fixed layout     recompute   region run again i
 local    tensor(s) on meta of what rank 0 holds   origin  the value of the global graph that this one is
 wire     the dtype in which a value travelled     custom  what `torch.fx.traceback.annotate` said of its region
 unit     the gather unit a collective serves      regather    whether a gather is made again in backward
+kept     of a gather, the layout in which parameters stay until backward; of a slice, that it is one of these
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec import Spec
 
 CAST = torch.ops.aten._to_copy.default
-INHERITED = ("where", "file", "line", "path", "phase", "recompute", "regather", "unit", "custom")
+INHERITED = ("where", "file", "line", "path", "phase", "recompute", "regather", "unit", "kept", "custom")
 
 
 def val(node: Node) -> Any:
@@ -200,10 +201,16 @@ def stays(node: Node) -> bool:
     return is_random(node) or node.target in CHECKS
 
 
-def early_draws(gm: GraphModule) -> list[Node]:
-    """Random draws of forward, and checks. Used or not, they are made there and in order: the generator moves on."""
+def is_kept(node: Node) -> bool:
+    """Whether a node is what forward keeps of a gathered parameter for backward: memory of its own."""
+    return node.target is c.local_slice and bool(node.meta.get("kept"))
+
+
+def early(gm: GraphModule) -> list[Node]:
+    """What forward makes without needing it. Random draws and checks, used or not and in order: the generator moves
+    on. And the pieces of parameters that it keeps for backward."""
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.meta.get("phase") != "backward"]
-    return [n for n in nodes if stays(n)]
+    return [n for n in nodes if stays(n) or is_kept(n)]
 
 
 def output_node(gm: GraphModule) -> Node:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.graph import early_draws, is_random, move_of, returned
+from shardc.compiler.graph import early, is_random, move_of, returned
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 
@@ -34,7 +34,7 @@ def halves(gm: GraphModule, signature: Signature) -> Halves:
     ends = returned(gm)
     first = signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)
     last = signature.indices(OutputKind.GRADIENT)
-    forward = _ancestors([*(ends[i] for i in first), *early_draws(gm)])
+    forward = _ancestors([*(ends[i] for i in first), *early(gm)])
     # Results of a forward call that only backward needs are taken apart in forward: tensors are saved, not tuples.
     forward |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in forward}
     gradients = [ends[i] for i in last]

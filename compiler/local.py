@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.mesh import Mesh, place
 from shardc.compiler.spec import Dim, axes_of, chunk, dim_text
 
 
@@ -27,7 +27,7 @@ class Local:
         if self.kind == "place":
             value = 0
             for axis in axes_of(self.dim):
-                value = value * mesh[axis] + coords[axis]
+                value = value * mesh[axis] + place(coords, axis)
         else:
             value = pieces[0][0] if self.kind == "start" else math.prod(n for _, n in pieces)
         return self.times * value + self.plus

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.collectives import SMALL, cut_of
-from shardc.compiler.graph import Call, move_of, output_node, placeholders, specs, tensors
+from shardc.compiler.graph import Call, is_kept, move_of, output_node, placeholders, specs, tensors
 from shardc.compiler.halves import Halves
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
@@ -142,8 +142,10 @@ class _Half:
         return torch.device("meta") if isinstance(leaf, torch.device) else leaf
 
     def _sliced(self, node: Node, x: Tensor) -> Any:
-        """One stretch of a dim, made contiguous: a view where it is the leading one."""
+        """One stretch of a dim, made contiguous: a view where it is the leading one, unless it is to be kept."""
         made = _fresh(node, self.mesh)
+        if is_kept(node):
+            return made
         first = x.is_contiguous() and made.shape[1:] == x.shape[1:]
         return x[: made.shape[0]] if first and x.dim() else made
 

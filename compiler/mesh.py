@@ -1,10 +1,13 @@
-"""A mesh of ranks as integers: names and sizes of its dims, coordinates, groups. No process group."""
+"""A mesh of ranks as integers: names and sizes of its dims, coordinates, groups. No process group.
+
+Where a mesh dim is named, a part of one may be: `dp/2` is every two consecutive ranks of dp.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from shardc.compiler.errors import PlanError
@@ -51,6 +54,9 @@ class Mesh:
         for known, size in self._sizes:
             if known == name:
                 return size
+        dim, slash, ways = name.rpartition("/")
+        if slash and dim in self:
+            return int(ways)
         raise KeyError(name)
 
     def __contains__(self, name: object) -> bool:
@@ -71,6 +77,10 @@ class Mesh:
     def __str__(self) -> str:
         return "mesh " + " ".join(f"{n}={s}" for n, s in self._sizes)
 
+    def dim_of(self, name: str) -> str:
+        """The mesh dim that this is, or is a part of."""
+        return name if name in self else name.rpartition("/")[0]
+
     def coords(self, rank: int) -> dict[str, int]:
         """Coordinates of a rank by mesh dim."""
         out = {}
@@ -86,12 +96,27 @@ class Mesh:
         return rank
 
     def group(self, name: str, rank: int) -> tuple[int, ...]:
-        """The ranks that differ from `rank` in this mesh dim only, in order of that coordinate."""
-        coords = self.coords(rank)
-        return tuple(self.rank({**coords, name: i}) for i in range(self[name]))
+        """The ranks that differ from `rank` in this mesh dim, or part of one, only, in order of that coordinate."""
+        coords, dim, size = self.coords(rank), self.dim_of(name), self[name]
+        first = coords[dim] // size * size
+        return tuple(self.rank({**coords, dim: first + i}) for i in range(size))
 
     def groups(self, name: str) -> list[tuple[int, ...]]:
-        """All groups along a mesh dim."""
-        others = [range(size) if n != name else (0,) for n, size in self._sizes]
+        """All groups along a mesh dim, or a part of one."""
+        dim, size = self.dim_of(name), self[name]
+        others = [range(0, n, size) if known == dim else range(n) for known, n in self._sizes]
         firsts = (self.rank(dict(zip(self.names, c, strict=True))) for c in itertools.product(*others))
         return [self.group(name, first) for first in firsts]
+
+
+def part_of(name: str, ways: int) -> str:
+    """The name of every `ways` consecutive ranks of a mesh dim."""
+    return f"{name}/{ways}"
+
+
+def place(coords: Mapping[str, int], name: str) -> int:
+    """The coordinate along a mesh dim, or along a part of one."""
+    if name in coords:
+        return coords[name]
+    dim, _, ways = name.rpartition("/")
+    return coords[dim] % int(ways)

@@ -73,7 +73,7 @@ class FullyShard:
 
     patterns: each module that matches one is a gather unit; the root takes the rest, or all.
     reshard_after_forward: True frees gathered parameters after forward and gathers them again in
-        backward; False keeps them (ZeRO-2); a number reshards to that many ranks.
+        backward; False keeps them (ZeRO-2); a number keeps them split over so many consecutive ranks.
     placement: function of a parameter -> Shard(d), or None for Shard(0).
     reduce_dtype: what gradients are cast to on the wire.
     ignored_params: parameters, or patterns of their names, left whole on every rank and not reduced.

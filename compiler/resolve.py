@@ -175,20 +175,6 @@ def _put_together(work: _Work, roots: RootLayouts, data_axes: tuple[str, ...], n
     )
 
 
-def check_resharding(plan: Resolved) -> None:
-    """Raises PlanError where parameters are to stay gathered over a part of a mesh dim's ranks."""
-    for axis in plan.reshard_after:
-        after = [plan.reshard_after[axis], *(n for (a, _), n in plan.unit_reshard.items() if a == axis)]
-        some = [n for n in after if not isinstance(n, bool)]
-        if some:
-            raise PlanError(
-                f"{axis}: reshard_after_forward={some[0]} keeps parameters over some of the {plan.mesh[axis]} ranks, "
-                "which this version of shardc does not do",
-                help="write True or False; or shard over fewer ranks and replicate over the others, by two mesh dims: "
-                f"Plan(replica=Replicated(), {axis}=FullyShard(...))",
-            )
-
-
 def check_placements(plan: Resolved) -> None:
     """Raises PlanError for a parameter that real ranks cannot hold as a DTensor: torch has no placements for it."""
     for layout in plan.params.values():

@@ -6,6 +6,7 @@ A dim is a product of parts, major to minor; each part may be split over mesh di
     64@dp.tp     chunks over dp, each chunked again over tp
     (3@tp 4)     three heads of four, split by whole heads
     (3 8@tp)     a fused q, k, v split inside each third (torch's _StridedShard)
+    64@dp/2      chunks over every two consecutive ranks of dp
 
 A rank holds exactly its rows: ceil(n / w) per rank, trailing ranks short or empty, never padding.
 Beside its dims a value may be *pending*: each rank holds a summand (or an operand of max, min, ...)
@@ -27,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard, _StridedShard
 
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.mesh import Mesh, place
 
 DTYPES = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -53,7 +54,7 @@ def chunk(size: int, mesh: Mesh, axes: Iterable[str], coords: Mapping[str, int])
     start = 0
     for axis in axes:
         piece = -(-size // mesh[axis])
-        low = min(piece * coords[axis], size)
+        low = min(piece * place(coords, axis), size)
         start, size = start + low, min(piece, size - low)
     return start, size
 

@@ -25,7 +25,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import all_gather, reduce_scatter
-from shardc.compiler.graph import INHERITED, call_nodes, cast, output_node, placeholders, spec, tensors
+from shardc.compiler.graph import INHERITED, call_nodes, cast, is_kept, output_node, placeholders, spec, tensors
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.verify import Stage
 
@@ -66,10 +66,10 @@ def _groups(gm: GraphModule, kind: Any, ctx: Context) -> list[list[Node]]:
 
 
 def _is_given(node: Node) -> bool:
-    """Whether a value is there before anything is computed: an input, or a cast of one."""
+    """Whether a value is there before anything of its half is computed: an input, a cast of one, or what was kept."""
     if node.target is aten._to_copy.default:
         node = node.all_input_nodes[0]
-    return node.op == "placeholder"
+    return node.op == "placeholder" or is_kept(node)
 
 
 def _gather_at_once(members: Sequence[Node]) -> None:

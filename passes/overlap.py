@@ -30,7 +30,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.accounts import last_uses
 from shardc.compiler.collectives import COLLECTIVES, all_gather, reduce_scatter, start, wait
-from shardc.compiler.graph import call_nodes, early_draws, local_nbytes, move_of, returned
+from shardc.compiler.graph import call_nodes, early, is_kept, local_nbytes, move_of, returned
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.signature import OutputKind, Signature
@@ -70,7 +70,7 @@ def _forward(gm: GraphModule, signature: Signature) -> set[Node]:
     ends = returned(gm)
     first = signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)
     seen: set[Node] = set()
-    stack = [*(ends[i] for i in first), *early_draws(gm)]
+    stack = [*(ends[i] for i in first), *early(gm)]
     while stack:
         node = stack.pop()
         if isinstance(node, Node) and node not in seen:
@@ -164,7 +164,7 @@ class _Schedule:
         """Behind one of them. What backward computes again must not be computed sooner for this."""
         if operand in self.waits:
             return self.waits[operand]
-        if operand.op != "placeholder" and operand not in self._at:
+        if operand.op != "placeholder" and operand not in self._at and not is_kept(operand):
             return self._at[node]
         return self._at.get(operand, -1) + 1
 

@@ -10,6 +10,13 @@
     %g_1: f32[16, 8] = shardc.reshard(%w, [16, 8])         backward
     %gx: f32[4, 8] = aten.mm(%grad, %g_1)
 
+Where parameters stay split over some ranks (`reshard_after_forward=4`), forward keeps that much of what it gathered,
+and backward gathers that:
+
+    %k: f32[16@dp/4, 8] = shardc.reshard(%g, [16@dp/4, 8])
+    ...
+    %g_1: f32[16, 8] = shardc.reshard(%k, [16, 8])         backward
+
 Views and casts of the parameter that backward uses are made again from the second gather, else they would keep
 the first alive. Where backward computes a region again, the gather for it belongs to the region. Left alone:
 gathers that are kept (`reshard_after_forward=False`), and those that backward, or forward, does not use.
@@ -24,8 +31,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import reshard
-from shardc.compiler.graph import call_nodes
+from shardc.compiler.graph import arguments, call_nodes, insert
 from shardc.compiler.pipeline import Context, PassResult
+from shardc.compiler.spec import Spec
 from shardc.compiler.verify import Stage
 
 aten = torch.ops.aten
@@ -43,16 +51,18 @@ class RegatherInBackward:
     exact = True
 
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
-        changes: Counter = Counter()
+        changes, notes = Counter(), {}
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         for gather in call_nodes(gm, reshard):
-            region = _region(gather)
+            region, kept = _region(gather), gather.meta.pop("kept", None)
             if gather.meta.get("regather") and region:
                 gather.meta["recompute"] = region
+                if kept is not None:
+                    notes[f"{region}: computed again in backward, so gathered again over all ranks"] = None
                 changes["gathers"] += 1
             elif gather.meta.get("regather"):
-                changes["gathers"] += _again(gather, order) is not None
-        return PassResult(changes)
+                changes["gathers"] += _gathered_again(gather, kept, order)
+        return PassResult(changes, tuple(notes))
 
 
 def _region(gather: Node) -> str:
@@ -60,6 +70,17 @@ def _region(gather: Node) -> str:
     early = [u for u in gather.users if u.op != "output" and u.meta.get("phase") != "backward"]
     regions = {u.meta.get("recompute") or "" for u in early}
     return regions.pop() if len(regions) == 1 else ""
+
+
+def _gathered_again(gather: Node, kept: Spec | None, order: dict[Node, int]) -> bool:
+    """A second gather for backward, of what forward keeps of the first; without that, of what is stored."""
+    twin = _again(gather, order)
+    if twin is not None and kept is not None:
+        _, compute = arguments(gather)
+        with gather.graph.inserting_after(gather):
+            piece = insert(gather.graph, reshard, (gather, kept), gather, kept=True)
+        twin.args = (piece, compute)
+    return twin is not None
 
 
 def _again(node: Node, order: dict[Node, int]) -> Node | None:

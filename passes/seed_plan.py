@@ -39,7 +39,9 @@ from shardc.compiler.graph import (
     spec,
 )
 from shardc.compiler.marks import CONSTRAIN, MARK, MarkKey, UnlessPending, parse_key
+from shardc.compiler.mesh import part_of
 from shardc.compiler.pipeline import Context, PassResult
+from shardc.compiler.resolved import ParamLayout
 from shardc.compiler.signature import Input, InputKind, OutputKind
 from shardc.compiler.spec import REPLICATE, Spec, from_placements
 from shardc.compiler.verify import Stage
@@ -220,12 +222,26 @@ def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) 
     users = [u for u in node.users if u.op != "output"]
     if not users:
         return 0
-    freed = any(ctx.plan.reshards(a, layout.unit[a]) for a in layout.stored if a not in layout.compute)
+    compute, kept = layout.compute_spec(ctx.mesh), _kept(layout, ctx)
     with node.graph.inserting_before(min(users, key=order.__getitem__)):
         gather = insert(
-            node.graph, reshard, (node, layout.compute_spec(ctx.mesh)), node, phase="forward", regather=freed,
+            node.graph, reshard, (node, compute), node, phase="forward", regather=kept != compute,
             unit=ctx.plan.gather_unit(fqn), why="; ".join(layout.keys.values()),
         )  # fmt: skip
+        if kept not in (compute, layout.stored_spec(ctx.mesh)):
+            gather.meta["kept"] = kept
     for user in users:
         user.replace_input_with(node, gather)
     return 1
+
+
+def _kept(layout: ParamLayout, ctx: Context) -> Spec:
+    """The layout a parameter has between forward and backward: as computed with, stored, or in between."""
+    spec = layout.compute_spec(ctx.mesh)
+    for axis, placement in layout.stored.items():
+        if axis in layout.compute:
+            continue
+        ways = ctx.plan.reshards(axis, layout.unit[axis])
+        if ways:
+            spec = spec.place(axis if ways is True else part_of(axis, ways), placement, ctx.mesh)
+    return spec

@@ -20,9 +20,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.collectives import Cut, cut_of
-from shardc.compiler.graph import arguments, move_of, spec, tensors
+from shardc.compiler.graph import arguments, is_kept, move_of, spec, tensors
 from shardc.compiler.local import bind
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.mesh import Mesh, place
 from shardc.runtime.direct import direct
 from shardc.runtime.together import GatherTogether, ScatterTogether
 from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Fetch, Line, ReduceScatter
@@ -47,7 +47,9 @@ def bind_program(
     Nodes keep their names. No gradient flows through collectives.
     Raises ValueError for a call that has no place in such a program.
     """
-    lines = {a: Line(a, mesh[a], coords[a], groups.get(a), look) for a in mesh.names}
+    moved = [move.axis for node in gm.graph.nodes if (move := move_of(node)) is not None]
+    names = dict.fromkeys([*mesh.names, *moved])  # parts of mesh dims too
+    lines = {a: Line(a, mesh[a], place(coords, a), groups.get(a), look) for a in names}
     return _Binder(gm, mesh, coords, lines, reuse).bound()
 
 
@@ -132,9 +134,10 @@ class _Binder:
 
     def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> Bound:
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
-        index = self.coords[axis]
+        index = place(self.coords, axis)
         start = sum(cut.sizes[:index])
-        return piece, (list(cut.view), cut.dim, start, cut.sizes[index], list(self._shape(node)))
+        taken = copied if is_kept(node) else piece
+        return taken, (list(cut.view), cut.dim, start, cut.sizes[index], list(self._shape(node)))
 
     def make_partial(self, node: Node, x: Node, axis: str) -> Bound:
         return aten.zeros_like.default if self.coords[axis] else aten.alias.default, ()
@@ -179,3 +182,9 @@ def piece(x: Tensor, view: Sequence[int], dim: int, start: int, length: int, sha
     """A stretch of one dim of `x` seen as `view`, as a tensor of `shape`. Contiguous, as the result of a
     collective is: what follows was traced on the whole value and may take a view of it."""
     return x.reshape(view).narrow(dim, start, length).reshape(shape).contiguous()
+
+
+def copied(x: Tensor, *args: Any) -> Tensor:
+    """`piece`, in memory of its own: the whole is freed before it."""
+    taken = piece(x, *args)
+    return taken.clone() if taken.untyped_storage()._cdata == x.untyped_storage()._cdata else taken

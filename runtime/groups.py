@@ -50,6 +50,12 @@ class Groups(Mapping[str, dist.ProcessGroup]):
                 )
 
     def __getitem__(self, name: str) -> dist.ProcessGroup:
+        """Of a part of a mesh dim too, for which all ranks of the mesh ask, in one order."""
+        if name not in self._groups and self.mesh.dim_of(name) in self.mesh:
+            members = [self.ranks[p] for p in self.mesh.group(name, self.position)]
+            group = dist.new_group(members, use_local_synchronization=True, group_desc=f"shardc {name}")
+            assert isinstance(group, dist.ProcessGroup)
+            self._groups[name] = group
         return self._groups[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardc.compiler.collectives import Cut
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.mesh import Mesh, place
 from shardc.compiler.spec import Part, Spec, chunk
 
 COMBINE = {
@@ -62,13 +62,19 @@ def join(pieces: Sequence[Tensor], spec: Spec, mesh: Mesh) -> Tensor:
     pending = dict(spec.pending)
     for rank, piece in enumerate(pieces):
         coords = mesh.coords(rank)
-        if any(coords[a] for a in mesh.names if a not in split and a not in pending):
+        at = tuple(place(coords, a) for a in split)
+        if mesh.rank(dict.fromkeys(mesh.names, 0) | _held(at, split, mesh) | {a: coords[a] for a in pending}) != rank:
             continue
-        done.setdefault(tuple(coords[a] for a in split), []).append(piece)
-    for place, summands in done.items():
-        coords = {a: 0 for a in mesh.names} | dict(zip(split, place, strict=True))
+        done.setdefault(at, []).append(piece)
+    for at, summands in done.items():
+        coords = {a: 0 for a in mesh.names} | dict(zip(split, at, strict=True))
         put(out, reduce_pending(summands, spec, mesh), spec, mesh, coords)
     return out
+
+
+def _held(at: Sequence[int], split: Sequence[str], mesh: Mesh) -> dict[str, int]:
+    """Where the first rank stands that is at these places along mesh dims, or parts of them."""
+    return {mesh.dim_of(axis): i for axis, i in zip(split, at, strict=True)}
 
 
 def reduce_pending(summands: Sequence[Tensor], spec: Spec, mesh: Mesh) -> Tensor:

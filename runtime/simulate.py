@@ -19,7 +19,7 @@ from shardc.compiler import collectives as c
 from shardc.compiler.collectives import cut_of
 from shardc.compiler.graph import Call, is_random, move_of
 from shardc.compiler.local import bind
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.mesh import Mesh, place
 from shardc.compiler.spec import Spec
 from shardc.runtime.blame import blaming
 from shardc.runtime.shards import combine, deal, undeal
@@ -173,7 +173,7 @@ def _reduce_scatter(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pie
 def _local_slice(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     _, after = _layouts(move)
     dim, axis = move.args[1], move.args[2]
-    return [_piece(x, after, dim, axis, mesh, at, at[axis]) for x, at in zip(pieces, coords, strict=True)]
+    return [_piece(x, after, dim, axis, mesh, at, place(at, axis)) for x, at in zip(pieces, coords, strict=True)]
 
 
 def _piece(x: Tensor, after: Spec, dim: int, axis: str, mesh: Mesh, at: dict[str, int], i: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from shardc.tools.links import Links
 
-STEPS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+STEPS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "fetch": 1}
 
 
 @dataclass
@@ -107,9 +107,16 @@ class _Clock:
             self.now = until
 
     def _on_the_wire(self, move: dict[str, Any]) -> float:
-        axis = move["mesh_dim"]
-        steps = STEPS[move["kind"]] * (self.sizes[axis] - 1)
+        axis, ranks = self._ranks(move["mesh_dim"])
+        steps = STEPS[move["kind"]] * (ranks - 1)
         return steps * self.links.latency + move["bytes_on_wire"] / self.links.dims[axis][1]
+
+    def _ranks(self, axis: str) -> tuple[str, int]:
+        """The mesh dim and the number of ranks along it that take part: `dp/2` is every two of dp."""
+        if axis in self.sizes:
+            return axis, self.sizes[axis]
+        dim, _, ways = axis.rpartition("/")
+        return dim, int(ways)
 
     def _computing(self, node: dict[str, Any]) -> float:
         device = self.links.device

@@ -344,11 +344,69 @@ def test_a_transformer_with_tied_weights():
     assert (model.tokens.weight != before).any(1).all()  # the last rank's short shard too
 
 
-def test_parameters_kept_over_some_ranks_are_refused():
-    with pytest.raises(shardc.PlanError) as told:
-        shardc.compile(Framed(), FullyShard("layers.*", reshard_after_forward=2), mesh=Mesh(dp=4))
-    assert str(told.value).splitlines()[0] == (
-        "plan error: dp: reshard_after_forward=2 keeps parameters over some of the 4 ranks, which this version of "
-        "shardc does not do"
-    )
-    assert "two mesh dims: Plan(replica=Replicated(), dp=FullyShard(...))" in str(told.value)
+# --- reshard_after_forward as a number of ranks
+
+
+PAIRS = ("all_gather", "dp/2", "backward")
+
+
+@pytest.mark.parametrize(("ranks", "to"), [(4, 2), (6, 2), (6, 3)])
+def test_parameters_kept_over_some_ranks_are_gathered_from_those(ranks: int, to: int):
+    """Rows that neither all ranks nor some of them divide: 7, 6 and 5."""
+    program = sharded(Framed(), rows(n=ranks), ranks=ranks, steps=5, reshard_after_forward=to)
+    assert counts(program) == {GATHER: 4, ("all_gather", f"dp/{to}", "backward"): 4, SCATTER: 4}
+    block = next(c for c in program.collectives() if c.mesh_dim == f"dp/{to}" and c.fqn == "layers.1")
+    largest = -(-7 // to) * 6 + -(-6 // to) * 7
+    assert (block.numel, block.bytes_on_wire) == (7 * 6 + 6 * 7, (to - 1) * largest * 8)
+
+
+def test_what_one_rank_and_what_all_ranks_keep_is_whole_and_what_is_stored():
+    x, found = rows(), []
+    for after in (1, False, 4, True):
+        program = shardc.compile(Framed(), FullyShard("layers.*", reshard_after_forward=after), mesh=Mesh(dp=4))
+        found.append(str(program.lower(x.float())))
+    assert found[0] == found[1] and found[2] == found[3] and found[0] != found[2]
+
+
+def test_what_some_ranks_keep_lies_between_all_and_none():
+    def held(after: bool | int) -> int:
+        plan = Plan(dp=FullyShard("layers.*", reshard_after_forward=after))
+        return shardc.compile(Deep(6, 16), plan, mesh=Mesh(dp=4)).lower(torch.randn(4, 16)).peak_bytes()
+
+    assert held(True) < held(2) < held(False)
+
+
+def test_units_may_keep_differently():
+    model = Framed().double()
+    for module, after in zip((*model.layers, model), (2, False, True, 2), strict=True):
+        shardc.fully_shard(module, reshard_after_forward=after)
+    program = compare(model, None, Mesh(dp=4), rows(), optimizer=ADAM)
+    again = [(c.fqn, c.mesh_dim) for c in program.collectives() if c.kind == "all_gather" and c.phase == "backward"]
+    assert sorted(again) == [("", "dp/2"), ("layers.0", "dp/2"), ("layers.2", "dp")]
+
+
+def test_some_ranks_of_a_hybrid_mesh_keep_parameters():
+    plan = Plan(replica=Replicated(), dp=FullyShard("layers.*", reshard_after_forward=2))
+    program = compare(Framed().double(), plan, Mesh(replica=2, dp=4), rows(n=8), optimizer=ADAM, steps=5)
+    assert counts(program) == {GATHER: 4, PAIRS: 4, SCATTER: 4, ("all_reduce", "replica", "backward"): 1}
+
+
+@pytest.mark.parametrize("sizes", [{"dp": 4, "tp": 2}, {"tp": 2, "dp": 4}])
+def test_some_ranks_keep_what_tensor_parallelism_splits(sizes: dict[str, int]):
+    entries = {
+        "dp": FullyShard("net*", reshard_after_forward=2),
+        "tp": {"net1": ColwiseParallel(), "net2": RowwiseParallel()},
+    }
+    plan = Plan(**{axis: entries[axis] for axis in sizes})
+    program = compare(MLP(8, 17).double(), plan, Mesh(**sizes), rows(8), optimizer=ADAM, steps=5)
+    assert counts(program)[PAIRS] == 2
+    program.verify(rows(8))
+
+
+def test_in_a_region_that_is_computed_again_all_ranks_gather_again():
+    fully = {"reshard_after_forward": 2, "options": {"recompute": "layers.*"}}
+    program = sharded(Framed(), rows(), ranks=4, **fully)
+    assert counts(program) == {GATHER: 4, AGAIN: 3, PAIRS: 1, SCATTER: 4}
+    assert [note for note in program.notes() if "over all ranks" in note] == [
+        f"layers.{i}: computed again in backward, so gathered again over all ranks" for i in range(3)
+    ]

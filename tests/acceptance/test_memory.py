@@ -79,6 +79,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int], Tensor]] = 
     "mlp": (lambda: MLP(32, 64), MLP_TP, {"tp": 4}, torch.randn(16, 32)),
     "mlp, replicas": (lambda: MLP(32, 64), Replicated(), {"dp": 4}, torch.randn(16, 32)),
     "deep, units": (lambda: Deep(4, 33), Plan(dp=FullyShard("layers.*")), {"dp": 4}, torch.randn(16, 33)),
+    "deep, some ranks": (
+        lambda: Deep(4, 33), Plan(dp=FullyShard("layers.*", reshard_after_forward=2)), {"dp": 4}, torch.randn(16, 33)
+    ),
     "convolutions": (ConvNet, Replicated(), {"dp": 4}, torch.randn(4, 3, 8, 8)),
     "transformer": (lambda: Transformer(dim=32), TRANSFORMER_TP, {"tp": 4}, tokens(4)),
     "transformer, both": (

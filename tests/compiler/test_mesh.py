@@ -3,7 +3,7 @@
 import pytest
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.mesh import Mesh, part_of, place
 
 MESH = Mesh(dp=2, cp=3, tp=4)
 
@@ -29,6 +29,20 @@ def test_groups_deal_every_rank_once(name: str):
     groups = MESH.groups(name)
     assert sorted(rank for group in groups for rank in group) == list(range(24))
     assert all(MESH.group(name, rank) == group for group in groups for rank in group)
+
+
+def test_a_part_of_a_mesh_dim_is_its_consecutive_ranks():
+    mesh = Mesh(dp=4, tp=2)
+    assert (mesh["dp/2"], mesh.dim_of("dp/2"), mesh.dim_of("tp")) == (2, "dp", "tp")
+    assert mesh.groups("dp/2") == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert [mesh.group("dp/2", rank) for rank in (0, 3, 7)] == [(0, 2), (1, 3), (5, 7)]
+    assert [place(mesh.coords(rank), "dp/2") for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert part_of("dp", 2) == "dp/2" and "dp/2" not in mesh
+
+
+def test_a_part_of_no_mesh_dim_is_a_key_error():
+    with pytest.raises(KeyError):
+        MESH["pp/2"]
 
 
 def test_names_shape_and_size():

@@ -29,9 +29,9 @@ class Scaled(nn.Module):
         return x + self.shift
 
 
-def compiled(model, **options):
+def compiled(model, ranks=2, **options):
     plan = shardc.Plan(dp=shardc.FullyShard(**options))
-    return shardc.compile(model, plan, mesh=shardc.Mesh(dp=2))
+    return shardc.compile(model, plan, mesh=shardc.Mesh(dp=ranks))
 
 
 def gathered(model, x, **options):
@@ -56,6 +56,20 @@ def test_left_alone_where_parameters_are_kept():
 
 def test_left_alone_where_backward_does_not_use_it():
     assert gathered(Scaled(), torch.randn(4, 6).requires_grad_()) == (6, 0)
+    program = compiled(Scaled(), 4, reshard_after_forward=2).lower(torch.randn(4, 6).requires_grad_())
+    assert "local_slice" not in str(program)  # so nothing is kept
+
+
+def test_forward_keeps_its_piece_over_some_ranks_and_hands_nothing_else_on():
+    program = compiled(Stack(), 4, reshard_after_forward=2).lower(torch.randn(4, 6).requires_grad_())
+    lines = [line.split("  #")[0] for line in str(program).splitlines() if "dp/2" in line]
+    assert lines == [
+        "%local_slice: f32[10@dp/2, 6] = shardc.local_slice(%getitem, 0, dp/2)",
+        "%local_slice_1: f32[6@dp/2, 10] = shardc.local_slice(%getitem_2, 0, dp/2)",
+        "%all_gather_7: (f32[6, 10], f32[10, 6]) = shardc.all_gather([%local_slice_1, %local_slice], [0, 0], dp/2)",
+    ]
+    assert {"local_slice", "local_slice_1"} < set(program.halves.saved)
+    assert not any("getitem" in name or "gather" in name for name in program.halves.saved)
 
 
 def test_nothing_gathered_for_forward_is_handed_to_backward():

@@ -73,6 +73,14 @@ def test_join_undoes_cut(layout: Spec):
     assert torch.equal(join(pieces(x, layout, SMALL), layout, SMALL), x)
 
 
+@pytest.mark.parametrize("size", [5, 8, 1])
+def test_join_undoes_cut_over_a_part_of_a_mesh_dim(size: int):
+    mesh, x = Mesh(dp=4, tp=2), numbered((size, 4))
+    layout = Spec.whole((size, 4)).split(0, "tp", mesh).split(0, "dp/2", mesh)
+    assert str(layout) == f"[{size}@tp.dp/2, 4]"
+    assert torch.equal(join(pieces(x, layout, mesh), layout, mesh), x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
 @pytest.mark.parametrize("text", ["[7@tp, 4]", "[4, (3@dp 2)]", "[6@dp, 4]+tp", "[2@tp]", "[]+dp+tp"])
 def test_join_undoes_cut_for_every_dtype(text: str, dtype: torch.dtype):

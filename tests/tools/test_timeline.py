@@ -51,6 +51,11 @@ def test_a_collective_takes_its_steps_and_its_bytes_and_is_exposed():
     assert gather.seconds == 3 * 1.0 + 3.0
 
 
+def test_a_part_of_a_mesh_dim_has_its_links_and_fewer_ranks():
+    gather = estimate(data([node("r", "shardc.all_gather")], [move("r", 300, "all_gather", "dp/2")]), LINKS)
+    assert gather.seconds == 1 * 1.0 + 3.0
+
+
 def test_what_is_started_runs_beside_computation():
     nodes = [
         node("s", "shardc.start"),

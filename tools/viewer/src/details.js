@@ -140,10 +140,12 @@ export function meshPicture(app, axis) {
   const stride = {};
   dims.reduceRight((n, d) => ((stride[d.name] = n), n * d.size), 1);
   const shown = Math.min(size, 64);
+  const part = dims.some((d) => d.name === axis) ? null : /^(.*)\/(\d+)$/.exec(axis ?? ""); // dp/2: every two ranks of dp
+  const along = part ? part[1] : axis;
   const cells = Array.from({ length: shown }, (_, r) => {
-    const others = dims.filter((d) => d.name !== axis);
-    const with0 = axis && others.every((d) => Math.floor(r / stride[d.name]) % d.size === 0);
-    return el("span", { class: with0 ? "rank on" : "rank", title: dims.map((d) => `${d.name}=${Math.floor(r / stride[d.name]) % d.size}`).join(" ") }, String(r));
+    const at = (d) => Math.floor(r / stride[d.name]) % d.size;
+    const with0 = axis && dims.every((d) => at(d) === 0 || (d.name === along && (!part || at(d) < Number(part[2]))));
+    return el("span", { class: with0 ? "rank on" : "rank", title: dims.map((d) => `${d.name}=${at(d)}`).join(" ") }, String(r));
   });
   const grid = el("div", { class: "ranks", role: "img", "aria-label": `${size} ranks: ${dims.map((d) => `${d.name}=${d.size}`).join(", ")}` }, ...cells);
   grid.style.gridTemplateColumns = `repeat(${Math.min(across, 16)}, auto)`;

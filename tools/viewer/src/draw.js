@@ -153,7 +153,7 @@ function bands(pen, { item, x, y, w, h }, theme, inside) {
   const bar = (axes, at) =>
     axes.forEach((axis, i) => {
       const part = (inside ? h / 2 : h - 2) / axes.length;
-      pen.rect(at, y + (inside ? h / 4 : 1) + i * part, 6, part - 0.5, { fill: theme.axes[axis] ?? theme.muted, round: 1 });
+      pen.rect(at, y + (inside ? h / 4 : 1) + i * part, 6, part - 0.5, { fill: theme.axes[axis] ?? theme.axes[axis.replace(/\/\d+$/, "")] ?? theme.muted, round: 1 });
     });
   if (split.length) bar(split, inside ? x + 8 : x + 1);
   if (pending.length) {

@@ -186,7 +186,7 @@ class App {
 
   swatch(axis) {
     const out = el("span", { class: "swatch", "aria-hidden": "true" });
-    out.style.background = this.theme.axes[axis] ?? "gray";
+    out.style.background = this.theme.axes[axis] ?? this.theme.axes[axis.replace(/\/\d+$/, "")] ?? "gray";
     return out;
   }
 
