@@ -126,7 +126,7 @@ def main() -> None:
     names = [name for name in WAYS if re.search(options.ways, name)]
     result: dict[str, Any] = {"torch": torch.__version__, "rounds": options.rounds, "sizes": {}, "bars": []}
     for size in options.sizes:
-        found = launch(measure, 2, (names, size, options.rounds, options.warm), timeout=580)
+        found = launch(measure, 2, (names, size, options.rounds, options.warm), timeout=3000)
         result["sizes"][size] = summary(found, names)
         result["bars"] += report(size, result["sizes"][size])
     if options.json:

@@ -83,10 +83,12 @@ WAYS: dict[str, Way] = {
     "dp ddp": lambda m, mesh, r, n: _ddp(m),
     "dp ddp inductor": lambda m, mesh, r, n: _ddp(m, "inductor"),
     "dp shardc": lambda m, mesh, r, n: _shardc(m, DP, mesh),
+    "dp shardc inductor": lambda m, mesh, r, n: _shardc(m, DP, mesh, backend="inductor"),
     "dp floor": lambda m, mesh, r, n: floors.data_parallel(m, r, n),
     "fsdp fsdp2": lambda m, mesh, r, n: _fsdp2(m, mesh),
     "fsdp fsdp2 inductor": lambda m, mesh, r, n: _fsdp2(m, mesh, "inductor"),
     "fsdp shardc": lambda m, mesh, r, n: _shardc(m, FSDP, mesh),
+    "fsdp shardc inductor": lambda m, mesh, r, n: _shardc(m, FSDP, mesh, backend="inductor"),
     "fsdp floor": lambda m, mesh, r, n: floors.fully_sharded(m, r, n),
 }
 

@@ -23,6 +23,7 @@ from shardc.compiler.plan import call_site, warn_user
 from shardc.compiler.program import Program
 from shardc.compiler.resolve import check_placements, mesh_dims, resolve
 from shardc.compiler.wording import shown
+from shardc.passes.pipeline import OPTIONAL
 from shardc.runtime.groups import default_device_mesh
 from shardc.runtime.ranks import Ranks
 from shardc.runtime.state import whole
@@ -45,6 +46,7 @@ def compile(
     backend: str | Callable[..., Any] = "eager",
     dynamic: bool = False,
     strict: bool = False,
+    without: str | Sequence[str] = (),
 ) -> CompiledModule:
     """Shard a model over a mesh by a plan. The model is taken over in place: its parameters become the shards.
 
@@ -59,7 +61,8 @@ def compile(
     that are the same on any mesh, one device included, or "replay", those that plain eager torch draws on one device.
     dynamic: sizes of inputs stay symbolic, and one program serves all that take the same path (docs/dynamic.md).
     backend: "eager" runs the graph's own Python, "inductor" compiles what a rank computes between collectives, a
-    function does so as for `torch.compile`. strict: errors instead of reports.
+    function does so as for `torch.compile`. strict: errors instead of reports. without: names of optimizing passes to
+    leave out, such as "overlap", to see what they do or whether they are at fault (passes/pipeline.py lists them).
 
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
     the first call or `lower`, for a module that cannot be traced or sharded so.
@@ -70,7 +73,7 @@ def compile(
         check_init(init)
         integers, device_mesh = _mesh(mesh, plan, model)
         _check_source(src_data_rank, integers)
-        patterns = _patterns(recompute, model, strict)
+        patterns, left_out = _patterns(recompute, model, strict), _left_out(without)
         resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
         if device_mesh is not None:
             check_placements(resolved)
@@ -82,6 +85,7 @@ def compile(
     _COMPILED.update(model.modules())
     values = partial(_whole_values, model)
     options = {"recompute": patterns, "rng": rng, "precision": precision, "dynamic": dynamic, "backend": backend}
+    options["without"] = left_out
     lowering = Lowering(model, resolved, integers, ranks, values, strict, **options)
     return CompiledModule(model, lowering)
 
@@ -117,6 +121,15 @@ def _patterns(recompute: Any, model: nn.Module, strict: bool) -> tuple[str, ...]
                 raise PlanError(what, help=help)
             warn_user(f"{what}; {help}")
     return tuple(found)
+
+
+def _left_out(without: Any) -> tuple[str, ...]:
+    """The passes to leave out. Raises PlanError for a name that is no such pass."""
+    names = (without,) if isinstance(without, str) else tuple(without)
+    for name in names:
+        if name not in OPTIONAL:
+            raise PlanError(f"{shown(name)} is no pass that can be left out", help=f"one of: {', '.join(OPTIONAL)}")
+    return names
 
 
 def _check_options(precision: Any, rng: Any, backend: Any, dynamic: bool) -> None:

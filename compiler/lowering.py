@@ -65,6 +65,7 @@ class Lowering:
     precision: Precision | None = None
     dynamic: bool = False
     backend: str | Callable[..., Any] = "eager"
+    without: tuple[str, ...] = ()
     programs: list[Program] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept)
     traces: Traces = field(default_factory=Traces)
@@ -175,6 +176,7 @@ class Lowering:
 
     def _about(self) -> dict[str, Any]:
         options = {"strict": self.strict, "recompute": self.recompute, "rng": self.rng, "precision": self.precision}
+        options["without"] = self.without
         return about(self.module, self.mesh, self._asked.report(), options)
 
     def _check_results(self, signature: Signature) -> None:
@@ -287,7 +289,7 @@ class Lowering:
             traced = add_carries(traced, [name for name, _ in carries])
         ctx = Context(
             self.mesh, self.plan, traced.signature, average=self.ranks is not None, reduce=variant != "keep",
-            carries=dict(carries), strict=self.strict, rng=self.rng,
+            carries=dict(carries), strict=self.strict, rng=self.rng, without=self.without,
         )  # fmt: skip
         training = tuple(m.training for m in self._modules)
         original = Original(

@@ -50,8 +50,7 @@ class Memory(NamedTuple):
 
 
 def peak_bytes(parts: Halves, mesh: Mesh) -> int:
-    """The most bytes alive at once. Parameters, buffers and the batch live throughout, saved values through all of
-    backward, the rest until last use."""
+    """The most bytes alive at once. Parameters, buffers and the batch live throughout, the rest until last use."""
     return max(memory.peak for memory in memories(parts, mesh).values())
 
 
@@ -64,8 +63,9 @@ def memories(parts: Halves, mesh: Mesh) -> dict[str, Memory]:
         count = len(parts.saved)
         saved = forward.results[len(forward.results) - count :] if count else []
         late = placeholders(parts.backward)
-        inputs = [*zip(parts.saved, saved, strict=True), *((n.name, _fresh(n, mesh)) for n in late[count:])]
-        found["backward"] = _Half(parts.backward, mesh, inputs, [*inputs, *given]).memory()
+        handed = [(n.name, _fresh(n, mesh)) for n in late[count:]]
+        inputs = [*zip(parts.saved, saved, strict=True), *handed]
+        found["backward"] = _Half(parts.backward, mesh, inputs, [*given, *handed]).memory()
     return found
 
 
@@ -94,16 +94,17 @@ class _Half:
         for name, value in self.held:
             for key, nbytes in _storages(value):
                 lives.setdefault(key, Life(name, nbytes, -1, end))
-        count = len(lives)
         for i, node in enumerate(self.nodes):
+            begin = -1 if node.op == "placeholder" else i
             for key, nbytes in _storages(self.env.get(node)):
-                lives.setdefault(key, Life(node.name, nbytes, i, last[key]))
+                lives.setdefault(key, Life(node.name, nbytes, begin, last[key]))
         values = [*lives.values(), *self.extra]
+        start = sum(life.nbytes for life in values if life.begin < 0)
         steps = [0] * (len(self.nodes) + 1)
-        for life in values[count:]:
-            steps[life.begin] += life.nbytes
+        for life in values:
+            if life.begin >= 0:
+                steps[life.begin] += life.nbytes
             steps[life.end + 1] -= life.nbytes
-        start = sum(life.nbytes for life in values[:count])
         alive = tuple(start + more for more in itertools.accumulate(steps[:-1]))
         return Memory(tuple(n.name for n in self.nodes), start, alive, tuple(values))
 

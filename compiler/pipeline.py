@@ -35,6 +35,7 @@ class Context:
     carries: Mapping[str, Spec] = field(default_factory=dict)  # layouts of gradients kept back, by FQN
     strict: bool = False
     rng: str = "counter"
+    without: tuple[str, ...] = ()  # passes that the user left out
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,19 @@ from shardc.passes.seed_plan import SeedPlan
 from shardc.passes.shorten_views import ShortenViews
 
 LOCALIZE = Localize()  # also what proves a user's rule
+# What only makes a right program better; `compile(..., without=("overlap",))` leaves it out.
+OPTIONAL = (
+    "fuse-cross-entropy",
+    "regather-in-backward",
+    "merge-equal",
+    "delay-reductions",
+    "shorten-views",
+    "fuse-bias",
+    "join-units",
+    "bucket-collectives",
+    "overlap",
+    "reduce-in-place",
+)
 
 
 def first_passes(ctx: Context) -> list[Any]:
@@ -37,7 +50,12 @@ def first_passes(ctx: Context) -> list[Any]:
 
 
 def pipeline(ctx: Context) -> list[Any]:
-    """Every pass of one compilation."""
+    """Every pass of one compilation, less what the user left out."""
+    return [step for step in _passes(ctx) if step.name not in ctx.without or step.gives > step.takes]
+
+
+def _passes(ctx: Context) -> list[Any]:
+    overlap = Overlap(window=0) if "overlap" in ctx.without else Overlap()
     return [
         *first_passes(ctx),
         FuseCrossEntropy(),  # split classes then need no reduction in backward
@@ -55,6 +73,6 @@ def pipeline(ctx: Context) -> list[Any]:
         FuseBias(),  # ... and the product with its bias, where it is no pending sum
         JoinUnits(),  # latency: what one unit gathers, and reduces, moves at once
         BucketCollectives(),  # latency: few large reductions of gradients
-        Overlap(),  # it fixes the order                                             LOCAL -> SCHEDULED
+        overlap,  # it fixes the order                                             LOCAL -> SCHEDULED
         ReduceInPlace(),  # ... and so what is dead when a reduction starts
     ]

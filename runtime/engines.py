@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec
 from shardc.runtime.blame import blaming_line
+from shardc.runtime.boxed import boxed
 from shardc.runtime.shards import cut, join
 from shardc.runtime.simulate import simulate
 
@@ -32,7 +33,7 @@ class SimulatedRanks:
         whole = [self._join(p, n) for p, n in zip(found, returned, strict=False)]
         return whole, [v for p in found[self._results :] for v in p]
 
-    def backward(self, saved: Sequence[Any], tangents: Sequence[Tensor], carries: Sequence[Any]) -> list[Any]:
+    def backward(self, saved: list[Any], tangents: Sequence[Tensor], carries: Sequence[Any]) -> list[Any]:
         assert self._backward is not None and not carries
         nodes = _inputs(self._backward)
         n = self._mesh.size
@@ -70,7 +71,8 @@ class ThisRank:
         early: Callable[[], AbstractContextManager[None]] = nullcontext,
         late: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._forward, self._backward, self._results, self._wrap = forward, backward, results, wrap
+        self._forward, self._backward = forward, backward and boxed(backward)
+        self._results, self._wrap = results, wrap
         self._blank, self._early, self._late = blank, early, late
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
@@ -78,12 +80,14 @@ class ThisRank:
             found = list(self._forward.forward(*[_local(x) for x in inputs]))
         return found[: self._results], found[self._results :]
 
-    def backward(self, saved: Sequence[Any], tangents: Sequence[Tensor], carries: Sequence[Any]) -> list[Any]:
+    def backward(self, saved: list[Any], tangents: Sequence[Tensor], carries: Sequence[Any]) -> list[Any]:
         assert self._backward is not None
-        filled = [make() if c is None else c for c, make in zip(carries, self._blank, strict=True)]
+        values = [*saved, *tangents]
+        saved.clear()
+        values += [make() if c is None else c for c, make in zip(carries, self._blank, strict=True)]
         with torch.no_grad():
             with self._late(), blaming_line(self._backward):
-                found = self._backward.forward(*saved, *tangents, *filled)
+                found = self._backward.forward(values)
             return [self._wrap[i](g) if i in self._wrap and g is not None else g for i, g in enumerate(found)]
 
 

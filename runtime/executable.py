@@ -28,8 +28,9 @@ class Engine(Protocol):
         """(outputs and mutations as the caller sees them, values saved for backward)."""
         ...
 
-    def backward(self, saved: Sequence[Any], tangents: Flat, carries: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients in the order of the signature's GRADIENT outputs; a carry that is None is zero."""
+    def backward(self, saved: list[Any], tangents: Flat, carries: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients in the order of the signature's GRADIENT outputs; a carry that is None is zero. What is `saved`
+        may be taken out of the list, to be freed at its last use."""
         ...
 
 
@@ -106,8 +107,8 @@ class Executable:
         self.ledger.expect(self.kept.values())
         return found
 
-    def gradients(self, saved: Sequence[Any], tangents: list[Tensor]) -> list[Tensor | None]:
-        """Backward, with what was kept back put in and what is to be kept taken out."""
+    def gradients(self, saved: list[Any], tangents: list[Tensor]) -> list[Tensor | None]:
+        """Backward, with what was kept back put in and what is to be kept taken out. The list is used up."""
         carries = [self.ledger.take(name) for name in self._places.carries]
         with _casts_as_traced():
             found = self.engine.backward(saved, tangents, carries)
@@ -152,10 +153,7 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         program: Executable = ctx.program
-        saved = list(ctx.others)
-        for i, value in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            saved[i] = value
-        places = program._places
+        saved, places = _unpacked(ctx), program._places
         tangents = [_tangent(grads, of, ctx.results) for of in places.tangents]
         out: list[Any] = [None] * places.given
         for source, grad in zip(places.gradients, program.gradients(saved, tangents), strict=True):
@@ -163,6 +161,15 @@ class _Run(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: as constants they would be wrong without a word
             out = [g if g is None else _Once.apply(g, torch.zeros((), requires_grad=True)) for g in out]
         return None, *out
+
+
+def _unpacked(ctx: Any) -> list[Any]:
+    """What forward saved. Unless the graph is retained nothing else holds it from here on."""
+    saved = list(ctx.others)
+    for i, value in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+        saved[i] = value
+    ctx.maybe_clear_saved_tensors()
+    return saved
 
 
 class _Once(torch.autograd.Function):

@@ -99,6 +99,35 @@ def test_the_peak_is_what_a_rank_holds(case: str, first_of_four: None):
     assert abs(program.peak_bytes() / peak - 1) < 0.03, (program.peak_bytes(), peak)
 
 
+def through_autograd(compiled: Any, x: Tensor, **options: Any) -> int:
+    compiled(x).sum().backward()
+    compiled.zero_grad()
+    with Counting([*compiled.parameters()], x) as counted:
+        compiled(x).sum().backward(**options)
+    return counted.peak
+
+
+def test_activations_die_in_backward_at_their_last_use(first_of_four: None):
+    """Unless the graph is retained: then all of them are there for the second time."""
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+    compiled, x = shardc.compile(Deep(8, 33), Replicated(), mesh=mesh), torch.randn(512, 33)
+    freed, kept = through_autograd(compiled, x), through_autograd(compiled, x, retain_graph=True)
+    assert freed == pytest.approx(compiled.programs[-1].peak_bytes(), rel=0.03)
+    assert kept > 1.2 * freed
+
+
+def test_a_retained_graph_goes_backward_twice_and_another_once(first_of_four: None):
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+    compiled = shardc.compile(Deep(2, 33), Replicated(), mesh=mesh)
+    loss = compiled(torch.randn(4, 33)).square().sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in compiled.parameters() if p.grad is not None]
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(compiled.parameters(), once, strict=True))
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
 # --- building
 
 
