@@ -19,10 +19,12 @@ from shardc.compiler.spec import Spec
 
 @dataclass(frozen=True)
 class Averages:
-    """axes: mesh dims over which parameter gradients are averaged. tangents: output -> the divisor of its gradient."""
+    """axes: mesh dims over which parameter gradients are averaged. tangents: output -> the divisor of its gradient.
+    later: the parameters whose gradients are kept back here, and divided when they are reduced."""
 
     axes: tuple[str, ...] = ()
     tangents: Mapping[int, int] = field(default_factory=dict)
+    later: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, outputs: Mapping[int, Spec], signature: Signature, plan: Resolved, mesh: Mesh) -> Averages:
@@ -38,4 +40,6 @@ class Averages:
 
     def divisor(self, parameter: str, plan: Resolved, mesh: Mesh) -> int:
         """By what a parameter's gradient is divided; not over mesh dims where it stays local."""
+        if parameter in self.later:
+            return 1
         return math.prod(mesh[a] for a in self.axes if parameter not in plan.ignored.get(a, ()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shardc.compiler.entries import Entry
 from shardc.compiler.errors import CheckpointError, PlanError, ShardingError
 from shardc.compiler.filling import Filling
+from shardc.compiler.kept import ALL, Sync
 from shardc.compiler.lowering import Lowering
 from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program
@@ -38,7 +39,7 @@ class CompiledModule(nn.Module):
         self.__dict__["_model"] = model
         self.__dict__["_lowering"] = lowering
         self.__dict__["_owners"] = _Owners(model)
-        self.__dict__["_sync"] = True
+        self.__dict__["_unsynced"] = ()
         self.__dict__["_on_meta"] = bool(_on_meta(model))
 
     # ---- calling
@@ -54,7 +55,7 @@ class CompiledModule(nn.Module):
         device = self._lowering.plan.device_id
         if device is not None:
             args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
-        entry = self._lowering.serve(args, kwargs, self._variant())
+        entry = self._lowering.serve(args, kwargs, self._sync())
         return entry, self._flat(entry, args, kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Program:
@@ -90,14 +91,27 @@ class CompiledModule(nn.Module):
 
     # ---- gradient accumulation
 
+    def no_sync(self, *units: str) -> AbstractContextManager[None]:
+        """Leave data-parallel reductions out; the next synchronised backward makes them up, at once.
+
+        units: patterns of the gather units ("" is the root's own) whose gradients stay back, the others being
+        reduced; none means all. Outside of FullyShard, where there are no units, a module means all that it holds.
+        Raises PlanError for a pattern that matches none.
+        """
+        plan = self._lowering.plan
+        try:
+            return self._keeping(plan.of_units(units) if units else tuple(plan.params))
+        except PlanError as error:
+            raise error.at(call_site()) from None
+
     @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Leave data-parallel reductions out; the next synchronised backward makes them up, at once."""
-        self.__dict__["_sync"] = False
+    def _keeping(self, names: Collection[str]) -> Iterator[None]:
+        before = self._unsynced
+        self.__dict__["_unsynced"] = tuple(n for n in self._lowering.plan.params if n in before or n in names)
         try:
             yield
         finally:
-            self.__dict__["_sync"] = True
+            self.__dict__["_unsynced"] = before
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of any module; gradients kept at unsynchronised steps are forgotten too."""
@@ -141,12 +155,11 @@ class CompiledModule(nn.Module):
         axes = {*plan.params[own].stored_spec(mesh).axes(), *local}
         return tuple(a for a in mesh.names if a in axes)
 
-    def _variant(self) -> Any:
+    def _sync(self) -> Sync:
         if self._lowering.ranks is None or not torch.is_grad_enabled():
-            return "reduce"  # simulated ranks: a kept sum and a reduced one are the same global tensor
-        if not self._sync:
-            return "keep"
-        return self._lowering.kept.layouts() or "reduce"
+            return ALL  # simulated ranks: a kept sum and a reduced one are the same global tensor
+        keep = self._unsynced
+        return Sync(keep, tuple(carry for carry in self._lowering.kept.layouts() if carry[0] not in keep))
 
     # ---- state
 

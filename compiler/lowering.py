@@ -25,7 +25,7 @@ from shardc.compiler.entries import Entries, Entry
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.family import Families, Unfit
 from shardc.compiler.graph import copy_graph, is_random, placeholders, returned
-from shardc.compiler.kept import Kept
+from shardc.compiler.kept import ALL, Kept, Sync
 from shardc.compiler.layout import Precision
 from shardc.compiler.match import find
 from shardc.compiler.mesh import Mesh
@@ -71,7 +71,7 @@ class Lowering:
     traces: Traces = field(default_factory=Traces)
     # Told of a parameter that is stored anew, with what moves a local tensor that is laid out as it was.
     followers: list[Callable[[nn.Parameter, Callable[[Tensor], Tensor]], None]] = field(default_factory=list)
-    hashes: dict[str, str] = field(default_factory=dict)  # of the programs, by call and variant
+    hashes: dict[str, str] = field(default_factory=dict)  # of the programs, by call and sync
     families: Families = field(default_factory=Families)
     _layouts: dict[Any, Any] = field(default_factory=dict)  # of what is passed in, by the form of the call
     _entries: Entries = field(default_factory=Entries)
@@ -83,16 +83,16 @@ class Lowering:
         self._modules = list(self.module.modules())
         self._params = [(m._parameters, n) for m in self._modules for n, p in m._parameters.items() if p is not None]
 
-    def entry(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
+    def entry(self, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync = ALL) -> Entry:
         """The program for a call like this one, lowered now if it is the first such call. Errors name a line: that
         of the call, where there is no better one."""
         try:
-            key = (self._call_key(args, kwargs), variant)
+            key = (self._call_key(args, kwargs), sync)
             known = self._entries.get(key)
             if known is not None:
                 self._entries.use(key)
                 return known
-            made = self.lower(args, kwargs, variant)
+            made = self.lower(args, kwargs, sync)
             gone = self._entries.add(key, made)
             if gone is not None and not self.families.hold(gone.program):
                 self.programs.remove(gone.program)
@@ -102,12 +102,12 @@ class Lowering:
                 raise
             raise error.at(call_site()) from error.__cause__
 
-    def serve(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any) -> Entry:
+    def serve(self, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync) -> Entry:
         """The program for a call that is about to run. Where it is not the last call's, the ranks compare theirs:
         pieces of unequal sizes must not meet in one collective. Calls that move nothing are each rank's own."""
         if self.ranks is None:
-            return self.entry(args, kwargs, variant)
-        key, calls = (self._call_key(args, kwargs), variant), self.ranks.calls
+            return self.entry(args, kwargs, sync)
+        key, calls = (self._call_key(args, kwargs), sync), self.ranks.calls
         known = self._entries.get(key)
         if known is not None and not known.moves:
             return known
@@ -115,7 +115,7 @@ class Lowering:
             calls.number += 1
             return known
         with calls.entering():
-            entry = known or self.entry(args, kwargs, variant)
+            entry = known or self.entry(args, kwargs, sync)
             if known is not None:
                 self._entries.use(key)
                 self.ranks.agree(entry.program.hash, "the program for this call")
@@ -128,17 +128,16 @@ class Lowering:
     def _call_key(self, args: Sequence[Any], kwargs: Mapping[str, Any], sizes: bool = True) -> tuple:
         return call_key(self._modules, [table[name] for table, name in self._params], args, kwargs, sizes)
 
-    def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any = "reduce") -> Entry:
-        """Trace, run the pipeline, agree with the other ranks, bind. variant: "reduce", "keep" (gradients are
-        left unreduced over data-parallel mesh dims), or the layouts of kept gradients to take in."""
+    def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync = ALL) -> Entry:
+        """Trace, run the pipeline, agree with the other ranks, bind."""
         with collecting_nothing():
-            return self._lowered(args, kwargs, variant)
+            return self._lowered(args, kwargs, sync)
 
-    def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], variant: Any) -> Entry:
+    def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync) -> Entry:
         check_call(self.module, args, kwargs)
         self.plan.roots.check_call(args, kwargs)
         self.plan.check_count("", "in", len(args))
-        form = (self._call_key(args, kwargs, sizes=False), variant)
+        form = (self._call_key(args, kwargs, sizes=False), sync)
         program = self._of_family(form, args, kwargs)
         if program is not None:
             if self.ranks is not None:
@@ -152,10 +151,10 @@ class Lowering:
         self._check_results(dressed.signature)
         if not self.programs:
             self._settle(dressed)
-        program = self._program(dressed, variant)
+        program = self._program(dressed, sync)
         if template is not None and values is not None:
-            self._widen(form, program, template, values, (args, kwargs, variant))
-        key = text_key(self._call_key(args, kwargs), variant)
+            self._widen(form, program, template, values, (args, kwargs, sync))
+        key = text_key(self._call_key(args, kwargs), sync)
         self.hashes[key] = program.hash
         self.traces.check(key, program.hash)
         if self.ranks is not None:
@@ -229,7 +228,7 @@ class Lowering:
         whole = any(is_random(n) and n.target is not SEED for n in nodes)
         return self.ranks.drawing_alike if whole and self.ranks is not None else nullcontext
 
-    def _gradients(self, program: Program) -> tuple[dict[int, Callable[[Tensor], Tensor]], dict[int, str]]:
+    def _gradients(self, program: Program) -> tuple[dict[int, Callable[[Tensor], Tensor]], dict[int, tuple[str, Spec]]]:
         """Which gradients become DTensors (those of parameters held as shards), and which are kept back."""
         assert self.ranks is not None
         wraps, kept, ends = {}, {}, returned(program.gm)
@@ -240,8 +239,7 @@ class Lowering:
             spec: Spec = ends[place].meta["spec"]
             ignored = any(source.name in names for names in self.plan.ignored.values())
             if spec.pending and not ignored:
-                kept[i] = source.name
-                self.kept.declare(source.name, spec)
+                kept[i] = source.name, spec
             elif self.plan.params[source.name].stored:
                 wraps[i] = self.ranks.wrapper(self._stored(source.name))
         return wraps, kept
@@ -269,10 +267,10 @@ class Lowering:
 
     def _widen(self, form: Any, program: Program, template: Template, values: Values, call: tuple) -> None:
         """Let the program serve other sizes too, if it is the same there."""
-        *given, variant = call
+        *given, sync = call
 
         def lower(values: Values) -> Program:
-            return self._program(self._dressed(template.at(values), *given), variant)
+            return self._program(self._dressed(template.at(values), *given), sync)
 
         try:
             family = self.families.add(form, program, template, values, lower)
@@ -282,14 +280,13 @@ class Lowering:
         if self.ranks is not None and needs_trace(self.plan):
             self._layouts[form] = self._layouts_of(*given)
 
-    def _program(self, traced: Traced, variant: Any) -> Program:
+    def _program(self, traced: Traced, sync: Sync) -> Program:
         """What the pipeline makes of a traced module (its graph is consumed)."""
-        carries = variant if isinstance(variant, tuple) else ()
-        if carries:
-            traced = add_carries(traced, [name for name, _ in carries])
+        if sync.carries:
+            traced = add_carries(traced, [name for name, _ in sync.carries])
         ctx = Context(
-            self.mesh, self.plan, traced.signature, average=self.ranks is not None, reduce=variant != "keep",
-            carries=dict(carries), strict=self.strict, rng=self.rng, without=self.without,
+            self.mesh, self.plan, traced.signature, average=self.ranks is not None, keep=frozenset(sync.keep),
+            carries=dict(sync.carries), strict=self.strict, rng=self.rng, without=self.without,
         )  # fmt: skip
         training = tuple(m.training for m in self._modules)
         original = Original(

@@ -31,7 +31,7 @@ class Context:
     plan: Resolved
     signature: Signature
     average: bool = False  # real mesh: each rank's loss is its own mean, so gradients are averaged
-    reduce: bool = True  # False: data-parallel gradient reductions are left out (no_sync)
+    keep: frozenset[str] = frozenset()  # parameters whose data-parallel reductions are left out (no_sync)
     carries: Mapping[str, Spec] = field(default_factory=dict)  # layouts of gradients kept back, by FQN
     strict: bool = False
     rng: str = "counter"

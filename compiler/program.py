@@ -136,7 +136,7 @@ def _averages(gm: GraphModule, ctx: Context) -> Averages:
     ends = zip(returned(gm), ctx.signature.outputs, strict=True)
     layouts = {i: spec(n) for i, (n, e) in enumerate(ends) if e.kind is OutputKind.OUTPUT and isinstance(n, Node)}
     found = Averages.of(layouts, ctx.signature, ctx.plan, ctx.mesh)
-    return found if ctx.reduce else replace(found, axes=())
+    return replace(found, later=ctx.keep)
 
 
 def input_names(signature: Signature) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Placement, Replicate
 from shardc.compiler.errors import PlanError
 from shardc.compiler.layout import Layout, as_layout
 from shardc.compiler.marks import parse_key, parse_placement
+from shardc.compiler.match import did_you_mean, find
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.report import Report, make_report
 from shardc.compiler.roots import RootLayouts, parse_path
@@ -164,6 +165,20 @@ class Resolved:
         units = [layout.unit[a] for a in layout.stored if a in layout.unit and a not in layout.compute]
         return " ".join(dict.fromkeys(units)) if units else None
 
+    def of_units(self, patterns: Sequence[str]) -> tuple[str, ...]:
+        """The parameters of the units that match; of one that is in no unit any module around it counts as its own.
+
+        Raises PlanError for a pattern that matches none.
+        """
+        units = {fqn: set(layout.unit.values()) or _around(fqn) for fqn, layout in self.params.items()}
+        names = {unit for of in units.values() for unit in of}
+        found = {pattern: find(pattern, names) for pattern in patterns}
+        for pattern, matched in found.items():
+            if not matched:
+                raise PlanError(f"no unit matches {pattern!r}", help=did_you_mean(pattern, sorted(names)))
+        wanted = {name for matched in found.values() for name in matched}
+        return tuple(fqn for fqn, of in units.items() if of & wanted)
+
     def wire_dtype(self, move: Sequence[object], own: torch.dtype) -> torch.dtype:
         """In which dtype a gradient travels; move: the arguments of its reduction but the operand."""
         at = next(i for i, a in enumerate(move) if a in self.mesh)
@@ -188,3 +203,8 @@ class Resolved:
         """One row per parameter: name, layout, plan entry, bytes; `str` of it is a table."""
         layouts: Mapping[str, ParamLayout] = {**self.params, **self.buffers}
         return make_report(layouts.values(), self.mesh, self.unmatched, self.warnings)
+
+
+def _around(fqn: str) -> set[str]:
+    parts = fqn.split(".")[:-1]
+    return {".".join(parts[:n]) for n in range(len(parts) + 1)}

@@ -181,7 +181,7 @@ def _gradient(gm: GraphModule, node: Node, source: Input, averages: Averages, ct
     """A parameter's gradient in the parameter's stored layout; left pending where no reduction is wanted."""
     layout = ctx.plan.params[source.name]
     local = {a for a in ctx.plan.data_axes if source.name in ctx.plan.ignored.get(a, ())} if ctx.average else set()
-    kept = local | (set() if ctx.reduce else set(ctx.plan.data_axes))
+    kept = local | (set(ctx.plan.data_axes) if source.name in ctx.keep else set())
     order = [*layout.stored, *(a for a in ctx.mesh.names if a not in layout.stored)]
     why = f"gradient of {source.name}"
     places = {a: layout.stored.get(a, REPLICATE) for a in order}
@@ -189,7 +189,7 @@ def _gradient(gm: GraphModule, node: Node, source: Input, averages: Averages, ct
     unit = ctx.plan.gather_unit(source.name)
     new = insert(gm.graph, MARK, (node, f"|gradient|{source.name}|"), node, wish=wish, unit=unit)
     ways = averages.divisor(source.name, ctx.plan, ctx.mesh)
-    if ways == 1 or not ctx.reduce:  # what is kept back is divided when it is reduced
+    if ways == 1 or source.name in ctx.keep:  # what is kept back is divided when it is reduced
         return new
     return insert(gm.graph, torch.ops.aten.div.Tensor, (new, ways), node)
 

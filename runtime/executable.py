@@ -6,7 +6,7 @@ door and gets its gradient back as a DTensor of the same layout; no operator is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.signature import InputKind, OutputKind, Signature
+from shardc.compiler.spec import Spec
 
 Flat = Sequence[Tensor]
 
@@ -37,7 +38,7 @@ class Engine(Protocol):
 class Ledger(Protocol):
     """Keeps gradients back at unsynchronised steps, and hands them in at the next synchronised backward."""
 
-    def expect(self, names: Iterable[str]) -> None: ...
+    def expect(self, specs: Mapping[str, Spec]) -> None: ...
 
     def keep(self, name: str, gradient: Tensor) -> None: ...
 
@@ -74,12 +75,12 @@ class _Places:
 class Executable:
     """One program bound to an engine. `inputs` of a call are in signature order, tangents and carries left out.
 
-    kept: gradients (by position among the gradients) that stay pending here and go to the ledger, by name.
+    kept: gradients (by position among the gradients) that stay pending here and go to the ledger: name and layout.
     """
 
     signature: Signature
     engine: Engine
-    kept: Mapping[int, str]
+    kept: Mapping[int, tuple[str, Spec]]
     ledger: Ledger
 
     @cached_property
@@ -97,14 +98,14 @@ class Executable:
         if not self._places.tangents:
             return self.engine.forward(inputs)[0]
         results = list(_Run.apply(self, *inputs))
-        self.ledger.expect(self.kept.values())  # their backward may come after the next forward
+        self.ledger.expect(dict(self.kept.values()))  # their backward may come after the next forward
         return results
 
     def halfway(self, inputs: Flat) -> tuple[list[Any], list[Any]]:
         """(outputs and mutations, values saved for `gradients`), without autograd."""
         with _casts_as_traced():
             found = self.engine.forward(inputs)
-        self.ledger.expect(self.kept.values())
+        self.ledger.expect(dict(self.kept.values()))
         return found
 
     def gradients(self, saved: list[Any], tangents: list[Tensor]) -> list[Tensor | None]:
@@ -112,7 +113,7 @@ class Executable:
         carries = [self.ledger.take(name) for name in self._places.carries]
         with _casts_as_traced():
             found = self.engine.backward(saved, tangents, carries)
-        for i, name in self.kept.items():
+        for i, (name, _) in self.kept.items():
             gradient = found[i]
             if gradient is not None:
                 self.ledger.keep(name, gradient)

@@ -196,7 +196,7 @@ def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), average:
         mesh=mesh, params=params, buffers={}, boundaries=(), marked=(), positional={}, counts={}, ignored={},
         bucket_bytes={}, reduce_dtype={}, reshard_after={}, unit_reshard={}, roots=roots, order=mesh.names,
     )  # fmt: skip
-    options = {k: plan.pop(k) for k in ("reduce", "strict", "carries") if k in plan}
+    options = {k: plan.pop(k) for k in ("keep", "strict", "carries") if k in plan}
     signature = Signature(tuple(inputs), tuple(outputs), None, None, (), 0, (), {})
     return Context(mesh, Resolved(**fields | plan), signature, average, **options)
 

@@ -25,6 +25,7 @@ import shardc
 from shardc import FullyShard, Plan, PlanError, Precision, Replicated
 from shardc.runtime.wire import AllReduce
 from tests.acceptance.models import MLP, Deep, Transformer
+from tests.acceptance.test_fully_shard import Framed
 from tests.runtime.ranks import on_ranks, run_ranks
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -123,18 +124,31 @@ def same_grads(ours: nn.Module, theirs: nn.Module) -> None:
         torch.testing.assert_close(grad, q.grad, **EXACT, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def accumulated(rank: int, mesh: Any) -> list[int]:
-    """Three microbatches, reduced at the last alone; how many reduce_scatters each program has."""
-    alone, ours = deep(), shardc.compile(deep(), Plan(dp=FullyShard("layers.*")), mesh=mesh)
+def framed() -> nn.Module:
+    torch.manual_seed(1)
+    return Framed(2, 7).double()
+
+
+def accumulated(rank: int, mesh: Any) -> list[list[list[str]]]:
+    """Three microbatches, of which two leave reductions out: all, the root's, some children's, another set each time.
+    Whose gradients each program scatters."""
+    alone, found = framed(), []
     for i in range(3):
         step(alone, batch(i))
-    with ours.no_sync():
-        for i in range(2):
-            step(ours, mine(batch(i), rank))
-    step(ours, mine(batch(2), rank))
-    same_grads(ours, alone)
-    kinds = [[c.kind for c in program.collectives()] for program in ours.programs]
-    return [found.count("reduce_scatter") for found in kinds]
+    for kept in ([(), ()], [("",), ("",)], [("layers.*",), ("layers.*",)], [(), ("layers.0", "")], [("layers.1",), ()]):
+        ours = shardc.compile(framed(), Plan(dp=FullyShard("layers.*")), mesh=mesh)
+        for i, units in enumerate(kept):
+            with ours.no_sync(*units):
+                step(ours, mine(batch(i), rank))
+        step(ours, mine(batch(2), rank))
+        same_grads(ours, alone)
+        found.append([[c.fqn for c in p.collectives() if c.kind == "reduce_scatter"] for p in ours.programs])
+    try:
+        with ours.no_sync("layers.7"):
+            raise AssertionError("not refused")
+    except PlanError as error:
+        assert "no unit matches 'layers.7'" in str(error) and 'nearest name is "layers.' in str(error)
+    return found
 
 
 OPTIMIZERS: list[Callable[..., torch.optim.Optimizer]] = [
@@ -204,7 +218,7 @@ def tied_norms(rank: int, mesh: Any) -> None:
 
 def a_child_alone(rank: int, mesh: Any) -> list[str]:
     """54: after a step of the root, what calling one child by itself does: refused in words, and the next step of the
-    root is as if nothing had been. 57: a child has no switch of its own for its reductions."""
+    root is as if nothing had been."""
     ours, alone = shardc.compile(deep(), Plan(dp=FullyShard("layers.*")), mesh=mesh), deep()
     told = []
     for seed in range(2):
@@ -218,7 +232,6 @@ def a_child_alone(rank: int, mesh: Any) -> list[str]:
         except Exception as error:
             told.append(f"{type(error).__name__}: {error}")
         same_grads(ours, alone)
-        assert not hasattr(child, "no_sync")
     return told
 
 
@@ -246,7 +259,15 @@ def test_accumulation_optimizers_and_dtypes():
     wire = ["all_gather torch.bfloat16", "reduce_scatter torch.float32"]
     first, second = run_ranks(on_two, 2)
     assert first == second
-    assert first[:2] == [[0, 2], wire]
+    every = ["", "layers.1", "layers.0"]
+    assert [[sorted(names) for names in programs] for programs in first[0]] == [
+        [[], sorted(every)],
+        [["layers.0", "layers.1"], sorted(every)],
+        [[""], sorted(every)],
+        [[], ["layers.1"], sorted(every)],
+        [["", "layers.0"], [], sorted(every)],
+    ]
+    assert first[1] == wire
     assert all("got mixed torch.Tensor and DTensor" in told for told in first[2]) and len(first[2]) == 2
 
 

@@ -350,6 +350,22 @@ def test_resharding_to_a_number_of_ranks(after: bool | int, kept: bool | int):
     assert found.reshard_after == {"dp": kept} and found.reshards("dp", "layers.0") == kept
 
 
+def test_units_name_their_own_parameters():
+    found = resolve(FullyShard("layers.*"), Model(), Mesh(dp=4))
+    first = [name for name in found.params if name.startswith("layers.0.")]
+    rest = [name for name in found.params if not name.startswith("layers.")]
+    assert list(found.of_units(["layers.0"])) == first and list(found.of_units([""])) == rest
+    assert set(found.of_units(["", "layers.[01]"])) == set(found.params)
+    with pytest.raises(PlanError, match="no unit matches 'layers.0.w1'"):
+        found.of_units(["layers.0.w1"])  # it lies in one
+
+
+def test_where_there_are_no_units_modules_name_all_they_hold():
+    found = resolve(Replicated(), Model(), Mesh(dp=4))
+    assert found.of_units([""]) == tuple(found.params)
+    assert found.of_units(["layers.*.w1"]) == tuple(n for n in found.params if ".w1." in n)
+
+
 def test_options_of_data_parallel_are_kept():
     found = resolve(Replicated(bucket_mb=0.5, reduce_dtype=torch.bfloat16), Model(), DP)
     assert found.bucket_bytes == {"dp": 512 * 1024}

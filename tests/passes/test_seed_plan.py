@@ -114,8 +114,13 @@ def test_a_gradient_is_wished_where_its_parameter_lies_outermost_mesh_dim_first(
 
 
 def test_no_sync_leaves_data_parallel_mesh_dims_out():
-    gm, _ = seeded(data_axes=("dp",), average=True, reduce=False)
+    gm, _ = seeded(data_axes=("dp",), average=True, keep=frozenset(["w"]))
     assert wish_of(gm) == [("dp", "R, or pending"), ("tp", "R")] and not calls(gm, aten.div.Tensor)
+
+
+def test_no_sync_of_another_parameter_leaves_this_one_alone():
+    gm, _ = seeded(data_axes=("dp",), average=True, keep=frozenset(["v"]))
+    assert [placement for _, placement in wish_of(gm)] == ["R", "R"] and calls(gm, aten.div.Tensor)
 
 
 def test_gradients_on_real_ranks_are_averaged():
