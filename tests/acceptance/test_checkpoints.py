@@ -10,12 +10,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
@@ -214,8 +216,8 @@ def test_any_layout_into_any_other_on_ranks(tmp_path: Path):
 # --- killed
 
 
-def save_and_die(folder: Path, calls: int) -> None:
-    """A save of zeros that ends at its calls-th call of the file system."""
+def dying(calls: int) -> None:
+    """From here on this process ends at its calls-th call of the file system."""
     left = calls
 
     def watch(frame: Any, event: str, arg: Any) -> None:
@@ -226,11 +228,19 @@ def save_and_die(folder: Path, calls: int) -> None:
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    one = alone()
-    for p in one.objects[0].parameters():
-        nn.init.zeros_(p)
     threading.setprofile(watch)
     sys.setprofile(watch)
+
+
+def zeroed(model: nn.Module) -> None:
+    for p in model.parameters():
+        nn.init.zeros_(p)
+
+
+def save_and_die(folder: Path, calls: int) -> None:
+    one = alone()
+    zeroed(one.objects[0])
+    dying(calls)
     shardc.save_checkpoint(folder, *one.objects)
     sys.setprofile(None)
 
@@ -257,6 +267,56 @@ def test_a_save_that_is_killed_leaves_the_last_one(tmp_path: Path):
     assert ends[-1] == (0, False, True)
     assert all(old != new for _, old, new in ends) and len(ends) > 4
     assert len(list(tmp_path.glob("*.distcp"))) == 1  # what was left over is gone
+
+
+TOLD = 7  # the exit code of a rank that was told
+
+
+def save_with_a_rank_that_dies(rank: int, dies: int, calls: int, store: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2, timeout=timedelta(seconds=20)
+    )
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    model = sample(0)
+    zeroed(model)
+    compiled = shardc.compile(model, FullyShard("qkv", "up"), mesh=mesh)
+    if rank == dies:
+        dying(calls)
+    code = 0
+    try:
+        shardc.save_checkpoint(folder, compiled)
+        sys.setprofile(None)
+        dist.barrier()
+    except (Exception, dcp.CheckpointException):  # torch's own is no Exception
+        code = TOLD
+    os._exit(code)
+
+
+@on_ranks
+def test_a_rank_that_is_killed_while_saving(tmp_path: Path):
+    """Either rank, at several moments: the other is told and does not wait, and what stands in the folder is whole."""
+    fork, ends = multiprocessing.get_context("fork"), []
+    folder = tmp_path / "saved"
+    first = shardc.compile(sample(1), FullyShard("qkv", "up"), mesh=Mesh(dp=2))  # what it imports, forks have
+    shardc.save_checkpoint(folder, first)
+    kept = first.get_parameter("up.bias").detach().clone()
+    for dies, calls in ((1, 0), (0, 20), (1, 60), (0, 100), (1, 1000)):
+        store = tmp_path / f"store{calls}"
+        args = [(rank, dies, calls, store, folder) for rank in range(2)]
+        ranks = [fork.Process(target=save_with_a_rank_that_dies, args=of) for of in args]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(15)  # less than the process group's own timeout
+        codes = [rank.exitcode for rank in ranks]
+        for rank in ranks:
+            rank.kill()
+        other = sample(4)
+        shardc.load_checkpoint(folder, other)
+        bias = other.get_parameter("up.bias")
+        ends.append((codes[dies], codes[1 - dies], torch.equal(bias, kept), not bias.any()))
+    assert ends == 4 * [(-signal.SIGKILL, TOLD, True, False)] + [(0, 0, False, True)]
 
 
 def test_background(tmp_path: Path):
