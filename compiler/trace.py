@@ -31,10 +31,10 @@ from torch.fx import GraphModule
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.signature import InputKind, Leaf, OutputKind, Signature, TensorInfo
+from shardc.compiler.trace_attributes import Attributes
 from shardc.compiler.trace_capture import Program, by_dispatch, by_dynamo, export, quiet
 from shardc.compiler.trace_graph import Argument, build
 from shardc.compiler.trace_modules import (
-    Attributes,
     Held,
     bordered,
     held_tensors,

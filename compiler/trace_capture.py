@@ -43,7 +43,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.compiler.rules.checks import CHECK
-from shardc.compiler.trace_modules import Attributes, Held
+from shardc.compiler.trace_attributes import Attributes
+from shardc.compiler.trace_modules import Held
+from shardc.compiler.trace_results import opened
 from shardc.compiler.trace_rewrites import Rewrites
 from shardc.compiler.trace_sources import outside_torch, without_data, writes_to_constant
 
@@ -69,6 +71,8 @@ class Program:
     changed: list[str] = field(default_factory=list)  # attributes that forward sets
     replaced: list[int] = field(default_factory=list)  # inputs it replaces, or gives another shape
     attached: list[int] = field(default_factory=list)  # arguments it writes values to that require grad
+    objects: list[Any] = field(default_factory=list)  # of the result, each taken apart by its attributes
+    lasting: list[Any] = field(default_factory=list)  # those of them that another run gave as well
 
     def run(self, *flat: Tensor) -> tuple[Tensor, ...]:
         inputs = [tensor.clone() for tensor in flat]
@@ -79,7 +83,9 @@ class Program:
             args, kwargs = self.rebuild(inputs[len(self.held) :])
             assert self.call is not None
             with fx_traceback.preserve_node_meta(), Rewrites(), _Checks():
-                result = self.call(args, kwargs)
+                result, objects = opened(self.call(args, kwargs))
+            self.lasting += [o for o in objects if any(o is other for other in self.objects)]
+            self.objects = objects
             after = self._after(inputs)
             # Not by version counters: batch norm changes its statistics without counting.
             self.mutated = [i for i, t in enumerate(inputs) if after[i] is not t or has_data_mutation(t)]

@@ -39,7 +39,7 @@ IDENTITIES = (
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
 )
-SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Enum)
+SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Enum, type)
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,11 @@ def _random(node: Node) -> bool:
 
 
 def _check_results(program: Program) -> None:
+    for kind in {type(o).__name__ for o in program.lasting}:
+        raise ShardingError(
+            f"forward returns a {kind} that is there before and after the call, and a program makes a new one",
+            help="make the object in forward, or return the tensors in it",
+        )
     for path, leaf in zip(program.paths, program.leaves, strict=True):
         if not isinstance(leaf, SIMPLE):
             raise ShardingError(

@@ -1,8 +1,7 @@
-"""What tracing does to the user's module while it runs, and undoes: stand-in tensors, border hooks, attributes.
+"""What tracing does to the user's module while it runs, and undoes: stand-in tensors and border hooks.
 
 The module may hold what cannot be traced (shards, meta tensors), so each parameter and buffer is
-swapped for a fake one of its global shape. Afterwards every module is as it was, attributes
-that forward itself had set included; which those are is reported, as the traced program will not set them.
+swapped for a fake one of its global shape. Afterwards every module is as it was.
 """
 
 from __future__ import annotations
@@ -23,9 +22,6 @@ from shardc.compiler.marks import border_key, mark
 from shardc.compiler.signature import TensorInfo
 
 TABLES = ("_parameters", "_buffers")
-# RNNs keep a list of their own weights, rebuilt whenever it is out of date.
-DERIVED = ("_flat_weights", "_flat_weight_refs")
-PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -196,67 +192,3 @@ def _mark_tree(tree: Any, fqn: str, side: str, prefix: str) -> Any:
         return mark(value, border_key(fqn, side, prefix + where))
 
     return pytree.tree_map_with_path(visit, tree)
-
-
-class Attributes:
-    """The attributes of all submodules, to see what forward changed and to put it back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.named_modules())
-        self._before = [_copied(vars(owner)) for _, owner in self._modules]
-
-    def changed(self) -> list[str]:
-        """FQNs of the attributes that forward set, parameters and buffers apart."""
-        out = []
-        for (fqn, owner), before in zip(self._modules, self._before, strict=True):
-            now = vars(owner)
-            names = [n for n in now if n not in (*TABLES, *DERIVED) and not _same(before.get(n), now[n])]
-            for table in TABLES:
-                if isinstance(now.get(table), dict):
-                    names += [n for n in now[table] if n not in before[table][1]]
-            out += [f"{fqn}.{n}" if fqn else n for n in names if not _recomputed(owner, n)]
-        return out
-
-    def restore(self) -> None:
-        for (_, owner), before in zip(self._modules, self._before, strict=True):
-            for name in [name for name in vars(owner) if name not in before]:
-                del vars(owner)[name]
-            for name, (value, content) in before.items():
-                vars(owner)[name] = value
-                if content is not None and not _alike(value, content):
-                    _refill(value, content)
-
-
-def _copied(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Each attribute with a shallow copy of it, where it is a container that forward could fill."""
-    return {n: (v, v.copy() if isinstance(v, (list, dict, set)) else None) for n, v in attributes.items()}
-
-
-def _same(before: tuple[Any, Any] | None, value: Any) -> bool:
-    if before is None:
-        return False
-    old, content = before
-    if old is not value:
-        return isinstance(value, PLAIN) and type(old) is type(value) and old == value
-    return content is None or _alike(value, content)
-
-
-def _alike(container: Any, content: Any) -> bool:
-    """Whether a container still holds the same objects in the same order."""
-    if len(container) != len(content):
-        return False
-    if isinstance(container, set):
-        return {id(v) for v in container} == {id(v) for v in content}
-    if isinstance(container, dict):
-        return all(a is b and container[a] is content[b] for a, b in zip(container, content, strict=True))
-    return all(a is b for a, b in zip(container, content, strict=True))
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    container.extend(content) if isinstance(container, list) else container.update(content)
-
-
-def _recomputed(owner: nn.Module, name: str) -> bool:
-    """Whether a pre-hook sets it on each call from a parameter (weight_norm, spectral_norm, prune)."""
-    return any(f"{name}{suffix}" in owner._parameters for suffix in ("_g", "_orig"))

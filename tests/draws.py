@@ -148,7 +148,8 @@ class _Writer:
         name = f"v{len(self.lines)}"
         self.lines.append(f"{name} = {code}")
         self.used |= set(re.findall(r"\w+", code))
-        self.values[name] = value
+        # here all is single, as the modules are; what a line makes double on the way is so when all is double
+        self.values[name] = value.float() if value.is_floating_point() else value
 
     def child(self, kind: str, code: str, ndim: int) -> str:
         """The name of a new module or parameter."""

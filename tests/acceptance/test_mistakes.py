@@ -638,6 +638,7 @@ RuntimeError: expected m1 and m2 to have the same dtype, but got: double != floa
 
 
 class Thing:
+    __slots__ = ()
     __hash__ = None  # pyright: ignore
 
 

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,7 @@ class Notes(Base):
     def __init__(self, what):
         super().__init__()
         self.what = what
+        self.state = SimpleNamespace(steps=[], last=None)
 
     def forward(self, x):
         if self.what == "count":
@@ -215,15 +217,19 @@ class Notes(Base):
             self.log.append(1)
         elif self.what == "last":
             self.last = self.fc(x)
+        elif self.what == "state":
+            self.state.steps.append(self.fc(x))
+            self.state.last = x
         return self.fc(x)
 
 
-@pytest.mark.parametrize("what", ["count", "log", "last"])
+@pytest.mark.parametrize("what", ["count", "log", "last", "state"])
 def test_what_forward_sets_on_modules_is_reported(what):
     module = nn.Sequential(Notes(what))
     with pytest.warns(UserWarning, match=rf"forward sets 0\.{what}: the compiled module does not"):
         trace(module, (X,))
     assert (module[0].count, module[0].log, hasattr(module[0], "last")) == (1, [], False)
+    assert module[0].state == SimpleNamespace(steps=[], last=None)
 
 
 def test_a_buffer_registered_in_forward_is_reported():
@@ -270,6 +276,8 @@ def test_an_input_changed_in_place_and_given_twice():
 
 
 class Foreign:
+    __slots__ = ("value",)
+
     def __init__(self, value):
         self.value = value
 
