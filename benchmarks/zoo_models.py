@@ -27,7 +27,7 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-DECODER = TEXT | {"num_key_value_heads": 2, "use_cache": False}
+DECODER = TEXT | {"num_key_value_heads": 2}
 IMAGE = {
     "image_size": 16,
     "patch_size": 8,
@@ -156,7 +156,7 @@ def whisper() -> Made:
     sizes |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     sizes |= {"vocab_size": WORDS, "max_source_positions": 8, "max_target_positions": 16, "num_mel_bins": 8}
-    model = built("WhisperForConditionalGeneration", "WhisperConfig", use_cache=False, **sizes, **ends)
+    model = built("WhisperForConditionalGeneration", "WhisperConfig", **sizes, **ends)
     return model, {"input_features": torch.randn(BATCH, 8, 16), "labels": words(6)}
 
 
@@ -188,14 +188,14 @@ def minilm() -> Made:
 # ---- the table
 
 T5 = {"vocab_size": WORDS, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-T5 |= {"decoder_start_token_id": 0, "use_cache": False}
+T5 |= {"decoder_start_token_id": 0}
 BART = {"vocab_size": WORDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
 BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32}
-BART |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False, "decoder_start_token_id": 1}
-GPT2 = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "use_cache": False}
+BART |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+GPT2 = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 DISTIL = {"vocab_size": WORDS, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
-BLOOM = {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 2, "n_head": 4, "use_cache": False, "pad_token_id": 0}
-MAMBA = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "use_cache": False}
+BLOOM = {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+MAMBA = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 NET = {"depths": [1, 2], "hidden_sizes": [8, 16]}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
@@ -227,7 +227,7 @@ MODELS: dict[str, Makes] = {
     "GPT-NeoX": causal("GPTNeoX"),
     "GPT-J": causal("GPTJ", GPT2 | {"rotary_dim": 4}),
     "BLOOM": causal("Bloom", BLOOM),
-    "MPT": causal("Mpt", {"vocab_size": WORDS, "d_model": 32, "n_layers": 2, "n_heads": 4, "use_cache": False}),
+    "MPT": causal("Mpt", {"vocab_size": WORDS, "d_model": 32, "n_layers": 2, "n_heads": 4}),
     "Granite": causal("Granite"),
     "Cohere": causal("Cohere"),
     "OLMo 2": causal("Olmo2"),
