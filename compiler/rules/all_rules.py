@@ -16,6 +16,7 @@ import shardc.compiler.rules.nll
 import shardc.compiler.rules.norm
 import shardc.compiler.rules.pointwise
 import shardc.compiler.rules.pool
+import shardc.compiler.rules.pool_windows
 import shardc.compiler.rules.random
 import shardc.compiler.rules.reduce
 import shardc.compiler.rules.slice
