@@ -44,6 +44,9 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], list[tuple[str, str, int]]]] 
     "roll": (lambda x: x.roll((2, -4), (0, 1)), FETCHED),
     "cumprod": (lambda x: x.cumprod(1).detach() + x, ONCE),
     "logcumsumexp": (lambda x: x.logcumsumexp(1).detach() + x, ONCE),
+    "cummax": (lambda x: torch.cat([*x.cummax(1)], 0)[:5].detach() + x, TWICE),
+    "cummin": (lambda x: x.cummin(1).indices + x, TWICE),
+    "kthvalue": (lambda x: x.kthvalue(12, 1, True).indices + x, [("all_reduce", "forward", 30)] * 2),
     "topk": (lambda x: x.topk(3, 1).values, [("all_reduce", "forward", 45)] * 2),
     "smallest": (lambda x: x.topk(2, 1, largest=False).indices.sum() + x, [("all_reduce", "forward", 30)] * 2),
 }
