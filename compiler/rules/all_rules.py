@@ -10,6 +10,7 @@ import shardc.compiler.rules.embedding
 import shardc.compiler.rules.group_norm
 import shardc.compiler.rules.index
 import shardc.compiler.rules.loss
+import shardc.compiler.rules.lstsq
 import shardc.compiler.rules.matmul
 import shardc.compiler.rules.moment
 import shardc.compiler.rules.nll
