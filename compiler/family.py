@@ -211,7 +211,8 @@ class _Places:
         if isinstance(value, Spec):
             return Spec(self(value.dims), value.pending)
         if isinstance(value, Local):
-            return Local(self(value.dim), value.kind, self._number(value.times), self._number(value.plus))
+            numbers = (self._number(n) for n in (value.times, value.plus, value.modulo))
+            return Local(self(value.dim), value.kind, *numbers)
         if isinstance(value, slice):
             return slice(self(value.start), self(value.stop), self(value.step))
         if isinstance(value, (list, tuple)):

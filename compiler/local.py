@@ -13,13 +13,15 @@ from shardc.compiler.spec import Dim, axes_of, chunk, dim_text
 
 @dataclass(frozen=True)
 class Local:
-    """`times` x (a rank's size, first index or place, of a dim) `+ plus`: an integer once a rank is known."""
+    """`times` x (a rank's size, first index or place, of a dim) `+ plus`, of which the rest after division by
+    `modulo` where that is given: an integer once a rank is known."""
 
     dim: Dim
     # or, for a dim of one part, "start": the first global index the rank holds, and "place": its number among pieces
     kind: str = "size"
     times: int = 1
     plus: int = 0
+    modulo: int = 0
 
     def at(self, mesh: Mesh, coords: Mapping[str, int]) -> int:
         """The number on the rank at `coords`."""
@@ -30,14 +32,22 @@ class Local:
                 value = value * mesh[axis] + place(coords, axis)
         else:
             value = pieces[0][0] if self.kind == "start" else math.prod(n for _, n in pieces)
-        return self.times * value + self.plus
+        value = self.times * value + self.plus
+        return value % self.modulo if self.modulo else value
+
+    def __mod__(self, n: int) -> Local:
+        return Local(self.dim, self.kind, self.times, self.plus, n)
 
     def __mul__(self, n: int) -> Local:
+        if self.modulo:
+            raise ValueError(f"{self} is not computed with any further")
         return Local(self.dim, self.kind, self.times * n, self.plus * n)
 
     __rmul__ = __mul__
 
     def __add__(self, n: int) -> Local:
+        if self.modulo:
+            raise ValueError(f"{self} is not computed with any further")
         return Local(self.dim, self.kind, self.times, self.plus + n)
 
     __radd__ = __add__
@@ -57,7 +67,8 @@ class Local:
     def __str__(self) -> str:
         text = dim_text(self.dim) if self.kind == "size" else f"{self.kind}({dim_text(self.dim)})"
         times = {1: "", -1: "-"}.get(self.times, f"{self.times}*")
-        return f"{times}{text}{self.plus:+d}" if self.plus else f"{times}{text}"
+        text = f"{times}{text}{self.plus:+d}" if self.plus else f"{times}{text}"
+        return f"({text})%{self.modulo}" if self.modulo else text
 
 
 def local_size(dim: Dim) -> int | Local:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.rules.checks import CHECK_TRUE
 from shardc.compiler.rules.ctc import CTC
+from shardc.compiler.rules.lstsq import LSTSQ
 
 VIEW_HELP = "clone the result of narrow before either is changed in place"
 
@@ -220,6 +221,19 @@ def _ctc(
     return loss.sum() if kind == "sum" else loss.squeeze(0) if single else loss
 
 
+def _lstsq(input: Tensor, b: Tensor, rcond: float | None = None, *, driver: str | None = None) -> Any:
+    """Of one batch; b may be a vector for each matrix."""
+    vector = b.dim() == 1 or (b.dim() == input.dim() - 1 and b.shape == input.shape[:-1])
+    columns = b.unsqueeze(-1) if vector else b
+    if input.dim() < 2 or not input.numel() or columns.shape[:-1] != input.shape[:-1] or input.device.type != "cpu":
+        return NotImplemented
+    if not columns.numel() or input.dtype != b.dtype or driver not in (None, "gels", "gelsy", "gelsd", "gelss"):
+        return NotImplemented
+    solution, *rest = LSTSQ(input, columns, rcond, driver)
+    form: Any = vars(torch.return_types)["linalg_lstsq"]
+    return form((solution.squeeze(-1) if vector else solution, *rest))
+
+
 REWRITES: dict[Any, Callable[..., Any]] = {
     F.gaussian_nll_loss: _gaussian_nll,
     **dict.fromkeys((torch.cov, Tensor.cov), _cov),
@@ -232,4 +246,5 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.index_put_, Tensor.index_put_), _in_place(_put)),
     Tensor.__setitem__: _set,
     **dict.fromkeys((F.ctc_loss, torch.ctc_loss), _ctc),
+    torch.linalg.lstsq: _lstsq,
 }

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.collectives import all_reduce, fetch, make_partial
+from shardc.compiler.collectives import all_reduce, fetch, indices_of, make_partial
 from shardc.compiler.graph import INHERITED, call_nodes, operands, specs, tensors
 from shardc.compiler.infer import Decision, OpRule, call_rule, decide_node
 from shardc.compiler.local import bind, local_place, local_size, local_start
@@ -172,6 +172,8 @@ class GraphSite:
         axis, held = self._pieces(factor)
         _, aims = self._pieces(of or factor)
         runs = tuple(tuple((r.start, r.stop, r.step) for r in wanted(*aim) if len(r)) for aim in aims)
+        if all(indices_of(mine) == list(range(i, i + n)) for mine, (i, n) in zip(runs, held, strict=True)):
+            return x  # every rank wants what it has
         filled = () if fill is None else (fill,)
         return self.call(fetch, x, dim, axis, tuple(n for _, n in held), runs, *filled)
 

@@ -1,9 +1,11 @@
 """A fixed slice of the sweep over torch's own test database: nothing wrong, nothing crashed, and checks that raise."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,30 @@ def test_a_slice_of_the_sweep_is_right(tmp_path: Path):
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in SLICE}
     assert {name: result["shardc"]["problems"] for name, result in found.items()} == dict.fromkeys(SLICE, [])
     assert all(result["layouts"] > 0 for result in found.values())
+
+
+def _sharded_op() -> Any:
+    spec = importlib.util.spec_from_file_location("sharded_op", ROOT / "benchmarks/sharded_op.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rounding_is_told_from_a_fault_by_float64():
+    """A running sum near 10,000 in another order is rounded otherwise; one that lacks a number is wrong."""
+    ours = _sharded_op()
+    x = torch.full((4001,), 1e-4).index_fill(0, torch.tensor(0), 1e4).requires_grad_()
+    case = ours.Case(lambda t: t.cumsum(0) - 1e4, ((ours.Slot(0),), {}), (x,))
+    want, exact = case.alone(False), case.exact(False)
+    near = ours.Result([want.outputs[0] * (1 - 1e-3)], want.gradients)
+    lacking = ours.Result([exact.outputs[0].float() - 1], want.gradients)
+    assert ours.compared(near, want) and ours.as_exact(near, want, exact)
+    assert ours.compared(lacking, want) and not ours.as_exact(lacking, want, exact)
+    assert not ours.as_exact(near, want, None)
+    whole = ours.Result([torch.ones(2, dtype=torch.int64)], [])
+    assert not ours.as_exact(ours.Result([torch.zeros(2, dtype=torch.int64)], []), whole, whole)
 
 
 class Inverse(nn.Module):

@@ -1,4 +1,4 @@
-"""Pooling, resampling, padding, patches, grids: spatial dims are whole, batch and channels free.
+"""Resampling, padding, patches, grids, and pooling without windows: spatial dims are whole, batch and channels free.
 
 Most of these operators take an empty batch but no empty channels.
 """
@@ -19,9 +19,6 @@ aten = torch.ops.aten
 
 # Every tensor is `... c` and as many spatial dims as the name says; backwards are linear in the gradient.
 LINEAR = """
-    avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward
-    _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d _adaptive_avg_pool3d_backward
-    max_pool2d_with_indices_backward max_pool3d_with_indices_backward adaptive_max_pool2d_backward
     upsample_nearest1d upsample_nearest2d upsample_nearest3d
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
     upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
@@ -31,10 +28,7 @@ LINEAR = """
     replication_pad1d replication_pad2d replication_pad3d
     replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward
 """
-NOT_LINEAR = """
-    max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d
-    max_unpool2d max_unpool3d
-"""
+NOT_LINEAR = "max_unpool2d max_unpool3d"
 # These are told the shape of what they return, batch and channels too.
 RESAMPLED_BACKWARD = """
     upsample_nearest1d_backward upsample_nearest2d_backward upsample_nearest3d_backward
@@ -44,8 +38,8 @@ RESAMPLED_BACKWARD = """
 """
 
 
-# Reads its arguments as if they were contiguous.
-PACKED = aten.adaptive_max_pool3d_backward.default
+# These read their arguments as if they were contiguous.
+PACKED = (aten.adaptive_max_pool3d_backward.default,)
 
 
 def _spatial(rank: int, **options: Any) -> Callable[..., OpRule]:
@@ -62,16 +56,21 @@ def _spatial(rank: int, **options: Any) -> Callable[..., OpRule]:
     return build
 
 
+def spatial(op: Any, rank: int, linear: str = "") -> Callable[..., OpRule]:
+    """The rule of an operator whose last dims, so many, stay whole."""
+
+    def build(*args: Any, results: Any, **kwargs: Any) -> OpRule:
+        lead = dims(results[0].dim() - rank)
+        packed = {"localize": dense(op, range(len(args)), lead)} if op in PACKED else {}
+        return _spatial(rank, linear=linear, **packed)(*args, results=results, **kwargs)
+
+    return build
+
+
 def _register(words: str, **options: Any) -> None:
     for word in words.split():
         rank = int(re.findall(r"(\d)d", word)[0])
         rule(getattr(aten, word).default)(_spatial(rank, **options))
-
-
-@rule(PACKED)
-def _(*args: Any, results: Any) -> OpRule:
-    lead = dims(results[0].dim() - 3)
-    return _spatial(3, linear="0", localize=dense(PACKED, range(3), lead))(*args, results=results)
 
 
 _register(LINEAR, linear="0")

@@ -9,7 +9,8 @@ Wanted = Callable[[int, int], Sequence[range]]
 
 
 class Site(Protocol):
-    """One call being made local. Sizes are ints, or symbolic where they differ between ranks; both take + - *.
+    """One call being made local. Sizes are ints, or symbolic where they differ between ranks; both take + - *, and
+    % as the last.
 
     `args`, `kwargs` are the call's own, with each tensor replaced by its local piece.
     """

@@ -1,5 +1,12 @@
-"""Operators that work along one dim: running sums and the largest few, over a split dim in two steps, each of a
-collective of reduced size; sorting and other selection, whose dim stays whole. Other dims are free."""
+"""Operators that work along one dim: running sums and extremes, the largest few and the k-th, over a split dim in two
+steps, each of a collective of reduced size; sorting, medians and modes, whose dim stays whole. Other dims are free.
+
+Where a sorted element goes may be any rank, so a program, whose sizes are fixed, must have room for a whole piece from
+every rank to every other: as much as gathering the values, which alone travel, as each rank works out the indices. To
+exchange and merge sorted pieces in rounds would move values and indices, log2(n) (log2(n) + 1) / 2 pieces of each over
+n ranks: for float32 more than the n - 1 pieces of a gather up to 16 ranks. The sum of a median's candidates likewise
+is the whole: half of the elements come before it, which may be all that a rank has.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +31,6 @@ ALONG = {
     aten.mode.default: 1,
     aten.median.dim: 1,
     aten.nanmedian.dim: 1,
-    aten.kthvalue.default: 2,
-    aten.cummax.default: 1,
-    aten.cummin.default: 1,
 }
 
 
@@ -101,6 +105,54 @@ rule(aten.cumprod.default)(_running(aten.cumprod.default, _product, aten.mul.Ten
 rule(aten.logcumsumexp.default)(_running(aten.logcumsumexp.default, _exponentials, aten.logaddexp.default))
 
 
+# -- running extremes: of equals the last wins, and a NaN over all else ------------------------------
+
+
+def _running_extreme(op: Any, how: str) -> Callable[..., OpRule]:
+    nothing, as_good = (lowest, aten.ge.Tensor) if how == "max" else (highest, aten.le.Tensor)
+
+    def build(x: Any, dim: int, *, results: Any) -> OpRule:
+        names, gone = dims(x.dim()), reduced(x, dim)
+        if not gone or x.dtype == torch.bool:
+            return parse(line([names], [names, names]), whole=" ".join(gone.values()))
+        ((d, factor),) = gone.items()
+        ends, worst = [0, 0] * (x.dim() - 1 - d) + [1, 0], nothing(x.dtype)
+
+        def step(site: Site) -> Any:
+            # one more in front, so that a rank without any has a last, and the first rank something before it
+            padded = site.call(aten.constant_pad_nd.default, site.args[0], ends, worst)
+            value, at = _two(site, site.call(op, padded, d))
+            at = site.call(aten.add.Scalar, at, site.start(factor) - 1)
+            best, where = _before(site, value, at, op, d, factor, worst)
+            value, at = (site.call(aten.slice.Tensor, y, d, 1, 2**63 - 1) for y in (value, at))
+            own = site.call(as_good, value, best)
+            own = site.call(aten.logical_or.default, own, site.call(aten.isnan.default, value))
+            pairs = ((value, best), (at, where))
+            return tuple(site.call(aten.where.self, own, *pair) for pair in pairs)
+
+        localize = two_step(op, [factor], step)
+        return parse(line([names], [names, names]), plain=factor, localize=localize)
+
+    return build
+
+
+def _before(site: Site, value: Any, at: Any, op: Any, d: int, factor: str, worst: Any) -> tuple[Any, Any]:
+    """The extreme of all ranks before this one, and where it is."""
+    lasts = (site.call(aten.slice.Tensor, y, d, -1, 2**63 - 1) for y in (value, at))
+    lasts = (site.call(aten.slice.Tensor, gathered(site, y, factor), -1, 0, site.place(factor)) for y in lasts)
+    values, places = (
+        site.call(aten.constant_pad_nd.default, y, [1, 0], n) for y, n in zip(lasts, (worst, 0), strict=True)
+    )
+    best, rank = _two(site, site.call(op, values, -1))
+    where = site.call(aten.gather.default, places, -1, rank)
+    best, where = (site.call(aten.select.int, y, -1, -1) for y in (best, where))
+    return best, where
+
+
+rule(aten.cummax.default)(_running_extreme(aten.cummax.default, "max"))
+rule(aten.cummin.default)(_running_extreme(aten.cummin.default, "min"))
+
+
 # -- the largest few: each rank's, then of those ------------------------------------------------------
 
 
@@ -113,21 +165,45 @@ def _topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = Tr
     ((d, factor),) = gone.items()
 
     def step(site: Site) -> Any:
-        value, at = _largest_few(site, site.args[0], x, k, d, factor, largest)
-        beyond = site.call(aten.ge.Scalar, at, site.size(factor))
-        at = site.call(aten.masked_fill.Scalar, site.call(aten.add.Scalar, at, site.start(factor)), beyond, x.shape[d])
-        values, places = (_in_row(site, gathered(site, y, factor), d) for y in (value, at))
-        places, order = _two(site, site.call(aten.sort.stable, places, stable=True, dim=d))
-        values = site.call(aten.gather.default, values, d, order)
-        values, order = _two(site, site.call(aten.sort.stable, values, stable=True, dim=d, descending=largest))
-        places = site.call(aten.gather.default, places, d, order)
-        return tuple(site.call(aten.slice.Tensor, y, d, 0, k) for y in (values, places))
+        pair = _merged_few(site, x, k, d, factor, largest)
+        return tuple(site.call(aten.slice.Tensor, y, d, 0, k) for y in pair)
 
     left, right = names, dims(x.dim(), {d: "k"})
     return parse(
         line([left], [right, right]), joined=factor, plain=factor, whole="k",
         localize=two_step(aten.topk.default, [factor], step),
     )  # fmt: skip
+
+
+@rule(aten.kthvalue.default)
+def _kth(x: Any, k: int, dim: int = -1, keepdim: bool = False, *, results: Any) -> OpRule:
+    """The last of the smallest k, or of the largest, if those are fewer; where they are more than a quarter of all,
+    gathering all moves no more."""
+    gone, n = reduced(x, dim), x.shape[dim] if x.dim() else 1
+    few = min(k, n - k + 1)
+    if not gone or x.dtype == torch.bool or 4 * few > n:
+        return along(x, dim, results)
+    ((d, factor),) = gone.items()
+
+    def step(site: Site) -> Any:
+        pair = _merged_few(site, x, few, d, factor, largest=few < k)
+        pair = [site.call(aten.slice.Tensor, y, d, few - 1, few) for y in pair]
+        return tuple(y if keepdim else site.call(aten.squeeze.dim, y, d) for y in pair)
+
+    localize = two_step(aten.kthvalue.default, [factor], step)
+    return reduction(x, gone, keepdim, 2, joined=factor, plain=factor, localize=localize)
+
+
+def _merged_few(site: Site, x: Any, k: int, d: int, factor: str, largest: bool) -> tuple[Any, Any]:
+    """Each rank's largest or smallest k in one order, and their global places."""
+    value, at = _largest_few(site, site.args[0], x, k, d, factor, largest)
+    beyond = site.call(aten.ge.Scalar, at, site.size(factor))
+    at = site.call(aten.masked_fill.Scalar, site.call(aten.add.Scalar, at, site.start(factor)), beyond, x.shape[d])
+    values, places = (_in_row(site, gathered(site, y, factor), d) for y in (value, at))
+    places, order = _two(site, site.call(aten.sort.stable, places, stable=True, dim=d))
+    values = site.call(aten.gather.default, values, d, order)
+    values, order = _two(site, site.call(aten.sort.stable, values, stable=True, dim=d, descending=largest))
+    return values, site.call(aten.gather.default, places, d, order)
 
 
 def _largest_few(site: Site, local: Any, x: Any, k: int, d: int, factor: str, largest: bool) -> list[Any]:

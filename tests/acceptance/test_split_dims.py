@@ -44,6 +44,9 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], list[tuple[str, str, int]]]] 
     "roll": (lambda x: x.roll((2, -4), (0, 1)), FETCHED),
     "cumprod": (lambda x: x.cumprod(1).detach() + x, ONCE),
     "logcumsumexp": (lambda x: x.logcumsumexp(1).detach() + x, ONCE),
+    "cummax": (lambda x: torch.cat([*x.cummax(1)], 0)[:5].detach() + x, TWICE),
+    "cummin": (lambda x: x.cummin(1).indices + x, TWICE),
+    "kthvalue": (lambda x: x.kthvalue(12, 1, True).indices + x, [("all_reduce", "forward", 30)] * 2),
     "topk": (lambda x: x.topk(3, 1).values, [("all_reduce", "forward", 45)] * 2),
     "smallest": (lambda x: x.topk(2, 1, largest=False).indices.sum() + x, [("all_reduce", "forward", 30)] * 2),
 }
@@ -79,21 +82,73 @@ class Rows(nn.Module):
         return self.third(self.second(self.first(x).relu()).relu())
 
 
+@pytest.mark.parametrize("strided", [False, True], ids=["stride 1", "stride 2"])
 @pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=3), Mesh(tp=4)], ids=str)
-def test_convolutions_fetch_the_rows_around_their_own(mesh: Mesh):
+def test_convolutions_fetch_the_rows_around_their_own(mesh: Mesh, strided: bool):
     x = torch.randn(2, 3, 11, 6, dtype=torch.float64)
     rows = Layout(tp=Shard(2))
-    program = compare(Rows(), {"first.weight": Replicate()}, mesh, x, inputs=rows, outputs=rows)
+    program = compare(Rows(strided), {"first.weight": Replicate()}, mesh, x, inputs=rows, outputs=rows)
     kinds = [(kind, phase) for kind, phase, _ in moved(program)]
     assert set(kinds) == {("fetch", "forward"), ("fetch", "backward"), ("all_reduce", "backward")}
-    assert kinds.count(("fetch", "forward")) == 3
+    assert (kinds.count(("fetch", "forward")), kinds.count(("fetch", "backward"))) == (3, 6)
 
 
-def test_strided_convolutions_stay_split_forward():
-    x = torch.randn(2, 3, 11, 6, dtype=torch.float64)
-    rows = Layout(tp=Shard(2))
-    program = compare(Rows(strided=True), {"first.weight": Replicate()}, Mesh(tp=2), x, inputs=rows, outputs=rows)
-    assert [kind for kind, phase, _ in moved(program) if phase == "forward"] == ["fetch"] * 3
+class Seen(nn.Module):
+    """Something that looks at windows of an image, whose channels are weighed first."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fn, self.weight = fn, nn.Parameter(torch.linspace(-1, 1, 4, dtype=torch.float64).view(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x * self.weight)
+
+
+def _with_places(found: tuple[Tensor, Tensor]) -> Tensor:
+    return found[0] + found[1]
+
+
+KERNEL = torch.linspace(-1, 1, 4 * 2 * 9, dtype=torch.float64).view(4, 2, 3, 3)
+CHANNELS = [("all_reduce", "backward", 4)]  # the weight's gradient
+LOOKS: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
+    "maximum": (lambda x: F.max_pool2d(x, 3, 2, 1), ["forward", "backward", "backward"]),
+    "maximum, where": (
+        lambda x: _with_places(F.max_pool2d(x, 2, 1, 0, 2, return_indices=True)),
+        ["forward", "backward", "backward"],
+    ),
+    "maximum of a volume": (lambda x: F.max_pool3d(x, 3, 1, 1), ["forward", "backward", "backward"]),
+    "average": (lambda x: F.avg_pool2d(x, 3, 2, 1), ["forward", "backward"]),
+    "average of what there is": (
+        lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False),
+        ["forward", "backward"],
+    ),
+    "average of a volume": (lambda x: F.avg_pool3d(x, 2, 2, divisor_override=3), []),
+    "windows side by side": (lambda x: F.max_pool2d(x, 2) + F.avg_pool2d(x, 2), []),
+    "as many as wanted": (lambda x: F.adaptive_avg_pool2d(x, (4, 2)), []),
+    "transposed": (lambda x: F.conv_transpose2d(x, KERNEL, None, 2, 1, 1, 2), ["forward", "backward"]),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_windows_fetch_the_rows_around_their_own(name: str):
+    """8 rows on 2 ranks: a fetch is of the rows around, and of none where windows end with the pieces."""
+    fn, fetches = LOOKS[name]
+    x, rows = torch.randn(2, 4, 8, 6, dtype=torch.float64), Layout(tp=Shard(2))
+    program = compare(Seen(fn), {"weight": Replicate()}, Mesh(tp=2), x, inputs=rows, outputs=rows)
+    assert [(kind, phase) for kind, phase, _ in moved(program) if kind == "fetch"] == [("fetch", f) for f in fetches]
+    assert {m for m in moved(program) if m[0] != "fetch"} == set(CHANNELS)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7])
+def test_windows_over_few_rows(rows: int):
+    def look(x: Tensor) -> Tensor:
+        x = F.conv_transpose2d(x, KERNEL, None, 2, 1, 1, 2)
+        return F.avg_pool2d(F.max_pool2d(x, 3, 2, 1), (2, 1), 1, (1, 0), count_include_pad=False)
+
+    x, split = torch.randn(2, 4, rows, 2, dtype=torch.float64), Layout(tp=Shard(2))
+    program = compare(Seen(look), {"weight": Replicate()}, Mesh(tp=4), x, inputs=split, outputs=split)
+    if rows > 1:  # a dim of one row is no dim to the product before
+        assert {kind for kind, *_ in moved(program)} <= {"fetch", "all_reduce"}
 
 
 def test_pieces_of_a_dim_cut_out_and_padded_are_fetched():

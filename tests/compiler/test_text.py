@@ -82,6 +82,7 @@ def test_overloads_keywords_lists_and_dtypes():
         (Local((Part(3, ("tp",)), Part(4))), "(3@tp 4)"),
         (Local((Part(10, ("tp",)),)) * 2 + 1, "2*10@tp+1"),
         (-Local((Part(10, ("tp",)),), "start"), "-start(10@tp)"),
+        ((Local((Part(10, ("tp",)),), "start") - 1) % 3, "(start(10@tp)-1)%3"),
         ([Local((Part(10, ("tp",)),)), 4], "[10@tp, 4]"),
     ],
 )

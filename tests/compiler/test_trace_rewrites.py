@@ -48,9 +48,15 @@ def _ctc(x: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor) -> Tensor:
     return F.ctc_loss(x.log_softmax(-1), targets, inputs, lengths, zero_infinity=True)
 
 
+def _fitted(a: Tensor, b: Tensor) -> Tensor:
+    few, many = torch.linalg.lstsq(a, b, driver="gels"), torch.linalg.lstsq(a.mT, b[:, :3, 0])
+    return few.solution.sum((1, 2)) + few.residuals.sum(1) + many.solution.sum(1) * many.rank
+
+
 MASK = torch.tensor([True, False, True, False])
 TEXTS = (torch.tensor([[1, 2, 2], [3, 1, 0], [1, 1, 1]]), torch.tensor([6, 5, 3]), torch.tensor([3, 2, 3]))
 CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "lstsq": (_fitted, (draw(4, 5, 3), draw(4, 5, 2))),
     "cov": (torch.cov, (draw(4, 6),)),
     "cov of one row": (torch.cov, (draw(6),)),
     "cov, weighted": (
@@ -97,6 +103,14 @@ def test_the_texts_of_a_batch_are_dealt_out():
         Calls(lambda x, *rest: F.ctc_loss(x, *rest, reduction="none")),
         (draw(6, 3, 5).detach().log_softmax(-1), *TEXTS), TWO, None,
         {"inputs": (Shard(1), Shard(0), Shard(0), Shard(0)), "outputs": Shard(0)},
+    )  # fmt: skip
+    assert program.collectives() == []
+
+
+def test_the_matrices_of_a_batch_are_dealt_out():
+    program = agrees(
+        Calls(lambda a, b: torch.linalg.lstsq(a, b).solution), (draw(3, 4, 2), draw(3, 4, 1)), TWO, None,
+        {"inputs": (Shard(0), Shard(0)), "outputs": Shard(0)},
     )  # fmt: skip
     assert program.collectives() == []
 

@@ -126,6 +126,12 @@ def _sorts() -> list[Case]:
     ]
     out += [case(aten.cumprod.default, counts, 1), case(aten.cumprod.default, real(3, 5) + 1j, 1)]
     out += [case(aten.cumprod.default, whole(3, 2, 5).half(), 1)]
+    equal = torch.tensor([[-math.inf, -math.inf, 1, 1, math.nan, 2, math.nan], [-math.inf] * 7], dtype=F64)
+    for x in (equal, -equal, counts, *(real(n, 2).t() for n in (1, 2, 3, 5))):
+        out += [case(op.default, x, 1) for op in (aten.cummax, aten.cummin)]
+    for x in (real(2, 7), odd[:, [0, 2, 3, 4]], some(9, 2)):
+        out += [case(aten.kthvalue.default, x, k, d, d == 0) for d in (0, 1) for k in (1, x.shape[d])]
+        out += [case(aten.kthvalue.default, x, 2, 0 if x.shape[0] > 7 else 1)]
     rows = torch.tensor([[-math.inf, 1, -math.inf, 2], [-math.inf] * 4, [1, math.inf, 2, math.nan]], dtype=F64)
     out += [case(aten.logcumsumexp.default, rows, d) for d in (0, 1)]
     out += [case(aten.logcumsumexp.default, real(3, 5) + 1j, 1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 import tests.rules.stand_ins  # noqa: F401
@@ -50,6 +52,23 @@ def _convolutions_of_rows() -> list[Case]:
         out += [case(aten.convolution.default, x, w, b, *how), case(aten.convolution.default, x, w, None, *how)]
         for mask in ([True] * 3, [True, False, False], [False, True, True]):
             out += [case(aten.convolution_backward.default, y.cos(), x, w, [4], *how, mask)]
+    return out + _transposed_rows()
+
+
+def _transposed_rows() -> list[Case]:
+    """As many rows as there may be ranks, fewer and more; strides beyond the kernel, rows added at the end."""
+    out = []
+    for size, kernel, stride, padding, dilation, added in (
+        ((1,), (3,), 1, 0, 1, 0), ((2,), (2,), 3, 0, 1, 1), ((3,), (3,), 2, 1, 1, 1), ((7,), (3,), 2, 1, 2, 0),
+        ((5, 2), (3, 2), 2, 1, 1, 1),
+    ):  # fmt: skip
+        k = len(size)
+        x, w, b = real(2, 4, *size), real(4, 2, *kernel), real(4)
+        how = ([stride] * k, [padding] * k, [dilation] * k, True, [added] * k, 2)
+        y = aten.convolution(x, w, b, *how)
+        out += [case(aten.convolution.default, x, w, b, *how)]
+        for mask in ([True] * 3, [False, True, False]):
+            out += [case(aten.convolution_backward.default, y.cos(), x, w, [4], *how, mask)]
     return out
 
 
@@ -76,6 +95,29 @@ def _pools() -> list[Case]:
                 pad, back = (getattr(aten, f"{kind}_pad{k}d{b}").default for b in ("", "_backward"))
                 ends = [1] * (2 * k)
                 out += [case(pad, x, ends), case(back, pad(x, ends), x, ends)]
+    return out
+
+
+def _pools_of_rows() -> list[Case]:
+    """Strides below, at and beyond the kernel, paddings, dilations, windows that go beyond the image."""
+    out, low = [], -math.inf
+    for size, kernel, stride, padding, dilation, ceil in (
+        ((1, 1), 1, 1, 0, 1, False), ((2, 5), 2, 1, 1, 1, False), ((3, 7), 3, 2, 1, 1, True),
+        ((7, 2), 2, 3, 0, 1, True), ((7, 7), 2, 1, 1, 2, False), ((5, 3, 2), 2, 2, 1, 1, True),
+    ):  # fmt: skip
+        k = len(size)
+        x, how = real(2, 3, *size), ([kernel] * k, [stride] * k, [padding] * k)
+        for y in (x[1], x):
+            pool, back = (getattr(aten, f"max_pool{k}d_with_indices{b}").default for b in ("", "_backward"))
+            rest = ([dilation] * k, ceil)
+            value, at = pool(y, *how, *rest)
+            out += [case(pool, y, *how, *rest), case(back, value.cos(), y, *how, *rest, at)]
+            pool, back = (getattr(aten, f"avg_pool{k}d{b}").default for b in ("", "_backward"))
+            for rest in ((ceil, True, None), (ceil, False, None), (ceil, False, 3)):
+                out += [case(pool, y, *how, *rest), case(back, pool(y, *how, *rest).cos(), y, *how, *rest)]
+    image = torch.full((2, 1, 7, 5), low)
+    image[0, 0, 2, 1] = image[1, 0, 5, 3] = math.nan
+    out += [case(aten.max_pool2d_with_indices.default, image, [3, 2], [2, 1], [1, 1], [d, d]) for d in (1, 2)]
     return out
 
 
@@ -165,6 +207,7 @@ CASES: list[Case] = [
     *_convolutions(),
     *_convolutions_of_rows(),
     *_pools(),
+    *_pools_of_rows(),
     *_resampled(),
     *_attentions(),
     *_on_accelerators(),
