@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch.fx import GraphModule
 
 from shardc.compiler.graph import stays
+from shardc.compiler.infer import Decisions
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.signature import Signature
 from shardc.compiler.spec import Spec
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What passes may read: nothing here changes while they run."""
+    """What passes may read: nothing here changes while they run, but for what they have decided before."""
 
     mesh: Mesh
     plan: Resolved
@@ -35,6 +36,7 @@ class Context:
     carries: Mapping[str, Spec] = field(default_factory=dict)  # layouts of gradients kept back, by FQN
     strict: bool = False
     rng: str = "counter"
+    decisions: Decisions = field(default_factory=Decisions, compare=False)
 
 
 @dataclass(frozen=True)
