@@ -233,6 +233,23 @@ def target_name(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
+class Unrun(GraphModule):
+    """A graph whose code is generated when it is first called or asked for: most copies never are."""
+
+    def recompile(self) -> Any:
+        return super().recompile() if "forward" in vars(type(self)) else None
+
+    def forward(self, *args: Any) -> Any:
+        GraphModule.recompile(self)  # it gives this object's class the generated forward
+        return self.forward(*args)
+
+    @property
+    def code(self) -> str:
+        if "forward" not in vars(type(self)):
+            GraphModule.recompile(self)
+        return super().code
+
+
 def copy_graph(gm: GraphModule) -> GraphModule:
     """An independent graph with the same nodes, names and meta."""
     graph = Graph()
@@ -241,4 +258,4 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     graph.output(returned)
     for old, new in env.items():
         new.meta = dict(old.meta)
-    return GraphModule(gm, graph)
+    return Unrun(gm, graph)

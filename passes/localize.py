@@ -196,6 +196,6 @@ def local_value(node: Node, mesh: Mesh) -> Any:
     if "local" not in node.meta:
         coords = mesh.coords(0)
         shapes = [s.local_shape(mesh, coords) for s in specs(node)]
-        values = [t.new_empty(n, device="meta") for t, n in zip(tensors(node), shapes, strict=True)]
+        values = [torch.empty(n, dtype=t.dtype, device="meta") for t, n in zip(tensors(node), shapes, strict=True)]
         node.meta["local"] = values[0] if len(values) == 1 else values
     return node.meta["local"]
