@@ -109,11 +109,11 @@ class Runner:
     def _changed(self) -> list[Node]:
         """Nodes that are new, or have another part than when this was last asked."""
         was, self._parts = self._parts, {node: _parts(node) for node in self._gm.graph.nodes}
-        return [node for node, parts in self._parts.items() if not all(map(is_, parts, was.get(node, (None,))))]
+        changed = [node for node, parts in self._parts.items() if not all(map(is_, parts, was.get(node, (None,))))]
+        renamed = any(was[node][0] != node.name for node in changed if node in was)
+        return list(self._parts) if renamed else changed  # a name is in the lines of its users too
 
     def _write(self, changed: Sequence[Node]) -> None:
-        if any(not self._lines.get(node, f"%{node.name}:").startswith((f"%{node.name}:", "return ")) for node in changed):
-            changed = list(self._parts)  # a name is in the lines of its users too
         self._lines.update({node: node_text(node, self._names) for node in changed})
 
     def _text(self) -> str:

@@ -99,7 +99,9 @@ def parse(
 
     sizes: of factors that the shapes alone do not tell, such as a number of groups.
     """
-    read = _read(text, sum, max, min, prod, whole, plain, joined, nonempty, lone, tuple((follows or {}).items()), linear)
+    read = _read(
+        text, sum, max, min, prod, whole, plain, joined, nonempty, lone, tuple((follows or {}).items()), linear
+    )
     return OpRule(*read, tuple((sizes or {}).items()), shape_arg, localize, text.strip())
 
 
