@@ -13,7 +13,7 @@ unit     the gather unit a collective serves      regather    whether a gather i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -180,7 +180,7 @@ def local_nbytes(node: Node, mesh: Mesh) -> int:
     return sum(t.numel() * t.element_size() for t in tensors_in(node.meta.get("local")))
 
 
-def call_nodes(gm: GraphModule, *targets: Any) -> Iterable[Node]:
+def call_nodes(gm: GraphModule, *targets: Any) -> list[Node]:
     """The graph's operator calls in order, or those of the given targets."""
     nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
     return [n for n in nodes if n.target in targets] if targets else nodes

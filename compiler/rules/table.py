@@ -102,7 +102,8 @@ def parse(
     read = _read(
         text, sum, max, min, prod, whole, plain, joined, nonempty, lone, tuple((follows or {}).items()), linear
     )
-    return OpRule(*read, tuple((sizes or {}).items()), shape_arg, localize, text.strip())
+    known = tuple((sizes or {}).items())
+    return OpRule(*read, sizes=known, shape_arg=shape_arg, localize=localize, text=text.strip())
 
 
 @lru_cache(1024)
@@ -117,7 +118,7 @@ def _read(
     contracted = {"sum": sum, "max": max, "min": min, "prod": prod}
     reductions = tuple((name, op) for op, names in contracted.items() for name in names.split())
     names = (_names(words) for words in (whole, plain, joined, nonempty, lone))
-    out = (_tensors(left), _tensors(right), reductions, *names, follows, _groups(linear))
+    out: tuple[Any, ...] = (_tensors(left), _tensors(right), reductions, *names, follows, _groups(linear))
     _check(OpRule(*out), text)
     return out
 
@@ -178,7 +179,7 @@ def fit(rule: OpRule, operands: Sequence[Sequence[int]], results: Sequence[Seque
         if len(dim) != 1 or sizes.setdefault(dim[0], n) != n:
             _solve(rule, dim, n, sizes)
     return OpRule(
-        *sides, rule.reductions, rule.whole, rule.plain, rule.joined, rule.nonempty, rule.lone, rule.follows,
+        sides[0], sides[1], rule.reductions, rule.whole, rule.plain, rule.joined, rule.nonempty, rule.lone, rule.follows,
         rule.linear, tuple(sizes.items()), rule.shape_arg, rule.localize, rule.text,
     )  # fmt: skip
 
