@@ -179,8 +179,8 @@ def fit(rule: OpRule, operands: Sequence[Sequence[int]], results: Sequence[Seque
         if len(dim) != 1 or sizes.setdefault(dim[0], n) != n:
             _solve(rule, dim, n, sizes)
     return OpRule(
-        sides[0], sides[1], rule.reductions, rule.whole, rule.plain, rule.joined, rule.nonempty, rule.lone, rule.follows,
-        rule.linear, tuple(sizes.items()), rule.shape_arg, rule.localize, rule.text,
+        sides[0], sides[1], rule.reductions, rule.whole, rule.plain, rule.joined, rule.nonempty, rule.lone,
+        rule.follows, rule.linear, tuple(sizes.items()), rule.shape_arg, rule.localize, rule.text,
     )  # fmt: skip
 
 
