@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import reshard
 from shardc.compiler.graph import operands, result_number, tensors
-from shardc.compiler.infer import call_rule
+from shardc.compiler.infer import Decisions, call_rule
 from shardc.compiler.marks import MARK
 
 
@@ -75,7 +75,8 @@ def unify(left: Sequence[Atom], right: Sequence[Atom]) -> bool:
 class Atoms:
     """The atoms of every dim of every value in a graph."""
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, known: Decisions | None = None) -> None:
+        self._known = known
         self._dims: dict[Node, list[list[list[Atom]]]] = {}
         for node in gm.graph.nodes:
             if node.op in ("placeholder", "call_function"):
@@ -92,7 +93,7 @@ class Atoms:
         if node.target is operator.getitem:
             source, index = node.args
             return [self._dims[source][result_number(source, index)]]  # pyright: ignore[reportArgumentType]
-        rule = call_rule(node) if node.op == "call_function" else None
+        rule = call_rule(node, self._known) if node.op == "call_function" else None
         if rule is None:
             for operand in operands(node) if node.op == "call_function" else ():
                 for dim in self._dims[operand][0]:

@@ -14,7 +14,7 @@ kept     of a gather, the layout in which parameters stay until backward; of a s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -181,7 +181,7 @@ def local_nbytes(node: Node, mesh: Mesh) -> int:
     return sum(t.numel() * t.element_size() for t in tensors_in(node.meta.get("local")))
 
 
-def call_nodes(gm: GraphModule, *targets: Any) -> Iterable[Node]:
+def call_nodes(gm: GraphModule, *targets: Any) -> list[Node]:
     """The graph's operator calls in order, or those of the given targets."""
     nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
     return [n for n in nodes if n.target in targets] if targets else nodes
@@ -240,6 +240,23 @@ def target_name(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
+class Unrun(GraphModule):
+    """A graph whose code is generated when it is first called or asked for: most copies never are."""
+
+    def recompile(self) -> Any:
+        return super().recompile() if "forward" in vars(type(self)) else None
+
+    def forward(self, *args: Any) -> Any:
+        GraphModule.recompile(self)  # it gives this object's class the generated forward
+        return self.forward(*args)
+
+    @property
+    def code(self) -> str:
+        if "forward" not in vars(type(self)):
+            GraphModule.recompile(self)
+        return super().code
+
+
 def copy_graph(gm: GraphModule) -> GraphModule:
     """An independent graph with the same nodes, names and meta."""
     graph = Graph()
@@ -248,4 +265,4 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     graph.output(returned)
     for old, new in env.items():
         new.meta = dict(old.meta)
-    return GraphModule(gm, graph)
+    return Unrun(gm, graph)

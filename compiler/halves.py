@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.graph import early, is_random, move_of, returned
+from shardc.compiler.graph import Unrun, early, is_random, move_of, returned
 from shardc.compiler.signature import InputKind, OutputKind, Signature
 
 
@@ -145,4 +145,4 @@ def _graph(gm: GraphModule, inputs: list[Node], body: list[Node], returned: list
         env[node] = graph.node_copy(node, env.__getitem__)
         env[node].meta = dict(node.meta)
     graph.output(tuple(env[n] if isinstance(n, Node) else n for n in returned))
-    return GraphModule(gm, graph)
+    return Unrun(gm, graph)

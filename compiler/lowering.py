@@ -25,6 +25,7 @@ from shardc.compiler.entries import Entries, Entry
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.family import Families, Unfit
 from shardc.compiler.graph import copy_graph, is_random, placeholders, returned
+from shardc.compiler.infer import Decisions
 from shardc.compiler.kept import ALL, Kept, Sync
 from shardc.compiler.layout import Precision
 from shardc.compiler.match import find
@@ -149,9 +150,10 @@ class Lowering:
         traced = self._traced(call) if template is None or values is None else template.at(values)
         dressed = self._dressed(traced, args, kwargs)
         self._check_results(dressed.signature)
+        decisions = Decisions()
         if not self.programs:
-            self._settle(dressed)
-        program = self._program(dressed, sync)
+            self._settle(dressed, decisions)
+        program = self._program(dressed, sync, decisions)
         if template is not None and values is not None:
             self._widen(form, program, template, values, (args, kwargs, sync))
         key = text_key(self._call_key(args, kwargs), sync)
@@ -186,15 +188,15 @@ class Lowering:
         if isinstance(result, (tuple, list)):
             self.plan.check_count("", "out", len(result))
 
-    def _settle(self, traced: Traced) -> None:
+    def _settle(self, traced: Traced, decisions: Decisions) -> None:
         """The first program shows which factor a style's open split falls on: store parameters so, rather than
         move them at every step. What torch has no placements for (uneven heads) stays as it is."""
         copy = copy_graph(traced.gm)
-        ctx = Context(self.mesh, self.plan, traced.signature, rng=self.rng)
+        ctx = Context(self.mesh, self.plan, traced.signature, rng=self.rng, decisions=decisions)
         for step in first_passes(ctx):
             step.run(copy, ctx)
         params = dict(self.plan.params)
-        for name, spec in refinements(copy, traced.signature, self.plan, self.mesh).items():
+        for name, spec in refinements(copy, traced.signature, self.plan, self.mesh, decisions).items():
             layout, placements = params[name], to_placements(spec, self.mesh)
             if placements is None or layout.stored != layout.compute:
                 continue
@@ -270,7 +272,7 @@ class Lowering:
         *given, sync = call
 
         def lower(values: Values) -> Program:
-            return self._program(self._dressed(template.at(values), *given), sync)
+            return self._program(self._dressed(template.at(values), *given), sync, Decisions())
 
         try:
             family = self.families.add(form, program, template, values, lower)
@@ -280,13 +282,13 @@ class Lowering:
         if self.ranks is not None and needs_trace(self.plan):
             self._layouts[form] = self._layouts_of(*given)
 
-    def _program(self, traced: Traced, sync: Sync) -> Program:
+    def _program(self, traced: Traced, sync: Sync, decisions: Decisions) -> Program:
         """What the pipeline makes of a traced module (its graph is consumed)."""
         if sync.carries:
             traced = add_carries(traced, [name for name, _ in sync.carries])
         ctx = Context(
             self.mesh, self.plan, traced.signature, average=self.ranks is not None, keep=frozenset(sync.keep),
-            carries=dict(sync.carries), strict=self.strict, rng=self.rng, without=self.without,
+            carries=dict(sync.carries), strict=self.strict, rng=self.rng, without=self.without, decisions=decisions,
         )  # fmt: skip
         training = tuple(m.training for m in self._modules)
         original = Original(

@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import is_
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from shardc.compiler.graph import stays
+from shardc.compiler.infer import Decisions
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.signature import Signature
 from shardc.compiler.spec import Spec
-from shardc.compiler.text import text
+from shardc.compiler.text import node_text
 from shardc.compiler.verify import Stage, verify
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What passes may read: nothing here changes while they run."""
+    """What passes may read: nothing here changes while they run, but for what they have decided before."""
 
     mesh: Mesh
     plan: Resolved
@@ -36,6 +38,7 @@ class Context:
     strict: bool = False
     rng: str = "counter"
     without: tuple[str, ...] = ()  # passes that the user left out
+    decisions: Decisions = field(default_factory=Decisions, compare=False)
 
 
 @dataclass(frozen=True)
@@ -70,31 +73,66 @@ class Record:
     seconds: float
 
 
-def run_passes(
-    gm: GraphModule,
-    passes: Sequence[Any],
-    ctx: Context,
-    names: dict[str, str],
-    last: Record | None = None,
-) -> list[Record]:
-    """Run passes in order on `gm`; verify, clean, stamp, time and record after each. last: what ran before."""
-    records: list[Record] = []
-    stage, shown = (last.stage, last.after) if last else (Stage.TRACED, text(gm, ctx.mesh, names))
-    for step in passes:
-        if step.takes > stage or step.gives < stage:
-            raise AssertionError(f"{step.name} takes {step.takes.name}, the graph is {stage.name}")
-        known, begin = set(gm.graph.nodes), time.perf_counter()
-        result = step.run(gm, ctx)
-        gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or stays(n))
+class Runner:
+    """Runs passes on `gm`, one after another: verifies, cleans, stamps, times and records after each.
+
+    What a pass left alone is neither written nor verified again: a node that still consists of the same objects, which
+    are all immutable. last: what ran before.
+    """
+
+    def __init__(self, gm: GraphModule, ctx: Context, names: dict[str, str], last: Record | None = None) -> None:
+        self._gm, self._ctx, self._names = gm, ctx, names
+        self._stage = last.stage if last else Stage.TRACED
+        self._verified: Stage | None = None  # the stage whose invariants the graph was last seen to keep
+        self._parts: dict[Node, tuple] = {}
+        self._lines: dict[Node, str] = {}
+        self._write(self._changed())
+        self._shown = last.after if last else self._text()
+
+    def run(self, step: Any) -> Record:
+        """Run one pass."""
+        if step.takes > self._stage or step.gives < self._stage:
+            raise AssertionError(f"{step.name} takes {step.takes.name}, the graph is {self._stage.name}")
+        begin, gm = time.perf_counter(), self._gm
+        result = step.run(gm, self._ctx)
+        _erase_dead(gm)
         for node in gm.graph.nodes:
-            if node not in known and node.op == "call_function":
+            if node not in self._parts and node.op == "call_function":
                 node.meta.setdefault("made_by", step.name)
-        stage, before = step.gives, shown
-        verify(gm, stage, ctx.mesh)
-        shown = text(gm, ctx.mesh, names)
+        self._stage, before, changed = step.gives, self._shown, self._changed()
+        verify(gm, self._stage, self._ctx.mesh, changed if self._verified is self._stage else None)
+        self._verified = self._stage
+        self._write(changed)
+        self._shown = self._text()
         seconds = time.perf_counter() - begin
-        records.append(Record(step.name, stage, before, shown, dict(result.changes), result.notes, seconds))
-    return records
+        return Record(step.name, self._stage, before, self._shown, dict(result.changes), result.notes, seconds)
+
+    def _changed(self) -> list[Node]:
+        """Nodes that are new, or have another part than when this was last asked."""
+        was, self._parts = self._parts, {node: _parts(node) for node in self._gm.graph.nodes}
+        changed = [node for node, parts in self._parts.items() if not all(map(is_, parts, was.get(node, (None,))))]
+        renamed = any(was[node][0] != node.name for node in changed if node in was)
+        return list(self._parts) if renamed else changed  # a name is in the lines of its users too
+
+    def _write(self, changed: Sequence[Node]) -> None:
+        self._lines.update({node: node_text(node, self._names) for node in changed})
+
+    def _text(self) -> str:
+        return "\n".join([str(self._ctx.mesh), *[self._lines[node] for node in self._parts]])
+
+
+def _parts(node: Node) -> tuple:
+    """All that a node's line and its invariants are made from, but for its operands' and users' own."""
+    meta = node.meta
+    kept = (meta.get("val"), meta.get("spec"), meta.get("wants"), meta.get("made_by"), meta.get("local"))
+    return node.name, node.target, node.args, node.kwargs, *kept
+
+
+def _erase_dead(gm: GraphModule) -> None:
+    """As torch.fx's own, which looks through the whole graph for faults first; `verify` does that afterwards."""
+    for node in reversed(gm.graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output") and not stays(node):
+            gm.graph.erase_node(node)
 
 
 @contextmanager

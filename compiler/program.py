@@ -20,7 +20,7 @@ from shardc.compiler.graph import copy_graph, returned, spec
 from shardc.compiler.halves import Halves, halves
 from shardc.compiler.memory import peak_bytes
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.pipeline import Context, Record, Stage, run_passes
+from shardc.compiler.pipeline import Context, Record, Runner, Stage
 from shardc.compiler.prove import prove
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.rules import all_rules as _rules  # noqa: F401  fills the rule table
@@ -49,11 +49,11 @@ class Program:
         """Run the whole pipeline on a traced module (its graph is consumed)."""
         gm, names = traced.gm, input_names(ctx.signature)
         global_gm = gm
-        records: list[Record] = []
+        runner, records = Runner(gm, ctx, names), []
         for step in pipeline(ctx):
             if step.gives >= Stage.LOCAL and global_gm is gm:
                 global_gm = copy_graph(gm)
-            records += run_passes(gm, [step], ctx, names, records[-1] if records else None)
+            records.append(runner.run(step))
         log_passes(records)
         return cls(gm, global_gm, ctx.signature, ctx.mesh, ctx.plan, records, original, _averages(gm, ctx))
 

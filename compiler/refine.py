@@ -6,13 +6,16 @@ from torch.fx import GraphModule
 
 from shardc.compiler.atoms import Atom, Atoms
 from shardc.compiler.graph import placeholders
+from shardc.compiler.infer import Decisions
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.resolved import ParamLayout, Resolved
 from shardc.compiler.signature import InputKind, Signature
 from shardc.compiler.spec import Part, Spec, canonical
 
 
-def refinements(gm: GraphModule, signature: Signature, plan: Resolved, mesh: Mesh) -> dict[str, Spec]:
+def refinements(
+    gm: GraphModule, signature: Signature, plan: Resolved, mesh: Mesh, known: Decisions | None = None
+) -> dict[str, Spec]:
     """Better layouts to compute with, by parameter; those whose plain split is as good are left out."""
     open_params = {
         e.node: plan.params[e.name]
@@ -21,7 +24,7 @@ def refinements(gm: GraphModule, signature: Signature, plan: Resolved, mesh: Mes
     }
     if not open_params:
         return {}
-    atoms, out = Atoms(gm), {}
+    atoms, out = Atoms(gm, known), {}
     for node in placeholders(gm):
         layout = open_params.get(node.name)
         if layout is not None:

@@ -155,7 +155,7 @@ def restrict(dim: Dim, axes: Iterable[str], mesh: Mesh) -> Dim:
 
 
 def axes_of(dim: Dim) -> tuple[str, ...]:
-    return tuple(axis for part in dim for axis in part.axes)
+    return dim[0].axes if len(dim) == 1 else tuple([axis for part in dim for axis in part.axes])
 
 
 def size_of(dim: Dim) -> int:
@@ -196,7 +196,7 @@ class Spec:
 
     def axes(self) -> tuple[str, ...]:
         """Mesh dims that split some dim."""
-        return tuple(axis for dim in self.dims for axis in axes_of(dim))
+        return tuple([axis for dim in self.dims for part in dim for axis in part.axes])
 
     def dim_of(self, axis: str) -> int | None:
         """The dim this mesh dim splits, if any."""

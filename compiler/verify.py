@@ -11,6 +11,7 @@ SCHEDULED   as LOCAL; the order is final
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from enum import IntEnum
 
 from torch.fx import GraphModule, Node
@@ -33,11 +34,13 @@ class Stage(IntEnum):
     SCHEDULED = 4
 
 
-def verify(gm: GraphModule, stage: Stage, mesh: Mesh) -> None:
-    """Check a graph's invariants. Raises ShardingError naming the first node that breaks one."""
+def verify(gm: GraphModule, stage: Stage, mesh: Mesh, changed: Sequence[Node] | None = None) -> None:
+    """Check a graph's invariants. Raises ShardingError naming the first node that breaks one. changed: the only nodes
+    that are not as they were when the graph was last found to keep the invariants of this stage; None: any may be."""
     gm.graph.lint()
+    at_risk = None if changed is None else _around(changed)
     for node in gm.graph.nodes:
-        if node.op == "output":
+        if node.op == "output" or (at_risk is not None and node not in at_risk):
             continue
         if stage < Stage.LOCAL and val(node) is None:
             raise _broken(node, "has no value")
@@ -45,6 +48,11 @@ def verify(gm: GraphModule, stage: Stage, mesh: Mesh) -> None:
             _check_layouts(node, stage)
         if stage >= Stage.RESHARDED and node.op == "call_function":
             _check_call(node, stage, mesh)
+
+
+def _around(changed: Sequence[Node]) -> set[Node]:
+    """Nodes, and those whose invariants speak of them: their users, and what they use."""
+    return {near for node in changed for near in (node, *node.users, *node.all_input_nodes)}
 
 
 def _check_layouts(node: Node, stage: Stage) -> None:

@@ -32,7 +32,7 @@ class ChooseFactors:
 
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()
-        better = refinements(gm, ctx.signature, ctx.plan, ctx.mesh)
+        better = refinements(gm, ctx.signature, ctx.plan, ctx.mesh, ctx.decisions)
         nodes = {n.name: n for n in placeholders(gm)} if better else {}
         for entry in ctx.signature.inputs:
             if entry.node in nodes and entry.name in better:

@@ -43,7 +43,8 @@ class InsertReshards:
                 wants = node.meta["wants"]
                 if ctx.strict:
                     _refuse_unplanned(node, wants)
-                map_operands(node, lambda i, n, at=node, w=wants: _reshard(n, w[i], at, made, changes))
+                if any(spec(n) != needed for n, needed in zip(operands(node), wants, strict=True)):
+                    map_operands(node, lambda i, n, at=node, w=wants: _reshard(n, w[i], at, made, changes))
         return PassResult(changes)
 
 

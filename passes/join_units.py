@@ -74,9 +74,8 @@ def _is_given(node: Node) -> bool:
 
 def _gather_at_once(members: Sequence[Node]) -> None:
     first, values = members[0], [node.all_input_nodes[0] for node in members]
-    order = {node: i for i, node in enumerate(first.graph.nodes)}
     for value in values:
-        if order[value] > order[first]:
+        if value > first:
             first.prepend(value)
     with first.graph.inserting_before(first):
         _take_apart(_joint(members, values), members)
@@ -103,10 +102,9 @@ def _made_of(members: Sequence[Node]) -> dict[Node, None]:
 def _scatter_at_once(members: Sequence[Node], ctx: Context) -> None:
     gm = members[0].graph.owning_module
     assert gm is not None
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     values = [node.all_input_nodes[0] for node in members]
-    last, given = max(values, key=order.__getitem__), placeholders(gm)
-    end, made = output_node(gm), sorted(_made_of(members), key=order.__getitem__)
+    last, given = max(values), placeholders(gm)
+    end, made = output_node(gm), sorted(_made_of(members))
     for node in made:  # whatever is made of a gradient can wait
         end.prepend(node)
     wire = ctx.plan.wire_dtype(members[0].args[1:], tensors(values[0])[0].dtype)

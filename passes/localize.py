@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.collectives import all_reduce, fetch, indices_of, make_partial
 from shardc.compiler.graph import INHERITED, call_nodes, operands, specs, tensors
-from shardc.compiler.infer import Decision, OpRule, call_rule, decide_node
+from shardc.compiler.infer import Decision, Decisions, OpRule, call_rule, decide_node
 from shardc.compiler.local import bind, local_place, local_size, local_start
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
@@ -42,18 +42,18 @@ class Localize:
     exact = True
 
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
-        return PassResult(self.run_on(gm, ctx.mesh))
+        return PassResult(self.run_on(gm, ctx.mesh, ctx.decisions))
 
-    def run_on(self, gm: GraphModule, mesh: Mesh) -> Counter:
+    def run_on(self, gm: GraphModule, mesh: Mesh, known: Decisions | None = None) -> Counter:
         """Localize a graph whose nodes have layouts; all it needs to know is the mesh."""
         changes: Counter = Counter()
         for node in call_nodes(gm):
             if node.target in VIEWS:
                 node.target = aten.reshape.default  # a piece may lie in memory otherwise than the whole
-            rule = call_rule(node) if hasattr(node.target, "overloadpacket") else None
+            rule = call_rule(node, known) if hasattr(node.target, "overloadpacket") else None
             if rule is None or not (_differs(node) or getattr(node.target, "namespace", "") == "shardc"):
                 continue
-            changes["localized"] += _localize(gm, node, rule, mesh)
+            changes["localized"] += _localize(gm, node, rule, mesh, known)
         return changes
 
 
@@ -62,8 +62,8 @@ def _differs(node: Node) -> bool:
     return any(s.axes() for n in (node, *operands(node)) for s in specs(n))
 
 
-def _localize(gm: GraphModule, node: Node, rule: OpRule, mesh: Mesh) -> bool:
-    decision = decide_node(node, [spec for n in operands(node) for spec in specs(n)], mesh)
+def _localize(gm: GraphModule, node: Node, rule: OpRule, mesh: Mesh, known: Decisions | None) -> bool:
+    decision = decide_node(node, [spec for n in operands(node) for spec in specs(n)], mesh, known=known)
     site = GraphSite(gm, node, rule, decision, mesh)
     if rule.localize is None:
         if rule.shape_arg is None or not decision.results[0].axes():
@@ -198,6 +198,6 @@ def local_value(node: Node, mesh: Mesh) -> Any:
     if "local" not in node.meta:
         coords = mesh.coords(0)
         shapes = [s.local_shape(mesh, coords) for s in specs(node)]
-        values = [t.new_empty(n, device="meta") for t, n in zip(tensors(node), shapes, strict=True)]
+        values = [torch.empty(n, dtype=t.dtype, device="meta") for t, n in zip(tensors(node), shapes, strict=True)]
         node.meta["local"] = values[0] if len(values) == 1 else values
     return node.meta["local"]

@@ -54,7 +54,7 @@ class MergeEqual:
 
 def _key(node: Node) -> Any:
     phase = node.meta.get("phase") if node.meta.get("regather") or node.meta.get("recompute") else None
-    return node.target, _frozen(node.args), _frozen(node.kwargs), str(node.meta.get("spec")), phase
+    return node.target, _frozen(node.args), _frozen(node.kwargs), node.meta.get("spec"), phase
 
 
 def _frozen(tree: Any) -> Any:

@@ -71,8 +71,8 @@ def _pick(node: Node) -> None:
 
 def _call(node: Node, ctx: Context, unknown: Counter) -> None:
     arriving = [_arriving(n, ctx) for n in operands(node)]
-    decision = decide_node(node, arriving, ctx.mesh, put_off=ctx.plan.data_axes)
-    if call_rule(node) is None and any(not s.is_whole for s in arriving):
+    decision = decide_node(node, arriving, ctx.mesh, ctx.plan.data_axes, ctx.decisions)
+    if call_rule(node, ctx.decisions) is None and any(not s.is_whole for s in arriving):
         unknown[target_name(node.target)] += 1
         if ctx.strict:
             raise _no_rule(node)

@@ -28,7 +28,7 @@ from shardc.compiler import collectives
 from shardc.compiler.graph import arguments, operands, placeholders, returned, set_specs, spec, specs, tensors, val
 from shardc.compiler.infer import decide_node
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.pipeline import Context, Record, run_passes
+from shardc.compiler.pipeline import Context, Record, Runner
 from shardc.compiler.resolved import ParamLayout, Resolved
 from shardc.compiler.roots import RootLayouts
 from shardc.compiler.rules import all_rules as _rules  # noqa: F401  fills the rule table
@@ -222,7 +222,7 @@ def apply(step: Any, gm: GraphModule, ctx: Context) -> Record:
     """Run one pass on a graph of the stage that it takes; the graph is verified before and after."""
     verify(gm, step.takes, ctx.mesh)
     before = Record("", step.takes, "", text(gm, ctx.mesh), {}, (), 0.0)
-    return run_passes(gm, [step], ctx, {}, before)[0]
+    return Runner(gm, ctx, {}, before).run(step)
 
 
 def random_inputs(gm: GraphModule) -> list[Tensor]:

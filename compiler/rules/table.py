@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,17 +57,24 @@ class OpRule:
     localize: Localize | None = None
     text: str = ""
 
+    _size: dict[str, int] = field(init=False, repr=False, compare=False)
+    _leader: dict[str, str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_size", dict(self.sizes))
+        object.__setattr__(self, "_leader", dict(self.follows))
+
     def size(self, factor: str) -> int:
-        return dict(self.sizes)[factor]
+        return self._size[factor]
 
     def leader(self, factor: str) -> str:
         """The factor that this one is split with: itself, or the one it follows."""
-        return dict(self.follows).get(factor, factor)
+        return self._leader.get(factor, factor)
 
     def factors(self) -> tuple[str, ...]:
         """All factor names, in order of appearance."""
-        dims = (dim for tensor in (*self.operands, *self.results) for dim in tensor)
-        return tuple(dict.fromkeys(name for dim in dims for name in dim))
+        tensors = (*self.operands, *self.results)
+        return tuple(dict.fromkeys([name for tensor in tensors for dim in tensor for name in dim]))
 
 
 def parse(
@@ -91,18 +99,27 @@ def parse(
 
     sizes: of factors that the shapes alone do not tell, such as a number of groups.
     """
+    read = _read(
+        text, sum, max, min, prod, whole, plain, joined, nonempty, lone, tuple((follows or {}).items()), linear
+    )
+    known = tuple((sizes or {}).items())
+    return OpRule(*read, sizes=known, shape_arg=shape_arg, localize=localize, text=text.strip())
+
+
+@lru_cache(1024)
+def _read(
+    text: str, sum: str, max: str, min: str, prod: str, whole: str, plain: str, joined: str, nonempty: str, lone: str,
+    follows: tuple[tuple[str, str], ...], linear: str,
+) -> tuple:  # fmt: skip
+    """What a line alone says: the first fields of its rule. Functions write the same few lines again and again."""
     left, arrow, right = text.partition("->")
     if not arrow:
         raise RuleError(f"{text!r}: a rule reads 'operands -> results'")
-    operands, results = _tensors(left), _tensors(right)
     contracted = {"sum": sum, "max": max, "min": min, "prod": prod}
     reductions = tuple((name, op) for op, names in contracted.items() for name in names.split())
-    out = OpRule(
-        operands, results, reductions, whole=_names(whole), plain=_names(plain), joined=_names(joined),
-        nonempty=_names(nonempty), lone=_names(lone), follows=tuple((follows or {}).items()), linear=_groups(linear),
-        sizes=tuple((sizes or {}).items()), shape_arg=shape_arg, localize=localize, text=text.strip(),
-    )  # fmt: skip
-    _check(out, text)
+    names = (_names(words) for words in (whole, plain, joined, nonempty, lone))
+    out: tuple[Any, ...] = (_tensors(left), _tensors(right), reductions, *names, follows, _groups(linear))
+    _check(OpRule(*out), text)
     return out
 
 
@@ -147,8 +164,8 @@ def fit(rule: OpRule, operands: Sequence[Sequence[int]], results: Sequence[Seque
     """The rule with `...` and `*` spelled out and every factor's size known from the shapes."""
     names = _spread(rule, len(operands))
     sides = [
-        tuple(_dots(dims, len(shape)) for dims, shape in zip(names, operands, strict=True)),
-        tuple(_dots(dims, len(shape)) for dims, shape in zip(rule.results, results, strict=False)),
+        tuple([_dots(dims, len(shape)) for dims, shape in zip(names, operands, strict=True)]),
+        tuple([_dots(dims, len(shape)) for dims, shape in zip(rule.results, results, strict=False)]),
     ]
     sizes: dict[str, int] = dict(rule.sizes)
     pairs = [
@@ -157,9 +174,14 @@ def fit(rule: OpRule, operands: Sequence[Sequence[int]], results: Sequence[Seque
         for tensor, shape in zip(tensors, shapes, strict=False)
         for dim, n in zip(tensor, shape, strict=True)
     ]
-    for dim, n in sorted(pairs, key=lambda p: len(p[0])):
-        _solve(rule, dim, n, sizes)
-    return replace(rule, operands=sides[0], results=sides[1], sizes=tuple(sizes.items()))
+    pairs.sort(key=lambda p: len(p[0]))
+    for dim, n in pairs:
+        if len(dim) != 1 or sizes.setdefault(dim[0], n) != n:
+            _solve(rule, dim, n, sizes)
+    return OpRule(
+        sides[0], sides[1], rule.reductions, rule.whole, rule.plain, rule.joined, rule.nonempty, rule.lone,
+        rule.follows, rule.linear, tuple(sizes.items()), rule.shape_arg, rule.localize, rule.text,
+    )  # fmt: skip
 
 
 def _spread(rule: OpRule, count: int) -> tuple[tuple[Names, ...], ...]:

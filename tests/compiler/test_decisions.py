@@ -1,0 +1,194 @@
+"""What a lowering keeps of its decisions changes none of them: equal calls are decided once, others apart."""
+
+from __future__ import annotations
+
+import warnings
+from random import Random
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+import shardc
+from shardc.compiler import infer, lowering
+from shardc.compiler.errors import PlanError, ShardingError
+from shardc.compiler.graph import call_nodes, spec
+from shardc.compiler.infer import Decisions, call_rule, decide_node
+from shardc.compiler.mesh import Mesh
+from shardc.compiler.program import Program
+from shardc.compiler.rules.table import TABLE
+from shardc.compiler.rules.table import parse as rule_line
+from tests.agree import traced_once
+from tests.build import build, parse
+from tests.draw_plans import ask
+from tests.draws import program
+
+aten = torch.ops.aten
+MESH = Mesh(dp=2, tp=4)
+
+
+class Forgetful(Decisions):
+    """Decides every call by itself."""
+
+    def rule(self, node):
+        return infer._rule(node)
+
+    def decide(self, rule, node, specs, mesh, put_off):
+        return infer.decide(rule, specs, [infer.nbytes(n) for n in infer.operands(node)], mesh, put_off)
+
+
+def outcome(model: nn.Module, inputs: list, asked: tuple, kept: type[Decisions]) -> list[str]:
+    """The program's text after every pass and what each call needs, or why there is none."""
+    plan, mesh, options = asked[1], asked[0], asked[2]
+    with mock.patch.object(lowering, "Decisions", kept), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            made = shardc.compile(model, plan, mesh=mesh, **(options or {})).lower(*inputs)
+        except (PlanError, ShardingError) as error:
+            return [str(error)]
+    return [r.after for r in made.records] + [str(n.meta.get("wants")) for n in made.global_gm.graph.nodes]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_program_is_the_same_when_each_call_is_decided_by_itself(seed: int):
+    random = Random(seed)
+    drawn = program(random)
+    with traced_once():
+        asked = ask(random, drawn).values()
+        model, inputs = drawn.model(), drawn.tensors()
+        assert outcome(model, inputs, asked, Decisions) == outcome(drawn.model(), inputs, asked, Forgetful)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def stack(layers: int) -> tuple[Program, Decisions]:
+    known = Decisions()
+    plan = shardc.Plan(tp={"*.up": ColwiseParallel(), "*.down": RowwiseParallel()})
+    with mock.patch.object(lowering, "Decisions", lambda: known):
+        compiled = shardc.compile(nn.Sequential(*[Block() for _ in range(layers)]), plan, mesh=Mesh(tp=2))
+        return compiled.lower(torch.randn(4, 8)), known
+
+
+def test_further_layers_take_no_further_decisions():
+    (some, known), (more, same) = stack(3), stack(5)
+    assert len(call_nodes(some.global_gm)) < len(call_nodes(more.global_gm))
+    assert 0 < len(known) == len(same)
+
+
+# ---- two calls that differ in one thing
+
+
+def decided(fn, *types: str, known: Decisions, mesh: Mesh = MESH, put_off: tuple[str, ...] = ()):
+    """The decision of the last call of a graph, and that it is the one made without anything kept."""
+    gm = build(fn, mesh, **{f"x{i}": t for i, t in enumerate(types)})
+    node = call_nodes(gm)[-1]
+    layouts = [parse(t, mesh)[1] for t in types]
+    found = decide_node(node, layouts, mesh, put_off, known)
+    node.meta.pop("rule")
+    assert found == decide_node(node, layouts, mesh, put_off)
+    return found
+
+
+def differ(one: tuple, other: tuple, **options) -> None:
+    known = Decisions()
+    first, second = decided(*one, known=known, **options), decided(*other, known=known, **options)
+    assert first != second
+    assert len(known) == 2
+    assert decided(*one, known=known, **options) is first  # and equal calls share theirs
+    assert len(known) == 2
+
+
+def test_a_static_argument_is_told_apart():
+    call = "f32[8@dp, 16]"
+    differ((lambda x0: aten.sum(x0, [0]), call), (lambda x0: aten.sum(x0, [1]), call))
+
+
+def times(number: complex):
+    return lambda x0: aten.mul(x0, number)
+
+
+def test_a_true_is_no_one():
+    known = Decisions()
+    for number in (1, 1.0, True, -0.0, 0.0, 1):
+        call_rule(call_nodes(build(times(number), MESH, x0="f32[8]"))[-1], known)
+    assert len(known._rules) == 5
+
+
+def test_a_split_is_told_apart_from_one_of_another_factor():
+    fn = lambda x0: aten.view(x0, [8, 3, 4])  # noqa: E731
+    differ((fn, "f32[8, (3@dp 4)]"), (fn, "f32[8, 12@dp]"))
+
+
+def test_a_pending_sum_is_told_apart():
+    fn = lambda x0: aten.neg(x0)  # noqa: E731
+    differ((fn, "f32[8]"), (fn, "f32[8]+tp"))
+
+
+def test_a_sum_that_is_put_off_is_told_apart():
+    known = Decisions()
+    call = (lambda x0, x1: aten.mm(x0, x1), "f32[8, 4]+dp", "f32[4, 32]")
+    first, second = decided(*call, known=known), decided(*call, known=known, put_off=("dp",))
+    assert first != second
+
+
+def test_another_mesh_is_told_apart():
+    known, call = Decisions(), (lambda x0: aten.neg(x0), "f32[5@tp]")
+    line = rule_line("a -> a", nonempty="a")  # four ranks get 2, 2, 1 and 0 rows, three 2, 2 and 1
+    with mock.patch.dict(TABLE, {aten.neg.default: lambda *a, **k: line}):
+        first, second = decided(*call, known=known), decided(*call, known=known, mesh=Mesh(dp=2, tp=3))
+    assert [str(d.results[0]) for d in (first, second)] == ["[5]", "[5@tp]"]
+
+
+def test_operands_of_more_bytes_are_told_apart():
+    fn = lambda x0, x1: aten.mul(x0, x1)  # noqa: E731
+    differ((fn, "f32[8@tp, 8]", "f64[8, 8@tp]"), (fn, "f64[8@tp, 8]", "f32[8, 8@tp]"))
+
+
+def test_one_operand_twice_is_told_apart_from_two_that_are_alike():
+    known = Decisions()
+    for fn, types in ((lambda x0: aten.mul(x0, x0), 1), (lambda x0, x1: aten.mul(x0, x1), 2)):
+        gm = build(fn, MESH, **{f"x{i}": "f32[8]" for i in range(types)})
+        call_rule(call_nodes(gm)[-1], known)
+    assert len(known._rules) == 2
+
+
+def test_a_rule_that_was_registered_anew_is_another():
+    known, call = Decisions(), (lambda x0: aten.neg(x0), "f32[8@dp]")
+    first = decided(*call, known=known)
+    with mock.patch.dict(TABLE, {aten.neg.default: lambda *a, **k: rule_line("a -> a", whole="a")}):
+        assert decided(*call, known=known) != first
+
+
+def test_an_argument_without_a_hash_is_decided_by_itself():
+    known = Decisions()
+    node = call_nodes(build(lambda x0: aten.neg(x0), MESH, x0="f32[8@dp]"))[-1]
+    node.kwargs = {"where": slice(0, 1)}
+    with mock.patch.dict(TABLE, {aten.neg.default: lambda *a, **k: rule_line("a -> a")}):
+        assert call_rule(node, known) is not None
+    assert not known._rules
+
+
+class Alike(nn.Module):
+    """Two equal branches, of which one is laid out by the user."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        free = torch.relu(x * 2)
+        held = torch.relu(shardc.constrain(x * 2, Replicate()))
+        return free + held
+
+
+def test_a_constraint_by_the_user_holds_for_its_own_call_only():
+    with pytest.warns(UserWarning, match="the plan is empty"):
+        made = shardc.compile(Alike(), shardc.Plan(), mesh=Mesh(tp=2), inputs={"x": shardc.Layout(tp=Shard(0))})
+    nodes = call_nodes(made.lower(torch.randn(8, 4)).global_gm, aten.relu.default)
+    assert [str(spec(n)) for n in nodes] == ["[8@tp, 4]", "[8, 4]"]
