@@ -18,6 +18,7 @@ from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import nbytes, operands, tensors, val
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import OpRule, RuleError, rule_of
+from shardc.compiler.sizes import named_shape
 from shardc.compiler.spec import Dim, Part, Spec, axes_of, canonical, chunk, regroup, restrict
 
 PENDING = "+"  # the choice "let the pending sum pass", beside factor names and None
@@ -63,8 +64,10 @@ def decide(
 
 
 def call_rule(node: Node) -> OpRule | None:
-    """The rule of one call in a graph, fitted to its shapes; None for an operator without one. Raises ShardingError
-    at the user's line where the rule does not fit this call."""
+    """The rule of one call in a graph, fitted to its shapes; None for an operator without one, and where data decides
+    sizes or numbers. Raises ShardingError at the user's line where the rule does not fit this call."""
+    if node.meta.get("data"):
+        return None
     if "rule" not in node.meta:
         args, kwargs = map_arg((node.args, node.kwargs), val)
         try:
@@ -82,7 +85,7 @@ def decide_node(node: Node, specs: Sequence[Spec], mesh: Mesh, put_off: Sequence
     """Lay out one call of a graph; an operator without a rule gets whole operands. put_off: as in `decide`."""
     rule = call_rule(node)
     if rule is None:
-        whole = tuple(Spec.whole(t.shape) for t in tensors(node))
+        whole = tuple(Spec.whole(named_shape(t)) for t in tensors(node))
         return Decision((), tuple(Spec.whole(s.shape) for s in specs), whole, ())
     return decide(rule, specs, [nbytes(n) for n in operands(node)], mesh, put_off)
 

@@ -9,7 +9,8 @@
 
 The seed is drawn once per call of the program, from torch's default generator; an element's bits depend on it,
 the draw's number and the element's place in the whole tensor, so on no layout. Recomputed in backward they are
-the same. Left alone: what only torch knows how to draw (`torch.poisson`, say), which every rank draws whole.
+the same. Left alone: what only torch knows how to draw (`torch.poisson`, say), and what has a size that
+data decides; every rank draws them whole.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class NumberDraws:
         changes: Counter = Counter()
         seeds: dict[torch.device, Node] = {}
         for node in call_nodes(gm):
-            if node.target in DISTRIBUTIONS:
+            if node.target in DISTRIBUTIONS and not node.meta.get("data"):
                 _check(node)
                 changes["numbered"] += _number(node, changes["numbered"], seeds)
         return PassResult(+changes)
