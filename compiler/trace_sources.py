@@ -182,6 +182,7 @@ _DATA_DEPENDENT = (
     "data-dependent",
     "DataDependent",
     "GuardOnDataDependentSymNode",
+    "DynamicOutputShape",
     "Tensor.item",
     "_local_scalar_dense",
 )

@@ -13,10 +13,12 @@ import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
+from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
@@ -29,6 +31,8 @@ SYMBOLIC = (SymInt, SymFloat, SymBool)
 KINDS = {SymInt: "int", SymFloat: "float", SymBool: "bool"}
 DTYPES = {"int": torch.int64, "bool": torch.int64, "float": torch.float64}
 NO_BOUND = 2**40  # what torch states beyond this is the largest integer, not a bound
+MASKED_SELECT = torch.ops.aten.masked_select.default
+SELECT_OF_ONE_SHAPE = fake_impls.op_implementations_dict[MASKED_SELECT]
 WRONG = "what tensors hold makes other sizes than this program is for"
 MADE = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_storage_offset.default)
 
@@ -41,8 +45,14 @@ def data_mode() -> FakeTensorMode:
 def capturing() -> Iterator[None]:
     """Within, Dynamo puts calls whose sizes or numbers data decides into its graph."""
     config: Any = torch._dynamo.config
-    with config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+    options = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    with config.patch(**options), patch.dict(fake_impls.op_implementations_dict, {MASKED_SELECT: _masked_select}):
         yield
+
+
+def _masked_select(mode: Any, op: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """torch 2.13 takes the elements of `x` for a bound, where the mask may have more."""
+    return SELECT_OF_ONE_SHAPE(mode, op, x.expand(torch.broadcast_shapes(x.shape, mask.shape)), mask)
 
 
 def as_tensor(leaf: Any) -> Tensor:
@@ -68,14 +78,14 @@ def _symbols(gm: GraphModule) -> Iterator[Any]:
 
 
 def is_needed(node: Node) -> bool:
-    """Whether a check says something that is not so by itself: no size is below zero."""
+    """Whether a check says something that is not so by itself: no size is below zero, no bool but 0 and 1."""
     if node.target is not ASSERT:
         return False
     holds = node.args[0]
     if not isinstance(holds, Node):
         return holds is not True
-    sizes = isinstance(holds.args[0], Node) and holds.args[0].target in MADE if holds.args else False
-    return not (sizes and holds.target is operator.ge and holds.args[1] == 0)
+    of = holds.args[0].target if holds.args and isinstance(holds.args[0], Node) else None
+    return of is not torch.sym_ite and not (of in MADE and holds.target is operator.ge and holds.args[1] == 0)
 
 
 class Settled:
