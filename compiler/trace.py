@@ -144,10 +144,11 @@ def _joint(
                 program.call = by_dispatch(module, blind=refused is not None and not data)
                 return export(program, flat, None)
             except ShardingError as error:
-                raise refused or error from None
+                raise (refused if refused and refused.where else error) from None
             except Exception as error:
                 if refused is not None:
-                    raise refused from refused.__cause__
+                    placed = not refused.where and depends_on_values(error)
+                    raise (refusal(error) if placed else refused) from refused.__cause__
                 raise refusal(error) from error
 
 
