@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -99,7 +99,7 @@ def trace_once(
         for context in (unset_fake_temporarily(), torch.inference_mode(False), torch.set_grad_enabled(grad)):
             stack.enter_context(context)
         stack.enter_context(_plain_operators())
-        stack.enter_context(capturing() if data else nullcontext())
+        stack.enter_context(capturing(data))
         stack.callback(Attributes(module).restore)
         fakes = [stand_in(h.info, mode, device, h.tensor) for h in held]
         named = [(name, info) for name, info in zip(call.names, call.infos, strict=True) if info is not None]
@@ -113,7 +113,7 @@ def trace_once(
         joint = _joint(module, program, fakes, tensors, data)
         arguments = [*_held_arguments(held), *call.arguments()]
         constants = _tensor_attributes(module)
-        gm, signature = build(joint, program, arguments, call.leaves(len(held)), constants, call.about(held), data)
+        gm, signature = build(joint, program, arguments, call.leaves(len(held)), constants, call.about(held), not symbolic)
     _refuse_or_report(program, held, signature, call)
     annotate(gm.graph, signature, module)
     gm.graph.lint()

@@ -31,7 +31,7 @@ from shardc.compiler.signature import Input, InputKind, Leaf, Output, OutputKind
 from shardc.compiler.trace_capture import Program
 from shardc.compiler.trace_sizes import SYMBOLIC, Sized, depends_on_data, symbols_of
 from shardc.compiler.trace_sources import VALUE_HELP, refusal_at
-from shardc.compiler.trace_unbacked import Settled, is_needed, with_checks
+from shardc.compiler.trace_unbacked import Settled, decides, is_needed, with_checks
 
 aten = torch.ops.aten
 IDENTITIES = (
@@ -187,12 +187,16 @@ def build(
 
     `arguments` are the flat inputs of `program`; `leaves` name the argument they are by its position
     there; `constants` gives names by `id` of the tensor; `about` holds the signature's other fields. data: whether data
-    may decide sizes and numbers.
+    may decide sizes and numbers, which is no template's.
     """
     _check_results(program)
-    joint = Joint.read(with_checks(gm) if data else gm, data)
+    joint = Joint.read(gm)
     needed = joint.needed()
-    _refuse_unsupported(joint, needed)
+    _refuse_unsupported(joint, needed, data)
+    data = data and decides(joint.nodes, needed)
+    if data:
+        joint = Joint.read(with_checks(gm), data)
+        needed = joint.needed()
     ours = Builder(joint)
     ours.arguments(arguments, InputKind.PARAMETER, InputKind.BUFFER)
     ours.constants(needed, constants)
@@ -285,7 +289,7 @@ def _check_constant(node: Node, name: str, value: Any) -> None:
         )
 
 
-def _refuse_unsupported(joint: Joint, needed: Iterable[Node]) -> None:
+def _refuse_unsupported(joint: Joint, needed: Iterable[Node], data: bool) -> None:
     chosen = set(needed)
     sizes = symbols_of([node.meta["val"] for node in joint.primals.values()])
     for node in joint.nodes:
@@ -294,7 +298,7 @@ def _refuse_unsupported(joint: Joint, needed: Iterable[Node]) -> None:
         if isinstance(node.target, HigherOrderOperator):
             name = node.target.name()
             raise refusal_at(node, f"{name} cannot be part of a sharded program", "write it with plain operators")
-        if not joint.data and depends_on_data(_numbers(node.meta.get("val")), sizes):
+        if not data and depends_on_data(_numbers(node.meta.get("val")), sizes):
             name = str(node.target).removesuffix(".default")
             what = f"{name} makes a size or number that depends on the value of a tensor"
             raise refusal_at(node, what, VALUE_HELP)

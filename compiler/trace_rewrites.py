@@ -161,6 +161,8 @@ def _put(x: Tensor, indices: Sequence[Any], values: Any, accumulate: bool = Fals
     if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or not getattr(values, "requires_grad", False):
         return NotImplemented
     rest = x.dim() - mask.dim()
+    if values.dim() == rest + 1 and isinstance(values.shape[0], torch.SymInt):
+        return NotImplemented  # as many as data says: so are the places
     listed = values.dim() == rest + 1
     if values.dim() > rest + 1 or (listed and not values.shape[0]) or mask.shape != x.shape[: mask.dim()]:
         return NotImplemented

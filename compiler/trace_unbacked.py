@@ -10,7 +10,7 @@ In our graph a symbol is a name with a bound (`sizes.py`), and calls that give n
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -42,10 +42,10 @@ def data_mode() -> FakeTensorMode:
 
 
 @contextmanager
-def capturing() -> Iterator[None]:
-    """Within, Dynamo puts calls whose sizes or numbers data decides into its graph."""
+def capturing(data: bool) -> Iterator[None]:
+    """Within, bounds are right. data: Dynamo puts calls whose sizes or numbers data decides into its graph."""
     config: Any = torch._dynamo.config
-    options = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    options = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True} if data else {}
     with config.patch(**options), patch.dict(fake_impls.op_implementations_dict, {MASKED_SELECT: _masked_select}):
         yield
 
@@ -59,6 +59,15 @@ def as_tensor(leaf: Any) -> Tensor:
     """A number that a program returns, as a tensor without dims; of a bool, 1 or 0."""
     number = torch.sym_ite(leaf, 1, 0) if isinstance(leaf, SymBool) else leaf
     return torch.full((), number, dtype=DTYPES[KINDS[type(leaf)]])
+
+
+def decides(nodes: Iterable[Node], needed: Container[Node]) -> bool:
+    """Whether data decides a size or number that is needed, or one that forward says is so and so many."""
+    for node in nodes:
+        value = node.meta.get("val")
+        if _symbolic(value) and (node in needed or (isinstance(value, SYMBOLIC) and not value.node.expr.free_symbols)):
+            return True
+    return False
 
 
 def with_checks(gm: GraphModule) -> GraphModule:
@@ -103,7 +112,7 @@ class Settled:
             if node in symbolic or any(n in symbolic for n in node.all_input_nodes):
                 node.meta["data"] = node.op != "output"
             if node.target is ASSERT and isinstance(node.args[0], Node):
-                node.args = (node.args[0], f"{WRONG}: {node.args[0].meta['val'].text}")
+                node.args = (node.args[0], f"{WRONG}: {_said(node.args[0])}")
             if node in symbolic:
                 node.meta["val"] = self._value(node.meta.get("val"))
 
@@ -120,7 +129,7 @@ class Settled:
         return Number("check", "") if value is None else value
 
     def _size(self, n: Any) -> int:
-        if not _symbolic(n):
+        if not isinstance(n, SymInt) or not free_unbacked_symbols(n):
             return int(n)
         upper = n.node.shape_env.bound_sympy(n.node.expr).upper
         bound = int(upper) if upper.is_Integer and upper < NO_BOUND else None
@@ -132,10 +141,16 @@ class Settled:
         return expr.xreplace(self._names)
 
 
+def _said(holds: Node) -> str:
+    """What a check is of; a size that it makes a number is no symbol any more."""
+    text = holds.meta["val"].text
+    return text if text != "True" else f"{getattr(holds.target, '__name__', '')}({', '.join(map(str, holds.args))})"
+
+
 def _symbolic(value: Any) -> bool:
     """Whether data decides a size of a value, or the value is a number."""
     if isinstance(value, Tensor):
-        return any(isinstance(n, SymInt) and free_unbacked_symbols(n) for n in value.shape)
+        return any(isinstance(n, SymInt) for n in value.shape)  # also one that a check says is ten
     if isinstance(value, (list, tuple)):
         return any(map(_symbolic, value))
     return isinstance(value, SYMBOLIC)
