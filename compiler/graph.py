@@ -24,7 +24,7 @@ from shardc.compiler import collectives as c
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.checks import CHECKS
 from shardc.compiler.rules.table import tensors_in
-from shardc.compiler.sizes import named_shape, name_shape
+from shardc.compiler.sizes import name_shape, named_shape
 from shardc.compiler.spec import Spec
 
 CAST = torch.ops.aten._to_copy.default

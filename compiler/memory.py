@@ -2,8 +2,8 @@
 
 So what is a view and what a copy is as torch decides it, by strides; a value's memory lives until the last use of
 anything that shows it. What collectives need on the way is counted as the runtime takes it: what is sent, where that
-is a copy, and what is received, from start to wait. Temporaries inside one operator are not seen. A size that data decides
-counts as the most it can be, and what has one as memory of its own.
+is a copy, and what is received, from start to wait. Temporaries inside one operator are not seen. A size that data
+decides counts as the most it can be, and what has one as memory of its own.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Memory(NamedTuple):
 def peak_bytes(parts: Halves, mesh: Mesh) -> int:
     """The most bytes alive at once. Parameters, buffers and the batch live throughout, saved values through all of
     backward, the rest until last use. Raises ShardingError where data decides a size without a bound."""
-    check_bounded(parts)
+    _check_bounded(parts)
     return max(memory.peak for memory in memories(parts, mesh).values())
 
 
-def check_bounded(parts: Halves) -> None:
+def _check_bounded(parts: Halves) -> None:
     """Raises ShardingError where data decides a size without a bound."""
     for half in (parts.forward, parts.backward):
         for node in half.graph.nodes if half is not None else ():
@@ -70,7 +70,7 @@ def check_bounded(parts: Halves) -> None:
                     f"%{node.name} has a size that data decides without a bound, so nobody knows its bytes",
                     where=node.meta.get("where", ""),
                     excerpt=excerpt(node),
-                    help="give the size as a Python number (minlength= and num_classes= do not bound it)",
+                    help="give the size as a Python number where there is one (num_classes= of one_hot)",
                 )
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 NUMBERS = {"int": int, "float": float, "bool": bool}
 
 

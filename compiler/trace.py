@@ -67,7 +67,8 @@ def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
         try:
             return trace_once(module, args, kwargs, **options, data=True)
         except ShardingError as other:
-            raise error if other.help == VALUE_HELP else other from None
+            told = error if other.help == VALUE_HELP else other
+            raise told from told.__cause__
 
 
 def trace_once(
@@ -113,7 +114,9 @@ def trace_once(
         joint = _joint(module, program, fakes, tensors, data)
         arguments = [*_held_arguments(held), *call.arguments()]
         constants = _tensor_attributes(module)
-        gm, signature = build(joint, program, arguments, call.leaves(len(held)), constants, call.about(held), not symbolic)
+        gm, signature = build(
+            joint, program, arguments, call.leaves(len(held)), constants, call.about(held), not symbolic
+        )
     _refuse_or_report(program, held, signature, call)
     annotate(gm.graph, signature, module)
     gm.graph.lint()
@@ -141,7 +144,7 @@ def _joint(
                 log.info("tracing by dispatch, as Dynamo says: %s", error)
         with _drawing_nothing():
             try:
-                program.call = by_dispatch(module, blind=refused is not None and not data)
+                program.call = by_dispatch(module, blind=data or refused is not None)
                 return export(program, flat, None)
             except ShardingError as error:
                 raise (refused if refused and refused.where else error) from None

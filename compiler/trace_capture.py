@@ -46,7 +46,7 @@ from shardc.compiler.rules.checks import CHECK
 from shardc.compiler.trace_modules import Attributes, Held
 from shardc.compiler.trace_rewrites import Rewrites
 from shardc.compiler.trace_sources import outside_torch, without_data, writes_to_constant
-from shardc.compiler.trace_unbacked import KINDS, SYMBOLIC, as_tensor
+from shardc.compiler.trace_unbacked import KINDS, SYMBOLIC, as_tensor, questions
 
 LOG_METHODS = ("debug", "info", "warn", "error", "exception", "critical", "log")
 MARK = torch.ops.shardc.mark.default
@@ -203,10 +203,12 @@ def by_dispatch(module: nn.Module, blind: bool = False) -> Call:
             optimized_execution(False),
             _Stamp(fqns, blind) as stamp,
             _Alias(),
+            questions() as asked,
         ):
             result = module(*args, **kwargs)
-        if stamp.asked is not None:  # and forward went on without an answer
-            raise stamp.asked
+        for error in (stamp.asked, *asked):  # and forward went on without an answer
+            if error is not None:
+                raise error
         return result
 
     return call

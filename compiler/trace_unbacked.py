@@ -50,6 +50,20 @@ def capturing(data: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def questions() -> Iterator[list[Exception]]:
+    """The errors for branches on symbols, within: also those that somebody caught."""
+    asked: list[Exception] = []
+    make = ShapeEnv._make_data_dependent_error
+
+    def made(*args: Any, **kwargs: Any) -> Exception:
+        asked.append(make(*args, **kwargs))
+        return asked[-1]
+
+    with patch.object(ShapeEnv, "_make_data_dependent_error", made):
+        yield asked
+
+
 def _masked_select(mode: Any, op: Any, x: Tensor, mask: Tensor) -> Tensor:
     """torch 2.13 takes the elements of `x` for a bound, where the mask may have more."""
     return SELECT_OF_ONE_SHAPE(mode, op, x.expand(torch.broadcast_shapes(x.shape, mask.shape)), mask)
@@ -100,13 +114,13 @@ def is_needed(node: Node) -> bool:
 class Settled:
     """Symbols of one trace, under the names they get in its graph: in the order they are met in."""
 
-    def __init__(self, graph: Graph, tangents: Mapping[str, str]) -> None:
+    def __init__(self, graph: Graph, tangents: Mapping[str, str | None]) -> None:
         """Puts names and bounds in place of torch's symbols in all values, and marks each call that meets one.
         tangents: placeholder -> the result whose gradient it is, in which tracing saw other symbols."""
         self._names: dict[sympy.Symbol, sympy.Symbol] = {}
         nodes = {node.name: node for node in graph.nodes}
         for name, result in tangents.items():
-            nodes[name].meta["val"] = nodes[result].meta["val"]
+            nodes[name].meta["val"] = nodes[result or name].meta["val"]
         symbolic = {node for node in graph.nodes if node.target is ASSERT or _symbolic(node.meta.get("val"))}
         for node in graph.nodes:
             if node in symbolic or any(n in symbolic for n in node.all_input_nodes):

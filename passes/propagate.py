@@ -6,8 +6,8 @@
   ==>
     %mm: f32[8@dp, 16@tp] = aten.mm(%x, %w)
 
-An operator without a rule, or with sizes that data decides, gets whole operands: right, and reported. Propagation extends what is there
-and never invents a split. Where operands disagree the node only says what it needs (`wants`).
+An operator without a rule, or with sizes that data decides, gets whole operands: right, and reported. Propagation
+extends what is there and never invents a split. Where operands disagree the node only says what it needs (`wants`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Sizes and numbers that data decides: whole on every rank, and right, whatever the data turns out to be."""
 
+# ruff: noqa: E501  (what is printed is not wrapped)
+
 from __future__ import annotations
 
 import copy
@@ -130,7 +132,9 @@ def on_two(model: nn.Module, **options: Any) -> Any:
 
 def test_x_of_a_mask_is_made_of_whole_operands_and_what_follows_is_whole():
     program = on_two(MaskedSum()).lower(torch.randn(4, 4, requires_grad=True))
-    assert_expected_inline(str(program), """\
+    assert_expected_inline(
+        str(program),
+        """\
 mesh dp=2
 %x: f32[4@dp, 4] = input x
 %tangent_0: f32[] = tangent of output 0
@@ -147,10 +151,14 @@ mesh dp=2
 %new_zeros: f32[4, 4] = aten.new_zeros(%expand, [4, 4], dtype=f32, layout=torch.strided, device=cpu)
 %index_put: f32[4, 4] = aten.index_put(%new_zeros, [%all_gather_1], %expand, True)
 %local_slice: f32[4@dp, 4] = shardc.local_slice(%index_put, 0, dp)  # lower-reshards
-return (%sum_1, %local_slice)""")
-    assert_expected_inline("\n".join(program.notes()), """\
+return (%sum_1, %local_slice)""",
+    )
+    assert_expected_inline(
+        "\n".join(program.notes()),
+        """\
 aten.index.Tensor decides sizes or numbers by data: 1 calls run on whole operands
-aten.index_put decides sizes or numbers by data: 1 calls run on whole operands""")
+aten.index_put decides sizes or numbers by data: 1 calls run on whole operands""",
+    )
 
 
 @pytest.mark.parametrize("make", [MaskedSum, Kept, Experts])
@@ -257,12 +265,15 @@ def test_bytes_without_a_bound_are_not_told_and_do_not_hinder_the_viewer(tmp_pat
     assert torch.equal(compiled(torch.tensor([1, 4, 1, 1])), torch.tensor([0, 3, 0, 0, 1]))
     with pytest.raises(ShardingError) as error:
         compiled.programs[-1].peak_bytes()
-    assert_expected_inline(_text(error.value), """\
+    assert_expected_inline(
+        _text(error.value),
+        """\
 sharding error: %bincount has a size that data decides without a bound, so nobody knows its bytes
   --> test_data_sizes.py:N in forward
    |   %all_gather: i64[4] = shardc.all_gather(%x, 0, dp)  # lower-reshards
    | > %bincount: i64[u0] = aten.bincount(%all_gather)
-   = help: give the size as a Python number (minlength= and num_classes= do not bound it)""")
+   = help: give the size as a Python number (minlength= and num_classes= do not bound it)""",
+    )
     compiled.programs[-1].view(tmp_path / "view.html")
 
 
@@ -285,40 +296,55 @@ def _refused(model: nn.Module, **options: Any) -> str:
 
 
 def test_a_branch_on_what_data_decides_is_refused_at_its_line():
-    assert_expected_inline(_refused(Branches()), """\
+    assert_expected_inline(
+        _refused(Branches()),
+        """\
 sharding error: forward depends on the value of a tensor, which is not known when tracing
   --> test_data_sizes.py:N in forward
    |           kept = x[x > 0]
    | >         if kept.shape[0] > 3:
    |               return kept.sum()
-   = help: compute both sides and choose with torch.where, or move the branch out of forward; a size must be a Python number, not read from a tensor""")
+   = help: compute both sides and choose with torch.where, or move the branch out of forward; a size must be a Python number, not read from a tensor""",
+    )
 
 
 def test_a_layout_that_would_split_it_is_refused():
-    assert_expected_inline(_refused(Constrained()), """\
+    assert_expected_inline(
+        _refused(Constrained()),
+        """\
 plan error: the value given to constrain has shape [u0], of which data decides a size: it lies whole on every rank
   --> test_data_sizes.py:N in forward
-   = help: give it no layout that splits it""")
-    assert_expected_inline(_refused(Kept(), outputs=(Layout(dp=Shard(0)), None)), """\
+   = help: give it no layout that splits it""",
+    )
+    assert_expected_inline(
+        _refused(Kept(), outputs=(Layout(dp=Shard(0)), None)),
+        """\
 plan error: output output[0] has shape [u0, 6], of which data decides a size: it lies whole on every rank
   --> test_data_sizes.py:N in forward
-   = help: give it no layout that splits it""")
+   = help: give it no layout that splits it""",
+    )
 
 
 def test_strict_gathers_nothing_for_it():
-    assert_expected_inline(_refused(MaskedSum(), strict=True), """\
+    assert_expected_inline(
+        _refused(MaskedSum(), strict=True),
+        """\
 sharding error: aten.index.Tensor decides a size or number by what tensors hold, so it needs them whole, and strict=True gathers nothing unasked
   --> test_data_sizes.py:N in forward
    |   %gt: b8[4@dp, 4] = aten.gt.Scalar(%x, 0)
    | > %index: f32[u0] = aten.index.Tensor(%x, [%gt])
-   = help: make what it is given whole there (a style's layouts, or shardc.constrain)""")
+   = help: make what it is given whole there (a style's layouts, or shardc.constrain)""",
+    )
 
 
 def test_draws_of_a_size_that_no_tensor_has_are_refused_unless_torch_draws_them():
-    assert_expected_inline(_refused(DrawsSoMany()), """\
+    assert_expected_inline(
+        _refused(DrawsSoMany()),
+        """\
 sharding error: aten.rand draws as many numbers as data says, and like no tensor
   --> test_data_sizes.py:N in forward
-   = help: draw them like a tensor that has this size (torch.rand_like), or compile with rng="replay\"""")
+   = help: draw them like a tensor that has this size (torch.rand_like), or compile with rng="replay\"""",
+    )
     assert on_two(DrawsSoMany(), rng="replay")(torch.ones(4, 4)).shape == (16,)
 
 
