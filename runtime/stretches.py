@@ -8,7 +8,8 @@
 
 Collectives, their starts and waits, random draws of torch's own, and what has sizes that data decides stay where they
 are, so every rank still issues them in one order. Stretches of equal text on values of equal kinds, as repeated layers
-have them, are compiled once. Sizes are fixed, so what torch.compile makes is not guarded: the program's own key has compared them.
+have them, are compiled once. Sizes are fixed, so what torch.compile makes is not guarded: the program's own key has
+compared them.
 """
 
 from __future__ import annotations
