@@ -30,7 +30,7 @@ class Entry:
         # a call with nothing but tensors, one after another, which the key of a call has counted
         self.plain = not signature.keywords and len(signature.leaves) == signature.positional
         self.plain = self.plain and all(leaf.input is not None for leaf in signature.leaves)
-        self.one = signature.out_spec.is_leaf() and self.there == [True]
+        self.one = signature.out_spec.is_leaf() and self.there == [True] and not signature.outputs[0].number
 
     def result(self, values: list[Any]) -> Any:
         """What the user gets, of the outputs that have a value."""

@@ -9,6 +9,7 @@ local    tensor(s) on meta of what rank 0 holds   origin  the value of the globa
 wire     the dtype in which a value travelled     custom  what `torch.fx.traceback.annotate` said of its region
 unit     the gather unit a collective serves      regather    whether a gather is made again in backward
 kept     of a gather, the layout in which parameters stay until backward; of a slice, that it is one of these
+data     whether sizes or numbers in the call are decided by what a tensor holds: it runs whole on every rank
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from shardc.compiler import collectives as c
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.checks import CHECKS
 from shardc.compiler.rules.table import tensors_in
+from shardc.compiler.sizes import name_shape, named_shape
 from shardc.compiler.spec import Spec
 
 CAST = torch.ops.aten._to_copy.default
-INHERITED = ("where", "file", "line", "path", "phase", "recompute", "regather", "unit", "kept", "custom")
+ASSERT = torch.ops.aten._assert_scalar.default
+INHERITED = ("where", "file", "line", "path", "phase", "recompute", "regather", "unit", "kept", "custom", "data")
 
 
 def val(node: Node) -> Any:
@@ -98,7 +101,7 @@ def map_operands(node: Node, fn: Callable[[int, Node], Node]) -> None:
 
 def shape(node: Node) -> tuple[int, ...]:
     """Global shape of a node with one result."""
-    return tuple(val(node).shape)
+    return named_shape(val(node))
 
 
 def result_number(node: Node, index: int) -> int:
@@ -131,7 +134,8 @@ def cast(value: Node, dtype: torch.dtype) -> Node:
             return source
     node = value.graph.call_function(CAST, (value,), {"dtype": dtype})
     kept = ("spec", "origin", "why", *INHERITED)
-    node.meta = {k: value.meta[k] for k in kept if k in value.meta} | {"val": have.to(dtype), "wire": have.dtype}
+    node.meta = {k: value.meta[k] for k in kept if k in value.meta} | {"wire": have.dtype}
+    node.meta["val"] = name_shape(have.to(dtype), named_shape(have))
     return node
 
 
@@ -198,7 +202,7 @@ def is_random(node: Node) -> bool:
 
 def stays(node: Node) -> bool:
     """Whether a call is made though nobody needs its result: it draws, or raises where one device would."""
-    return is_random(node) or node.target in CHECKS
+    return is_random(node) or node.target in CHECKS or node.target is ASSERT
 
 
 def is_kept(node: Node) -> bool:

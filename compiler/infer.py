@@ -20,6 +20,7 @@ from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import nbytes, operands, tensors, val
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import TABLE, OpRule, RuleError, rule_of
+from shardc.compiler.sizes import named_shape
 from shardc.compiler.spec import Dim, Part, Spec, axes_of, canonical, chunk, regroup, restrict
 
 PENDING = "+"  # the choice "let the pending sum pass", beside factor names and None
@@ -138,8 +139,10 @@ class Decisions:
 
 
 def call_rule(node: Node, known: Decisions | None = None) -> OpRule | None:
-    """The rule of one call in a graph, fitted to its shapes; None for an operator without one. Raises ShardingError
-    at the user's line where the rule does not fit this call."""
+    """The rule of one call in a graph, fitted to its shapes; None for an operator without one, and where data decides
+    sizes or numbers. Raises ShardingError at the user's line where the rule does not fit this call."""
+    if node.meta.get("data"):
+        return None
     if "rule" not in node.meta:
         node.meta["rule"] = _rule(node) if known is None else known.rule(node)
     return node.meta["rule"]
@@ -163,7 +166,7 @@ def decide_node(
     """Lay out one call of a graph; an operator without a rule gets whole operands. put_off: as in `decide`."""
     rule = call_rule(node, known)
     if rule is None:
-        whole = tuple(Spec.whole(t.shape) for t in tensors(node))
+        whole = tuple(Spec.whole(named_shape(t)) for t in tensors(node))
         return Decision((), tuple(Spec.whole(s.shape) for s in specs), whole, ())
     if known is not None:
         return known.decide(rule, node, specs, mesh, put_off)

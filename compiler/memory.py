@@ -2,7 +2,8 @@
 
 So what is a view and what a copy is as torch decides it, by strides; a value's memory lives until the last use of
 anything that shows it. What collectives need on the way is counted as the runtime takes it: what is sent, where that
-is a copy, and what is received, from start to wait. Temporaries inside one operator are not seen.
+is a copy, and what is received, from start to wait. Temporaries inside one operator are not seen. A size that data
+decides counts as the most it can be, and what has one as memory of its own.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.collectives import SMALL, cut_of
+from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import Call, is_kept, move_of, output_node, placeholders, specs, tensors
 from shardc.compiler.halves import Halves
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import tensors_in
+from shardc.compiler.sizes import DataSize, named_shape
+from shardc.compiler.text import excerpt
 
 
 class Life(NamedTuple):
@@ -50,8 +54,24 @@ class Memory(NamedTuple):
 
 
 def peak_bytes(parts: Halves, mesh: Mesh) -> int:
-    """The most bytes alive at once. Parameters, buffers and the batch live throughout, the rest until last use."""
+    """The most bytes alive at once. Parameters, buffers and the batch live throughout, the rest until last use.
+    Raises ShardingError where data decides a size without a bound."""
+    _check_bounded(parts)
     return max(memory.peak for memory in memories(parts, mesh).values())
+
+
+def _check_bounded(parts: Halves) -> None:
+    """Raises ShardingError where data decides a size without a bound."""
+    for half in (parts.forward, parts.backward):
+        for node in half.graph.nodes if half is not None else ():
+            sizes = [n for x in tensors(node) for n in named_shape(x) if isinstance(n, DataSize)]
+            if any(not n.bounded for n in sizes):
+                raise ShardingError(
+                    f"%{node.name} has a size that data decides without a bound, so nobody knows its bytes",
+                    where=node.meta.get("where", ""),
+                    excerpt=excerpt(node),
+                    help="give the size as a Python number where there is one (num_classes= of one_hot)",
+                )
 
 
 def memories(parts: Halves, mesh: Mesh) -> dict[str, Memory]:
@@ -131,6 +151,8 @@ class _Half:
             return self._arrived(node, wire._replace(extra=wire.extra + here), i)
         if move is not None and move.target is c.local_slice:
             return self._sliced(node, self.env[move.args[0]])
+        if node.meta.get("data"):
+            return _fresh(node, self.mesh)
         args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.mesh.coords(0), self._leaf)
         try:
             return node.target(*args, **kwargs)  # pyright: ignore

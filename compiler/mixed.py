@@ -22,6 +22,7 @@ from shardc.compiler.graph import CAST, insert, output_node, placeholders, tenso
 from shardc.compiler.layout import Precision
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.signature import InputKind, OutputKind, TensorInfo
+from shardc.compiler.sizes import name_shape, named_shape
 from shardc.compiler.trace import Traced
 
 
@@ -86,7 +87,7 @@ def _cast_input(gm: GraphModule, node: Node, given: torch.dtype, phase: str) -> 
     cast.kwargs = {"dtype": value.dtype}
     for user in users:
         user.replace_input_with(node, cast)
-    node.meta["val"] = value.to(given)
+    node.meta["val"] = name_shape(value.to(given), named_shape(value))
 
 
 def _cast_to(gm: GraphModule, node: Node, wanted: torch.dtype | None) -> Node:
@@ -95,7 +96,7 @@ def _cast_to(gm: GraphModule, node: Node, wanted: torch.dtype | None) -> Node:
     if wanted is None or value.dtype is wanted or not value.is_floating_point():
         return node
     with gm.graph.inserting_after(placeholders(gm)[-1] if node.op == "placeholder" else node):
-        cast = insert(gm.graph, CAST, (node,), node, val=value.to(wanted))
+        cast = insert(gm.graph, CAST, (node,), node, val=name_shape(value.to(wanted), named_shape(value)))
     cast.kwargs = {"dtype": wanted}
     return cast
 

@@ -209,7 +209,8 @@ def _check(
 ) -> float:
     """The largest difference on any rank, as a part of the largest value on the way."""
     mesh, name = program.mesh, name or f"%{node.name}"
-    shapes = [layout.local_shape(mesh, mesh.coords(r)) for r in range(mesh.size)]
+    coords = [mesh.coords(r) for r in range(mesh.size)]
+    shapes = [tuple(want.shape) if layout.of_data else layout.local_shape(mesh, at) for at in coords]
     wrong = next((r for r, (p, s) in enumerate(zip(pieces, shapes, strict=True)) if tuple(p.shape) != s), None)
     if wrong is not None:
         raise _differs(node, f"{name} has shape {tuple(pieces[wrong].shape)} on rank {wrong}, not {shapes[wrong]}")

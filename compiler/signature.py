@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NUMBERS = {"int": int, "float": float, "bool": bool}
+
 
 class InputKind(Enum):
     PARAMETER = "parameter"
@@ -70,6 +72,7 @@ class Output:
     of: int | None = None  # of a GRADIENT or MUTATION: index in `inputs`
     constant: Any = None
     requires_grad: bool = False
+    number: str = ""  # "int", "float" or "bool": the user gets that Python number of this tensor without dims
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Signature:
         if len(values) != wanted:
             raise ValueError(f"forward returns {wanted} tensors, given {len(values)}")
         rest = iter(values)
-        return self.out_spec.unflatten([o.constant if o.node is None else next(rest) for o in outputs])
+        return self.out_spec.unflatten([o.constant if o.node is None else _result(o, next(rest)) for o in outputs])
 
     def _check_counts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if len(args) == self.positional and set(kwargs) == set(self.keywords):
@@ -137,6 +140,10 @@ class Signature:
         raise TypeError(
             f"traced with {_counts(self.positional, self.keywords)}, called with {_counts(len(args), kwargs)}"
         )
+
+
+def _result(output: Output, value: Tensor) -> Any:
+    return NUMBERS[output.number](value.item()) if output.number else value
 
 
 def _counts(positional: int, keywords: Any) -> str:

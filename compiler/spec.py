@@ -29,6 +29,7 @@ import torch
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard, _StridedShard
 
 from shardc.compiler.mesh import Mesh, place
+from shardc.compiler.sizes import DataSize, of_data
 
 DTYPES = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -159,7 +160,7 @@ def axes_of(dim: Dim) -> tuple[str, ...]:
 
 
 def size_of(dim: Dim) -> int:
-    return math.prod(part.size for part in dim)
+    return dim[0].size if len(dim) == 1 else math.prod(part.size for part in dim)
 
 
 def dim_text(dim: Dim) -> str:
@@ -184,11 +185,16 @@ class Spec:
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Spec:
         """Every rank holds all of it."""
-        return cls(tuple((Part(int(n)),) for n in shape))
+        return cls(tuple((Part(n if isinstance(n, DataSize) else int(n)),) for n in shape))
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(size_of(dim) for dim in self.dims)
+
+    @property
+    def of_data(self) -> bool:
+        """Whether data decides some size: every rank then holds all of it."""
+        return of_data(self.shape)
 
     @property
     def is_whole(self) -> bool:

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.graph import specs, target_name, tensors, val
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import tensors_in
+from shardc.compiler.sizes import Number, named_shape
 from shardc.compiler.spec import DTYPES, Spec
 
 
@@ -34,8 +35,10 @@ def node_text(node: Node, names: dict[str, str] | None = None) -> str:
 
 def type_text(node: Node) -> str:
     """`f32[8@dp, 16]+tp`, or several of them in parentheses."""
+    if isinstance(val(node), Number):
+        return str(val(node))
     values = tensors(node) or tensors_in(node.meta.get("local"))
-    layouts = specs(node) or tuple(Spec.whole(t.shape) for t in values)
+    layouts = specs(node) or tuple(Spec.whole(named_shape(t)) for t in values)
     if len(layouts) != len(values):
         return "?"
     texts = [layout.text(t.dtype) for layout, t in zip(layouts, values, strict=True)]

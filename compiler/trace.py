@@ -43,7 +43,8 @@ from shardc.compiler.trace_modules import (
     trace_device,
 )
 from shardc.compiler.trace_sizes import symbolic_mode, symbolic_stand_in
-from shardc.compiler.trace_sources import annotate, depends_on_values, refusal
+from shardc.compiler.trace_sources import VALUE_HELP, annotate, depends_on_values, refusal
+from shardc.compiler.trace_unbacked import capturing, data_mode
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,21 @@ class Traced:
     signature: Signature
 
 
-def trace(
+def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, **options: Any) -> Traced:
+    """`trace_once`, and where data decides some size or number, once more so that it may."""
+    try:
+        return trace_once(module, args, kwargs, **options)
+    except ShardingError as error:
+        if error.help != VALUE_HELP or options.get("symbolic"):
+            raise
+        try:
+            return trace_once(module, args, kwargs, **options, data=True)
+        except ShardingError as other:
+            told = error if other.help == VALUE_HELP else other
+            raise told from told.__cause__
+
+
+def trace_once(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
@@ -65,6 +80,7 @@ def trace(
     params: Mapping[str, TensorInfo] | None = None,
     grad: bool = True,
     symbolic: bool = False,
+    data: bool = False,
 ) -> Traced:
     """The joint graph of `module(*args, **kwargs)`, in the train or eval mode it is in.
 
@@ -72,18 +88,19 @@ def trace(
     ones will do. `params` says the same of parameters and buffers whose tensors in the module do not
     (shards, meta tensors), by FQN. `marks` are the FQNs of modules whose border is kept (`marks.py`).
     Without `grad`, or where nothing needs a gradient, there is a forward only. `symbolic`: the arguments' sizes
-    are symbols (`trace_sizes.Template`).
+    are symbols (`trace_sizes.Template`). data: what tensors hold may decide sizes and numbers (`trace_unbacked.py`).
     """
     held = held_tensors(module, params)
     _refuse_mixed_scripts(module)
     call = _Arguments.of(module, tuple(args), dict(kwargs or {}))
     infos = [h.info for h in held] + [info for info in call.infos if info is not None]
     device = trace_device(infos)
-    mode = symbolic_mode() if symbolic else FakeTensorMode(allow_non_fake_inputs=True)
+    mode = symbolic_mode() if symbolic else data_mode() if data else FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
         for context in (unset_fake_temporarily(), torch.inference_mode(False), torch.set_grad_enabled(grad)):
             stack.enter_context(context)
         stack.enter_context(_plain_operators())
+        stack.enter_context(capturing(data))
         stack.callback(Attributes(module).restore)
         fakes = [stand_in(h.info, mode, device, h.tensor) for h in held]
         named = [(name, info) for name, info in zip(call.names, call.infos, strict=True) if info is not None]
@@ -94,17 +111,21 @@ def trace(
         stack.enter_context(standing_in(module, held, fakes, mode, device))
         stack.enter_context(bordered(module, tuple(marks)))
         program = Program(held, call.rebuild, Attributes(module), grad)
-        joint = _joint(module, program, fakes, tensors)
+        joint = _joint(module, program, fakes, tensors, data)
         arguments = [*_held_arguments(held), *call.arguments()]
         constants = _tensor_attributes(module)
-        gm, signature = build(joint, program, arguments, call.leaves(len(held)), constants, call.about(held))
+        gm, signature = build(
+            joint, program, arguments, call.leaves(len(held)), constants, call.about(held), not symbolic
+        )
     _refuse_or_report(program, held, signature, call)
     annotate(gm.graph, signature, module)
     gm.graph.lint()
     return Traced(gm, signature)
 
 
-def _joint(module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors: Sequence[Tensor]) -> GraphModule:
+def _joint(
+    module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors: Sequence[Tensor], data: bool
+) -> GraphModule:
     """torch's joint graph: by Dynamo where it can, else by running forward on fake tensors."""
     flat = [*fakes, *tensors]
     scripted = any(isinstance(owner, torch.jit.ScriptModule) for owner in module.modules())
@@ -123,13 +144,14 @@ def _joint(module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors
                 log.info("tracing by dispatch, as Dynamo says: %s", error)
         with _drawing_nothing():
             try:
-                program.call = by_dispatch(module, blind=refused is not None)
+                program.call = by_dispatch(module, blind=data or refused is not None)
                 return export(program, flat, None)
             except ShardingError as error:
-                raise refused or error from None
+                raise (refused if refused and refused.where else error) from None
             except Exception as error:
                 if refused is not None:
-                    raise refused from refused.__cause__
+                    placed = not refused.where and depends_on_values(error)
+                    raise (refusal(error) if placed else refused) from refused.__cause__
                 raise refusal(error) from error
 
 

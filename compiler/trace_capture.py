@@ -48,6 +48,7 @@ from shardc.compiler.trace_modules import Held
 from shardc.compiler.trace_results import opened
 from shardc.compiler.trace_rewrites import Rewrites
 from shardc.compiler.trace_sources import outside_torch, without_data, writes_to_constant
+from shardc.compiler.trace_unbacked import KINDS, SYMBOLIC, as_tensor, questions
 
 LOG_METHODS = ("debug", "info", "warn", "error", "exception", "critical", "log")
 MARK = torch.ops.shardc.mark.default
@@ -66,7 +67,8 @@ class Program:
     out_spec: Any = None
     leaves: list[Any] = field(default_factory=list)  # of the result: constants, None where a tensor stands
     paths: list[str] = field(default_factory=list)
-    tensors: list[int] = field(default_factory=list)  # which leaves are tensors
+    tensors: list[int] = field(default_factory=list)  # which leaves are tensors, or numbers that data decides
+    numbers: dict[int, str] = field(default_factory=dict)  # ... and of what type those are
     mutated: list[int] = field(default_factory=list)  # which inputs forward changes
     changed: list[str] = field(default_factory=list)  # attributes that forward sets
     replaced: list[int] = field(default_factory=list)  # inputs it replaces, or gives another shape
@@ -96,7 +98,8 @@ class Program:
         finally:
             self.attributes.restore()
         self._describe(result)
-        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        leaves = [as_tensor(leaf) if isinstance(leaf, SYMBOLIC) else leaf for leaf in pytree.tree_leaves(result)]
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         outputs = outputs if self.grad else [leaf.detach() for leaf in outputs]
         outputs += [after[i].detach() for i in self.mutated]
         return tuple(leaf.clone(memory_format=torch.contiguous_format) for leaf in outputs)
@@ -118,8 +121,9 @@ class Program:
     def _describe(self, result: Any) -> None:
         paths, self.out_spec = pytree.tree_flatten_with_path(result)
         self.paths = [pytree.keystr(path) for path, _ in paths]
-        self.leaves = [None if isinstance(leaf, Tensor) else leaf for _, leaf in paths]
-        self.tensors = [i for i, (_, leaf) in enumerate(paths) if isinstance(leaf, Tensor)]
+        self.leaves = [None if isinstance(leaf, (Tensor, *SYMBOLIC)) else leaf for _, leaf in paths]
+        self.tensors = [i for i, (_, leaf) in enumerate(paths) if isinstance(leaf, (Tensor, *SYMBOLIC))]
+        self.numbers = {i: KINDS[type(leaf)] for i, (_, leaf) in enumerate(paths) if isinstance(leaf, SYMBOLIC)}
 
 
 class _Flat(nn.Module):
@@ -205,10 +209,12 @@ def by_dispatch(module: nn.Module, blind: bool = False) -> Call:
             optimized_execution(False),
             _Stamp(fqns, blind) as stamp,
             _Alias(),
+            questions() as asked,
         ):
             result = module(*args, **kwargs)
-        if stamp.asked is not None:  # and forward went on without an answer
-            raise stamp.asked
+        for error in (stamp.asked, *asked):  # and forward went on without an answer
+            if error is not None:
+                raise error
         return result
 
     return call

@@ -23,12 +23,21 @@ from torch.fx import Graph, GraphModule, Node
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import INHERITED
 from shardc.compiler.signature import Input, InputKind, Leaf, Output, OutputKind, Signature
+from shardc.compiler.sizes import DataSize, Number, name_shape, named_shape, of_data
 from shardc.compiler.trace import Traced
 
+OPERATORS = "add sub mul truediv floordiv mod pow neg and_ or_ not_ lt le gt ge eq ne"
 NAMED = {  # values of torch that are written by name
     "dtype": torch.dtype,
     "layout": torch.layout,
     "memory_format": torch.memory_format,
+}
+
+
+# What is computed with numbers that data decides. By name: torch.fx knows these functions by their module.
+NUMBER_CALLS: dict[Any, str] = {
+    **{getattr(operator, name): f"operator.{name}" for name in OPERATORS.split()},
+    **{getattr(torch, name): f"torch.{name}" for name in torch.__all__ if name.startswith("sym_")},
 }
 
 
@@ -77,6 +86,8 @@ def _target_text(node: Node) -> str:
         return str(node.target)
     if node.target is operator.getitem:
         return "getitem"
+    if node.target in NUMBER_CALLS:
+        return NUMBER_CALLS[node.target]
     if node.op in ("placeholder", "output"):
         return str(node.target)
     raise _NoForm(f"its operator is {node.target}")
@@ -85,6 +96,8 @@ def _target_text(node: Node) -> str:
 def _target(text: str) -> Any:
     if text == "getitem":
         return operator.getitem
+    if text in NUMBER_CALLS.values():
+        return next(call for call, name in NUMBER_CALLS.items() if name == text)
     space, name, overload = text.split(".")
     try:
         return getattr(getattr(getattr(torch.ops, space), name), overload)
@@ -127,7 +140,7 @@ class _Reader:
 
 
 def _tensor_data(x: Tensor) -> dict[str, Any]:
-    held = _info_data(x)
+    held = _info_data(x) | ({"named": _data(named_shape(x))} if of_data(named_shape(x)) else {})
     if not isinstance(x, torch._subclasses.FakeTensor):
         flat = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         held["bytes"] = base64.b64encode(flat.numpy().tobytes()).decode()
@@ -146,7 +159,8 @@ def _tensor(held: Mapping[str, Any], read: _Reader) -> Tensor:
     if "bytes" not in held:
         with read.mode:
             x = torch.empty_strided(shape, stride, dtype=dtype, device=held["device"])
-            return x.requires_grad_(held["requires_grad"])
+            x.requires_grad_(held["requires_grad"])
+        return name_shape(x, tuple(read(held["named"]))) if "named" in held else x
     flat = torch.frombuffer(bytearray(base64.b64decode(held["bytes"])), dtype=dtype) if 0 not in shape else None
     x = torch.empty_strided(shape, stride, dtype=dtype, device=held["device"])
     if flat is not None:
@@ -171,6 +185,8 @@ def _spec_text(spec: Any) -> str:
 
 # tag -> (types, to data, from data). Order matters: a Size is a tuple.
 FORMS: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    "size": (DataSize, lambda x: x.__getnewargs__(), lambda x, read: DataSize(*x)),
+    "number": (Number, lambda x: [x.kind, x.text], lambda x, read: Number(*x)),
     "node": (Node, lambda x: x.name, lambda x, read: read.nodes[x]),
     "tensor": (Tensor, _tensor_data, _tensor),
     "float": (float, repr, lambda x, read: float(x)),

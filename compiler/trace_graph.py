@@ -31,6 +31,7 @@ from shardc.compiler.signature import Input, InputKind, Leaf, Output, OutputKind
 from shardc.compiler.trace_capture import Program
 from shardc.compiler.trace_sizes import SYMBOLIC, Sized, depends_on_data, symbols_of
 from shardc.compiler.trace_sources import VALUE_HELP, refusal_at
+from shardc.compiler.trace_unbacked import Settled, decides, is_needed, with_checks
 
 aten = torch.ops.aten
 IDENTITIES = (
@@ -59,12 +60,13 @@ class Joint:
     nodes: list[Node]
     primals: dict[int, Node]
     tangents: dict[int, Node]  # by tensor output
+    data: bool = False  # whether data may decide sizes and numbers
     results: dict[int, Any] = field(default_factory=dict)  # tensor outputs, then mutations
     gradients: dict[int, Any] = field(default_factory=dict)  # by primal
     stands_for: dict[Node, Node] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, gm: GraphModule) -> Joint:
+    def read(cls, gm: GraphModule, data: bool = False) -> Joint:
         nodes = list(gm.graph.nodes)
         primals, tangents = {}, {}
         for node in nodes:
@@ -75,7 +77,7 @@ class Joint:
                     tangents[idx] = node
                 case "placeholder", other:
                     raise ShardingError(f"tracing made an input that has no place in a program: {other}")
-        joint = cls(gm, nodes, primals, tangents)
+        joint = cls(gm, nodes, primals, tangents, data)
         joint._see_through_copies()
         joint._read_outputs()
         return joint
@@ -108,7 +110,8 @@ class Joint:
         ends = [*self.results.values(), *self.gradients.values()]
         needed = {node for node in ends if node is not None}
         for node in reversed(self.nodes):
-            if node in needed or ((_random(node) or node.target in CHECKS) and node not in self.stands_for):
+            stays = _random(node) or node.target in CHECKS or (self.data and is_needed(node))
+            if node in needed or (stays and node not in self.stands_for):
                 needed.add(node)
                 needed.update(self.resolve(operand) for operand in node.all_input_nodes)
         return needed - {self.nodes[-1]}
@@ -157,7 +160,7 @@ class Builder:
         for old in self.joint.nodes:
             if old.op != "call_function" or old not in needed or old in self.stands_for:
                 continue
-            if isinstance(old.meta.get("val"), SYMBOLIC):
+            if isinstance(old.meta.get("val"), SYMBOLIC) and not self.joint.data:
                 self.of[old] = Sized.of(old.meta["val"])
                 continue
             args, kwargs = torch.fx.map_arg((old.args, old.kwargs), lambda n: self.of[self.joint.resolve(n)])
@@ -178,16 +181,22 @@ def build(
     leaves: Sequence[Leaf],
     constants: Mapping[int, str],
     about: Mapping[str, Any],
+    data: bool = False,
 ) -> tuple[GraphModule, Signature]:
     """Our graph and its signature.
 
     `arguments` are the flat inputs of `program`; `leaves` name the argument they are by its position
-    there; `constants` gives names by `id` of the tensor; `about` holds the signature's other fields.
+    there; `constants` gives names by `id` of the tensor; `about` holds the signature's other fields. data: whether data
+    may decide sizes and numbers, which is no template's.
     """
     _check_results(program)
     joint = Joint.read(gm)
     needed = joint.needed()
-    _refuse_unsupported(joint, needed)
+    _refuse_unsupported(joint, needed, data)
+    data = data and decides(joint.nodes, needed)
+    if data:
+        joint = Joint.read(with_checks(gm), data)
+        needed = joint.needed()
     ours = Builder(joint)
     ours.arguments(arguments, InputKind.PARAMETER, InputKind.BUFFER)
     ours.constants(needed, constants)
@@ -202,6 +211,8 @@ def build(
     nodes = [None if end is None else ours.of[end] for end in ends]
     ours.graph.output(tuple(nodes))
     named = [replace(output, node=node and node.name) for output, node in zip(outputs, nodes, strict=True)]
+    if data:
+        Settled(ours.graph, {i.node: named[i.of].node for i in ours.inputs if i.of is not None})
     placed = [Leaf(x.name, None if x.input is None else ours.position[x.input], x.constant) for x in leaves]
     signature = Signature(tuple(ours.inputs), tuple(named), out_spec=program.out_spec, leaves=tuple(placed), **about)
     return GraphModule(torch.nn.Module(), ours.graph), signature
@@ -216,6 +227,7 @@ def _outputs(
         Output(None, OutputKind.OUTPUT, f"output{path}", constant=leaf, requires_grad=number.get(at) in joint.tangents)
         for at, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True))
     ]
+    out = [replace(output, number=program.numbers.get(at, "")) for at, output in enumerate(out)]
     for i in program.mutated:
         out.append(Output(None, OutputKind.MUTATION, arguments[i].name, of=position[i]))
     if joint.tangents:
@@ -247,7 +259,8 @@ def _overwrites(node: Node) -> bool:
     if node.target is not aten.copy.default or len(node.all_input_nodes) < 2:
         return False
     old, new = (operand.meta["val"] for operand in node.all_input_nodes)
-    return (old.shape, old.dtype, old.device, old.stride()) == (new.shape, new.dtype, new.device, new.stride())
+    forms = [(str(x.shape), x.dtype, x.device, str(x.stride())) for x in (old, new)]  # not by guards on symbols
+    return forms[0] == forms[1]
 
 
 def _random(node: Node) -> bool:
@@ -281,7 +294,7 @@ def _check_constant(node: Node, name: str, value: Any) -> None:
         )
 
 
-def _refuse_unsupported(joint: Joint, needed: Iterable[Node]) -> None:
+def _refuse_unsupported(joint: Joint, needed: Iterable[Node], data: bool) -> None:
     chosen = set(needed)
     sizes = symbols_of([node.meta["val"] for node in joint.primals.values()])
     for node in joint.nodes:
@@ -290,7 +303,7 @@ def _refuse_unsupported(joint: Joint, needed: Iterable[Node]) -> None:
         if isinstance(node.target, HigherOrderOperator):
             name = node.target.name()
             raise refusal_at(node, f"{name} cannot be part of a sharded program", "write it with plain operators")
-        if depends_on_data(_numbers(node.meta.get("val")), sizes):
+        if not data and depends_on_data(_numbers(node.meta.get("val")), sizes):
             name = str(node.target).removesuffix(".default")
             what = f"{name} makes a size or number that depends on the value of a tensor"
             raise refusal_at(node, what, VALUE_HELP)

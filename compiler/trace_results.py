@@ -42,6 +42,8 @@ def _is_its_attributes(leaf: Any) -> bool:
     """Whether an object is its class and `__dict__`, as copy and pickle would have it."""
     if isinstance(leaf, (Tensor, nn.Module, type, FunctionType)) or not hasattr(leaf, "__dict__"):
         return False
+    if type(leaf).__module__.partition(".")[0] == "torch":  # such as a number that data decides
+        return False
     try:
         make, given, state, *more = (*leaf.__reduce_ex__(2), None, None, None)[:5]
     except TypeError:  # it cannot be copied

@@ -2,7 +2,7 @@
 
 What torch decides by reading a tensor on the host is of three kinds. A check of an argument becomes an operator that
 raises when the program runs (`rules/checks.py`). A choice becomes `torch.where`, and a place becomes a lookup: both
-are computed. A size is what it is, and the function is left to be refused by name.
+are computed. A size, or an answer, stays what data decides (trace_unbacked.py).
 """
 
 from __future__ import annotations
@@ -162,6 +162,8 @@ def _put(x: Tensor, indices: Sequence[Any], values: Any, accumulate: bool = Fals
     if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or not getattr(values, "requires_grad", False):
         return NotImplemented
     rest = x.dim() - mask.dim()
+    if values.dim() == rest + 1 and isinstance(values.shape[0], torch.SymInt):
+        return NotImplemented  # as many as data says: so are the places
     listed = values.dim() == rest + 1
     if values.dim() > rest + 1 or (listed and not values.shape[0]) or mask.shape != x.shape[: mask.dim()]:
         return NotImplemented
@@ -190,6 +192,29 @@ def _in_place(rewrite: Callable[..., Any]) -> Callable[..., Any]:
         return found if found is NotImplemented else x.copy_(found)
 
     return written
+
+
+# ---- answers that data gives: where the module can be traced no other way, numbers of the program
+
+
+def _equal(input: Tensor, other: Tensor) -> Any:
+    """Whether two tensors are of one shape and hold the same."""
+    if input.dtype != other.dtype or input.device != other.device:
+        return NotImplemented  # torch says what is wrong
+    return input.shape == other.shape and (input == other).all().item()
+
+
+def _allclose(input: Tensor, other: Tensor, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False) -> Any:
+    return torch.isclose(input, other, rtol, atol, equal_nan).all().item()
+
+
+def _one_hot(input: Tensor, num_classes: int = -1) -> Any:
+    """As many classes as the largest number says."""
+    if num_classes != -1 or not input.numel() or input.dtype is not torch.int64:
+        return NotImplemented
+    _check((input >= 0).all(), "Class values must be non-negative.")
+    classes: Any = input.max().item() + 1
+    return (input.unsqueeze(-1) == torch.arange(classes, device=input.device)).to(torch.int64)
 
 
 # ---- operators without a form for tracing
@@ -247,4 +272,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     Tensor.__setitem__: _set,
     **dict.fromkeys((F.ctc_loss, torch.ctc_loss), _ctc),
     torch.linalg.lstsq: _lstsq,
+    **dict.fromkeys((torch.equal, Tensor.equal), _equal),
+    **dict.fromkeys((torch.allclose, Tensor.allclose), _allclose),
+    F.one_hot: _one_hot,
 }

@@ -78,7 +78,7 @@ def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
             "path": path,
             "phase": "backward" if node in backward else "forward",
             "recompute": recompute,
-        } | ({"custom": custom} if custom else {})
+        } | {key: value for key, value in (("custom", custom), ("data", node.meta.get("data"))) if value}
     for node, entry in zip(graph.nodes, signature.inputs, strict=False):
         held = entry.kind in (InputKind.PARAMETER, InputKind.BUFFER)
         node.meta["path"] = entry.name.rpartition(".")[0] if held else ""
@@ -182,6 +182,7 @@ _DATA_DEPENDENT = (
     "data-dependent",
     "DataDependent",
     "GuardOnDataDependentSymNode",
+    "DynamicOutputShape",
     "Tensor.item",
     "_local_scalar_dense",
 )

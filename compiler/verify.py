@@ -20,6 +20,7 @@ from shardc.compiler import collectives as c
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import Call, move_of, operands, spec, specs, tensors, val
 from shardc.compiler.mesh import Mesh
+from shardc.compiler.sizes import Number, named_shape, of_data
 from shardc.compiler.spec import Spec, axes_of
 from shardc.compiler.text import excerpt
 
@@ -44,6 +45,8 @@ def verify(gm: GraphModule, stage: Stage, mesh: Mesh, changed: Sequence[Node] | 
             continue
         if stage < Stage.LOCAL and val(node) is None:
             raise _broken(node, "has no value")
+        if _meets_data(node) and not node.meta.get("data"):
+            raise _broken(node, "is made of what data decides the size of, and does not say so")
         if stage >= Stage.SHARDED:
             _check_layouts(node, stage)
         if stage >= Stage.RESHARDED and node.op == "call_function":
@@ -63,11 +66,19 @@ def _check_layouts(node: Node, stage: Stage) -> None:
     if len(layouts) != len(values):
         raise _broken(node, f"has {len(values)} values and {len(layouts)} layouts")
     for layout, value in zip(layouts, values, strict=True):
-        if layout.shape != tuple(value.shape):
-            raise _broken(node, f"has shape {tuple(value.shape)} and layout {layout}")
+        if layout.shape != named_shape(value):
+            raise _broken(node, f"has shape {named_shape(value)} and layout {layout}")
+        if layout.of_data and not layout.is_whole:
+            raise _broken(node, f"has a size that data decides, and is not whole: {layout}")
         used = [*layout.axes(), *(a for a, _ in layout.pending)]
         if len(used) != len(set(used)):
             raise _broken(node, f"uses a mesh dim twice: {layout}")
+
+
+def _meets_data(node: Node) -> bool:
+    """Whether a call's sizes or numbers are known only when the program runs."""
+    values = (node, *node.all_input_nodes) if node.op == "call_function" else ()
+    return any(isinstance(val(n), Number) or any(of_data(named_shape(t)) for t in tensors(n)) for n in values)
 
 
 def _check_call(node: Node, stage: Stage, mesh: Mesh) -> None:

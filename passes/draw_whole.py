@@ -7,7 +7,7 @@
 
 What an operand holds does not matter here, only how large it is and how it lies in memory, in which order torch
 draws: zeros that lie likewise stand in for it. Of dropout, the mask is drawn so. Each rank then cuts
-its part out. Left alone: operands that say what is drawn, which arrive whole.
+its part out. Left alone: operands that say what is drawn, or whose size data decides; they arrive whole.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class DrawWhole:
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()
         for node in call_nodes(gm):
+            if node.meta.get("data"):
+                continue
             dropout = node.target is aten.native_dropout.default
             if dropout or node.target in LIKE:
                 (_mask if dropout else _stand_in)(node)

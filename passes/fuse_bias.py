@@ -7,7 +7,7 @@
 
 `canonicalize` took them apart so that a product may be a pending sum. Left alone: a product that is pending, or used
 elsewhere; a bias that is pending, that is no row, or whose row is one long where the product's is not; scaled sums;
-other dtypes; a sum in another half or recomputed region than its product.
+other dtypes; a sum in another half or recomputed region than its product, or without its data-decided sizes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class FuseBias:
 def _fits(node: Node, product: Node, bias: Node) -> bool:
     if product.target is not aten.mm.default or len(product.users) != 1:
         return False
-    if any(product.meta.get(k) != node.meta.get(k) for k in ("phase", "recompute")):
+    if any(product.meta.get(k) != node.meta.get(k) for k in ("phase", "recompute", "data")):
         return False
     whole, row = specs(product), specs(bias)
     if len(whole) != 1 or len(row) != 1 or whole[0].pending or row[0].pending or specs(node) != whole:

@@ -8,7 +8,7 @@
 
 Each row of %g has one entry, so its sum is known from the target on every rank, and split classes need no
 reduction in backward. Left alone: gradients with another use that changes them, dims that are not the class dim,
-casts to another dtype.
+casts to another dtype, rows whose number data decides.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class FuseCrossEntropy:
         for node in call_nodes(gm, aten._log_softmax_backward_data.default):
             gradient, _, dim, dtype = arguments(node)
             views, loss = _through_views(gradient)
+            if node.meta.get("data") or loss.meta.get("data"):
+                continue
             if loss.target in LOSSES and _is_class_dim(node, loss, dim) and val(node).dtype == dtype:
                 _rewrite(node, loss, views, dim % len(shape(node)))
                 changes["cross_entropy"] += 1

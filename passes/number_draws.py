@@ -25,8 +25,9 @@ from torch.fx.node import map_arg
 
 from shardc.compiler.draws import DISTRIBUTIONS, SEED, Draw, like_of
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import INHERITED, call_nodes, insert, tensors, val
+from shardc.compiler.graph import INHERITED, call_nodes, insert, target_name, tensors, val
 from shardc.compiler.pipeline import Context, PassResult
+from shardc.compiler.sizes import name_shape, named_shape
 from shardc.compiler.verify import Stage
 
 aten = torch.ops.aten
@@ -55,7 +56,8 @@ def _number(node: Node, number: int, seeds: dict[torch.device, Node]) -> bool:
     def call(op: Any, *args: Any, **kwargs: Any) -> Node:
         new = node.graph.call_function(op, args, kwargs)
         values = map_arg((args, kwargs), val)
-        new.meta = {k: node.meta[k] for k in INHERITED if k in node.meta} | {"val": op(*values[0], **values[1])}
+        new.meta = {k: node.meta[k] for k in INHERITED if k in node.meta}
+        new.meta["val"] = name_shape(op(*values[0], **values[1]), named_shape(out))
         return new
 
     def seed() -> Node:
@@ -64,7 +66,9 @@ def _number(node: Node, number: int, seeds: dict[torch.device, Node]) -> bool:
         return seeds[out.device]
 
     with node.graph.inserting_before(node):
-        like = like_of(node.all_input_nodes, out.shape, lambda n: getattr(val(n), "shape", None))
+        like = like_of(node.all_input_nodes, named_shape(out), _shape)
+        if like is None and node.meta.get("data"):
+            raise _unseen(node)
         if like is None:
             like = _canvas(node, out)
         result = DISTRIBUTIONS[node.target](Draw(call, like, seed, number, out.dtype), *node.args, **node.kwargs)
@@ -72,6 +76,18 @@ def _number(node: Node, number: int, seeds: dict[torch.device, Node]) -> bool:
         return False
     _replace(node, result)
     return True
+
+
+def _shape(node: Node) -> tuple[int, ...] | None:
+    return named_shape(val(node)) if isinstance(val(node), torch.Tensor) else None
+
+
+def _unseen(node: Node) -> ShardingError:
+    return ShardingError(
+        f"{target_name(node.target)} draws as many numbers as data says, and like no tensor",
+        where=node.meta.get("where", ""),
+        help='draw them like a tensor that has this size (torch.rand_like), or compile with rng="replay"',
+    )
 
 
 def _seed(node: Node, out: torch.Tensor) -> Node:

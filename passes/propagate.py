@@ -6,8 +6,8 @@
   ==>
     %mm: f32[8@dp, 16@tp] = aten.mm(%x, %w)
 
-An operator without a rule gets whole operands: right, and reported. Propagation extends what is there
-and never invents a split. Where operands disagree the node only says what it needs (`wants`).
+An operator without a rule, or with sizes that data decides, gets whole operands: right, and reported. Propagation
+extends what is there and never invents a split. Where operands disagree the node only says what it needs (`wants`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Propagate:
             else:
                 _call(node, ctx, unknown)
             changes["layouts"] += any(not s.is_whole for s in specs(node))
-        notes = tuple(f"{name} has no rule: {n} calls run on whole operands" for name, n in unknown.items())
+        notes = tuple(f"{name} {why}: {n} calls run on whole operands" for (name, why), n in unknown.items())
         return PassResult(changes, notes)
 
 
@@ -73,9 +73,10 @@ def _call(node: Node, ctx: Context, unknown: Counter) -> None:
     arriving = [_arriving(n, ctx) for n in operands(node)]
     decision = decide_node(node, arriving, ctx.mesh, ctx.plan.data_axes, ctx.decisions)
     if call_rule(node, ctx.decisions) is None and any(not s.is_whole for s in arriving):
-        unknown[target_name(node.target)] += 1
+        why = "decides sizes or numbers by data" if node.meta.get("data") else "has no rule"
+        unknown[target_name(node.target), why] += 1
         if ctx.strict:
-            raise _no_rule(node)
+            raise _by_data(node) if node.meta.get("data") else _no_rule(node)
     node.meta["wants"] = decision.operands
     set_specs(node, decision.results)
 
@@ -93,6 +94,9 @@ def _arriving(value: Node, ctx: Context) -> Spec:
 def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:
     """A module boundary or constraint: forward takes the layout wished for, backward that of what it came from."""
     x, key = arguments(node)
+    if node.meta.get("data"):
+        node.meta["spec"] = spec(x)  # whole, whatever is wished of it
+        return
     if key.endswith("|grad"):
         calls = forward.get(key.removesuffix("|grad"), [])
         partner = calls.pop() if len(calls) > 1 else calls[0] if calls else None
@@ -136,4 +140,14 @@ def _no_rule(node: Node) -> ShardingError:
         where=node.meta.get("where", ""),
         excerpt=excerpt(node),
         help=f'say what its dims mean: shardc.rule(torch.ops.{node.target}, "... -> ...")',
+    )
+
+
+def _by_data(node: Node) -> ShardingError:
+    return ShardingError(
+        f"{target_name(node.target)} decides a size or number by what tensors hold, so it needs them whole, "
+        "and strict=True gathers nothing unasked",
+        where=node.meta.get("where", ""),
+        excerpt=excerpt(node),
+        help="make what it is given whole there (a style's layouts, or shardc.constrain)",
     )

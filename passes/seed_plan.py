@@ -43,6 +43,7 @@ from shardc.compiler.mesh import part_of
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.resolved import ParamLayout
 from shardc.compiler.signature import Input, InputKind, OutputKind
+from shardc.compiler.sizes import of_data
 from shardc.compiler.spec import REPLICATE, Spec, from_placements
 from shardc.compiler.verify import Stage
 
@@ -88,6 +89,8 @@ def _wish(mark: Node, ctx: Context) -> bool:
         except PlanError as error:
             raise error.at(mark.meta.get("where", "")) from None
         wishes = tuple((axis, p, False, "constrain") for axis, p in layout.items())
+        if mark.meta.get("data") and any(p != REPLICATE for p in layout.values()):
+            raise _by_data("the value given to constrain", mark)
     else:
         said = ctx.plan.at(text)
         wishes = tuple((b.axis, b.desired, b.open, b.key) for b in said if b.desired is not None)
@@ -109,6 +112,14 @@ def _fits(mark: Node, key: MarkKey, axis: str, placement: Any, said: str, ctx: C
             excerpt=said if place else "",
             help="name a dim that the tensor has",
         ) from None
+
+
+def _by_data(what: str, node: Node) -> PlanError:
+    return PlanError(
+        f"{what} has shape {list(shape(node))}, of which data decides a size: it lies whole on every rank",
+        where=node.meta.get("where", ""),
+        help="give it no layout that splits it",
+    )
 
 
 def _input_spec(node: Node, entry: Input, ctx: Context) -> Spec | None:
@@ -148,6 +159,10 @@ def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
         if entry.kind is not OutputKind.OUTPUT or not isinstance(node, Node):
             continue
         layout = output_layout(node, entry, ctx.plan)
+        if of_data(shape(node)):
+            if ctx.plan.roots.says_output(entry.name) and layout:
+                raise _by_data(f"output {entry.name or i}", node)
+            layout = {}
         out[i] = _placed(shape(node), layout, ctx, f"output {entry.name or i}")
     return out
 

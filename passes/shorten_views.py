@@ -86,7 +86,7 @@ def _without_kept_dims(node: Node) -> bool:
     left = tuple(dim for d, dim in enumerate(layout[0].dims) if d not in gone) if layout else None
     if not gone or not specs(node) or specs(node)[0].dims != left or specs(node)[0].pending != layout[0].pending:
         return False
-    if any(total.meta.get(k) != node.meta.get(k) for k in ("phase", "recompute")):
+    if any(total.meta.get(k) != node.meta.get(k) for k in ("phase", "recompute", "data")):
         return False
     node.target, node.args = SUM, total.args[:2]
     node.meta = {k: v for k, v in node.meta.items() if k != "rule"} | {"made_by": "shorten-views"}
@@ -100,7 +100,7 @@ def _skip(node: Node) -> bool:
     inner = arguments(node)[0]
     if inner.target is not RESHAPE or not _may_use(node, arguments(inner)[0]):
         return False
-    if inner.meta.get("phase") != node.meta.get("phase"):
+    if any(inner.meta.get(k) != node.meta.get(k) for k in ("phase", "data")):
         return False  # a reshape may be a copy: backward would need what it was made from as well
     node.args = (arguments(inner)[0], *node.args[1:])
     node.meta.pop("rule", None)

@@ -29,7 +29,7 @@ from shardc.runtime.wire import AllGather, AllReduce, AllToAll, Fetch, Line, Red
 
 aten = torch.ops.aten
 Bound = tuple[Callable[..., Tensor], tuple]  # what to call, and with what beside the operand
-KEPT = ("where", "path", "phase", "made_by")  # small texts; values and layouts stay behind
+KEPT = ("where", "path", "phase", "made_by", "data")  # small texts; values and layouts stay behind
 
 
 def bind_program(

@@ -50,7 +50,9 @@ class SimulatedRanks:
         return [cut(x.detach(), spec, self._mesh, at) for at in self._coords]
 
     def _join(self, pieces: Sequence[Any], node: Any) -> Any:
-        return join(pieces, node.meta["spec"], self._mesh) if hasattr(node, "meta") else pieces[0]
+        if not hasattr(node, "meta") or node.meta["spec"].of_data:
+            return pieces[0]
+        return join(pieces, node.meta["spec"], self._mesh)
 
 
 class ThisRank:

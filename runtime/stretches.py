@@ -6,9 +6,10 @@
     %relu = torch.relu(%all_reduce)         ==>  %all_reduce = AllReduce(...)(%stretch_0)
                                                  %stretch_1 = torch.compile(relu)(%all_reduce)
 
-Collectives, their starts and waits, and random draws of torch's own stay where they are, so every rank still issues
-them in one order. Stretches of equal text on values of equal kinds, as repeated layers have them, are compiled once.
-Sizes are fixed, so what torch.compile makes is not guarded: the program's own key has compared them.
+Collectives, their starts and waits, random draws of torch's own, and what has sizes that data decides stay where they
+are, so every rank still issues them in one order. Stretches of equal text on values of equal kinds, as repeated layers
+have them, are compiled once. Sizes are fixed, so what torch.compile makes is not guarded: the program's own key has
+compared them.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class _Compiled:
 
 def _computes(node: Node, stretch: Sequence[Node]) -> bool:
     """Whether a node may be compiled together with those of a stretch before it."""
-    if node.op != "call_function" or is_random(node):
+    if node.op != "call_function" or is_random(node) or node.meta.get("data"):
         return False
     if node.target is operator.getitem:
         return node.args[0] in stretch  # results of a collective are taken apart outside

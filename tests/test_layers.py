@@ -26,7 +26,7 @@ PLACEMENTS = [
     "torch.distributed.tensor.placement_types._StridedShard",
 ]
 
-VALUES = ["compiler.mesh", "compiler.spec", "compiler.errors"]
+VALUES = ["compiler.mesh", "compiler.sizes", "compiler.spec", "compiler.errors"]
 INFER = [*VALUES, "compiler.collectives", "compiler.infer", "compiler.graph", *FX]
 WISHES = [f"compiler.{m}" for m in "layout plan resolved borders".split()]  # what passes see of a plan
 FOURTH = [
@@ -43,6 +43,7 @@ VIEWER = [f"tools.{m}" for m in "pack timeline links".split()]  # what reads a d
 LAYERS = {  # first match wins
     "compiler.errors": [],
     "compiler.mesh": ["compiler.errors", *DEVICE_MESH],
+    "compiler.sizes": [],
     "compiler.spec": [*VALUES, *PLACEMENTS],
     "compiler.rules": ["compiler.rules", "compiler.errors", *FX],
     "compiler.collectives": [*VALUES, *FX],

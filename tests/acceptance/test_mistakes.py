@@ -62,8 +62,8 @@ def branch(y: Tensor) -> Tensor:
 
 
 def pick(y: Tensor) -> Tensor:
-    some = y.sum(1) > 0
-    return y[some]
+    some = y[y.sum(1) > 0]
+    return some if len(some) > 2 else y
 
 
 def refuse(y: Tensor) -> Tensor:
@@ -690,14 +690,14 @@ ShardingError: sharding error: forward depends on the value of a tensor, which i
     )
 
 
-def test_a_size_that_depends_on_values():
+def test_a_branch_on_a_size_that_depends_on_values():
     assert_expected_inline(
         said(does(pick)),
         """\
-ShardingError: sharding error: aten.index.Tensor makes a size or number that depends on the value of a tensor
+ShardingError: sharding error: forward depends on the value of a tensor, which is not known when tracing
   --> test_mistakes.py:N in pick
-   |       some = y.sum(1) > 0
-   | >     return y[some]
+   |       some = y[y.sum(1) > 0]
+   | >     return some if len(some) > 2 else y
    = help: compute both sides and choose with torch.where, or move the branch out of forward; a size must be a Python number, not read from a tensor""",
     )
 
