@@ -33,6 +33,7 @@ from shardc.compiler.errors import ShardingError
 from shardc.compiler.signature import InputKind, Leaf, OutputKind, Signature, TensorInfo
 from shardc.compiler.trace_capture import Program, by_dispatch, by_dynamo, export, quiet
 from shardc.compiler.trace_graph import Argument, build
+from shardc.compiler.trace_layers import export_layers
 from shardc.compiler.trace_modules import (
     Attributes,
     Held,
@@ -112,8 +113,7 @@ def _joint(module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors
     with quiet():
         if not scripted:
             try:
-                program.call, context = by_dynamo(module, *program.rebuild(tensors))
-                return export(program, flat, context)
+                return export_layers(program, flat, *by_dynamo(module, *program.rebuild(tensors)))
             except ShardingError:
                 raise
             except Exception as error:
@@ -124,7 +124,7 @@ def _joint(module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors
         with _drawing_nothing():
             try:
                 program.call = by_dispatch(module, blind=refused is not None)
-                return export(program, flat, None)
+                return export(program.run, flat, None)
             except ShardingError as error:
                 raise refused or error from None
             except Exception as error:
