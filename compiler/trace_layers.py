@@ -30,6 +30,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import has_side_effect
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -51,7 +52,7 @@ def layer_op(inputs: list[Tensor], what: str) -> list[Tensor]:
 
 
 LAYER = torch.ops.shardc.layer.default
-torch.fx.node.has_side_effect(LAYER)  # a layer may draw, though nobody uses what it makes
+has_side_effect(LAYER)  # a layer may draw, though nobody uses what it makes
 
 
 @layer_op.register_fake
@@ -100,7 +101,7 @@ class Layers:
         self.handled.clear()
         result = Replay(self.gm, self.graph).run(*args, *kwargs.values())
         for tensor, writes, layer in self.handled:
-            if torch._functionalize_mutation_counter(tensor.elem) != writes:
+            if _writes(tensor) != writes:
                 raise Unfit(layer, "what goes in or comes out of it is written to elsewhere")
         return result
 
@@ -109,12 +110,13 @@ class Layers:
         if key not in self.made:
             self.made[key] = self._dry_run(key)
         self.keys[place.number] = key
-        made: Any = _Autograd.apply(self, place, self.made[key], *inputs)
+        made: Any = _autograd(self, place, self.made[key], *inputs)
         for x in (*inputs, *made):
             if not isinstance(x, FunctionalTensor):
                 raise Unfit(place.layer, "it is given what is no traced tensor")
-            self.handled.append((x, torch._functionalize_mutation_counter(x.elem), place.layer))
-        return made
+            self.handled.append((x, _writes(x), place.layer))
+        passed_on = [inputs[i] for i in place.layer.passed_on]
+        return (*made, *passed_on[len(_passed_on(key, inputs)) :])
 
     def backward(self, place: Place, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         key = self.keys[place.number]
@@ -151,7 +153,7 @@ class Layers:
             storages = [x.untyped_storage()._cdata for x in (*inputs, *outputs)]
             if len(set(storages)) < len(storages):
                 raise Unfit(layer, "an output is a view of an input, or of another output")
-            return [about(x) for x in (*outputs, *(inputs[i] for i in layer.passed_on))]
+            return [about(x) for x in (*outputs, *_passed_on(key, inputs))]
 
     def _joint(self, key: Key, tangents: tuple[Any, ...]) -> Joint:
         found = self.joints.get((key, tangents))
@@ -171,7 +173,7 @@ class Layers:
                 stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
             stack.enter_context(recording())
             outputs = Replay(self.gm, layer.body).run(*inputs)
-        outputs = [*outputs, *(inputs[i] for i in layer.passed_on)]
+        outputs = [*outputs, *_passed_on(key, inputs)]
         pairs = zip(outputs, tangents, strict=True)
         return tuple(_leave(x.detach(), 0, ()) if t is None else _leave(x, i, t) for i, (x, t) in enumerate(pairs))
 
@@ -224,6 +226,9 @@ class _Autograd(torch.autograd.Function):
         return (None, None, None, *ctx.layers.backward(ctx.place, tangents))
 
 
+_autograd: Any = _Autograd.apply
+
+
 class _Leaving(torch.autograd.Function):
     """An output of a layer that is traced by itself: what comes back to it is as it was where the layer stands."""
 
@@ -273,8 +278,8 @@ class _Copy:
             else:
                 args, kwargs = torch.fx.map_arg((old.args, old.kwargs), lambda n: self.of[joint.resolve(n)])
                 if old.target is MARK:
-                    args = (args[0], self.place.names.keys[args[1]])
-                self.of[old] = graph.call_function(old.target, args, kwargs)
+                    args = (args[0], self.place.names.keys[str(args[1])])
+                self.of[old] = graph.create_node("call_function", old.target, args, kwargs)
             self.of[old].meta = self._meta(old.meta)
 
     def _constant(self, value: Any) -> str:
@@ -309,6 +314,17 @@ def _border(joint: Joint) -> int:
     """Where backward begins."""
     late = (i for i, n in enumerate(joint.nodes) if n.op == "call_function" and n.meta.get(TAG) == "is_backward")
     return next(late, len(joint.nodes))
+
+
+def _writes(x: Any) -> int:
+    """How often a tensor, or another view of the same memory, has been written to."""
+    return torch._functionalize_mutation_counter(x.elem)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _passed_on(key: Key, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs whose gradient goes through the layer. Where gradients are off they would lose theirs in it."""
+    layer, _, (grad, *_) = key
+    return [inputs[i] for i in layer.passed_on] if grad else []
 
 
 def _surroundings(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -350,9 +366,10 @@ def _left_as_found(inputs: Sequence[Tensor]) -> Iterator[None]:
 def export_layers(program: Program, flat: Sequence[Tensor], gm: GraphModule, context: TracingContext) -> GraphModule:
     """The joint graph of a captured forward, each layer of it traced once where that can be."""
     numbers = all(isinstance(n, int) for x in flat for n in x.shape)
-    places = repeats(gm.graph) if context.fake_mode and numbers else []
-    while places:
-        layers = Layers(gm, places, context.fake_mode)
+    mode = context.fake_mode
+    places = repeats(gm.graph) if numbers else []
+    while places and mode is not None:
+        layers = Layers(gm, places, mode)
         program.call = layers.replay
         try:
             with _left_as_found(flat):

@@ -13,10 +13,11 @@ comes back to it differs there.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -56,7 +57,10 @@ class Names:
                 return None
             if a.target is MARK:
                 key, new = str(a.args[1]), str(b.args[1])
-                if names.keys.setdefault(key, new) != new or names.keys.setdefault(key + GRAD, new + GRAD) != new + GRAD:
+                if (
+                    names.keys.setdefault(key, new) != new
+                    or names.keys.setdefault(key + GRAD, new + GRAD) != new + GRAD
+                ):
                     return None
         return names
 
@@ -153,15 +157,20 @@ def _run(nodes: list[Node], depth: int) -> _Run:
             break
         depth += 1
     parts = [_run(g, depth + 1) for g in groups if len(g) > 1 and _owner(g[0], depth) is not None]
-    if len(nodes) > 1:
-        alone = {n for g in groups if len(g) == 1 or _owner(g[0], depth) is None for n in g}
-        parts += [_Run([n], [], _size(n)) for n in nodes if n in alone and _size(n) > 1]
+    alone = [n for g in groups if len(g) == 1 or _owner(g[0], depth) is None for n in g]
+    for i, n in enumerate(alone):
+        if _size(n) > 1:
+            items = takewhile(lambda m, n=n: m.target is operator.getitem and m.args[0] is n, alone[i + 1 :])
+            run = [n, *items]
+            if len(run) < len(nodes):
+                parts.append(_Run(run, [], sum(_size(m) for m in run)))
     return _Run(nodes, parts, size)
 
 
-def _owner(n: Node, depth: int) -> str | None:
-    stack = list(n.meta.get("nn_module_stack") or ())
-    return stack[depth] if depth < len(stack) else None
+def _owner(n: Node, depth: int) -> Any:
+    """The module that is called at a depth, and by which name, as one may have several."""
+    stack = list((n.meta.get("nn_module_stack") or {}).items())
+    return (stack[depth][0], stack[depth][1][0]) if depth < len(stack) else None
 
 
 def _all(run: _Run) -> Iterator[_Run]:
