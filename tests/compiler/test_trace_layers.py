@@ -269,7 +269,7 @@ class Keeping(Stack):
 
 
 def test_layers_with_several_results_and_constants_of_their_own(monkeypatch):
-    model = Keeping(*(Several() for _ in range(N + 1)))
+    model = Keeping(*(Several() for _ in range(2 * N)))
     found, traces = both(monkeypatch, model, batch())
     assert traces.layers > 0 and len([i for i in found.signature.inputs if i.value is not None]) == 2
     check(model, batch())
