@@ -34,6 +34,7 @@ from shardc.compiler.signature import InputKind, Leaf, OutputKind, Signature, Te
 from shardc.compiler.trace_attributes import Attributes
 from shardc.compiler.trace_capture import Program, by_dispatch, by_dynamo, export, quiet
 from shardc.compiler.trace_graph import Argument, build
+from shardc.compiler.trace_layers import export_layers
 from shardc.compiler.trace_modules import (
     Held,
     bordered,
@@ -133,8 +134,7 @@ def _joint(
     with quiet():
         if not scripted:
             try:
-                program.call, context = by_dynamo(module, *program.rebuild(tensors))
-                return export(program, flat, context)
+                return export_layers(program, flat, *by_dynamo(module, *program.rebuild(tensors)))
             except ShardingError:
                 raise
             except Exception as error:
@@ -145,7 +145,7 @@ def _joint(
         with _drawing_nothing():
             try:
                 program.call = by_dispatch(module, blind=data or refused is not None)
-                return export(program, flat, None)
+                return export(program.run, flat, None)
             except ShardingError as error:
                 raise (refused if refused and refused.where else error) from None
             except Exception as error:

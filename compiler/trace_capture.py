@@ -37,7 +37,7 @@ from torch._guards import TracingContext, tracing
 from torch._library.simple_registry import singleton as simple_registry
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.jit._fuser import optimized_execution
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,6 +53,7 @@ from shardc.compiler.trace_unbacked import KINDS, SYMBOLIC, as_tensor, questions
 LOG_METHODS = ("debug", "info", "warn", "error", "exception", "critical", "log")
 MARK = torch.ops.shardc.mark.default
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+Run = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Program:
                 h.put(tensor)
             args, kwargs = self.rebuild(inputs[len(self.held) :])
             assert self.call is not None
-            with fx_traceback.preserve_node_meta(), Rewrites(), _Checks():
+            with recording():
                 result, objects = opened(self.call(args, kwargs))
             self.lasting += [o for o in objects if any(o is other for other in self.objects)]
             self.objects = objects
@@ -129,7 +130,7 @@ class Program:
 class _Flat(nn.Module):
     """The program in the form AOTAutograd takes."""
 
-    def __init__(self, run: Callable[..., tuple[Tensor, ...]]) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
 
@@ -174,7 +175,14 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def by_dynamo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, TracingContext]:
+@contextmanager
+def recording() -> Iterator[None]:
+    """How forward is run while it is recorded: with its sources, in forms that a program can hold."""
+    with fx_traceback.preserve_node_meta(), Rewrites(), _Checks():
+        yield
+
+
+def by_dynamo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GraphModule, TracingContext]:
     """The captured forward, and the context AOTAutograd must run it in."""
     root = _root(module)
     config: Any = torch._dynamo.config
@@ -192,11 +200,12 @@ def by_dynamo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     with config.patch(**options), get_metrics_context(), dynamo_timed("fullgraph_capture"):
         captured = fullgraph_capture(root, args, kwargs)
     gm = create_fx_graph_from_captured_output(captured, root, args, kwargs)
+    return gm, gm.meta["tracing_context"]
 
-    def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _Replay(gm).run(*args, *kwargs.values())
 
-    return call, gm.meta["tracing_context"]
+def replay(gm: GraphModule) -> Call:
+    """A captured forward, to be recorded operator by operator."""
+    return lambda args, kwargs: Replay(gm).run(*args, *kwargs.values())
 
 
 def by_dispatch(module: nn.Module, blind: bool = False) -> Call:
@@ -230,7 +239,7 @@ def _one_layer_lstm(*args: Any, **kwargs: Any) -> Any:
     return out, tuple(state.squeeze(0) if state.dim() == 3 else state for state in states)
 
 
-def export(program: Program, flat: Sequence[Tensor], context: TracingContext | None) -> GraphModule:
+def export(run: Run, flat: Sequence[Tensor], context: TracingContext | None) -> GraphModule:
     """The joint graph, descriptors in `meta["desc"]` of its placeholders and output; nothing is decomposed."""
     with ExitStack() as stack:
         # Else torch takes unused random operators out, and eager would draw other numbers from then on.
@@ -240,7 +249,7 @@ def export(program: Program, flat: Sequence[Tensor], context: TracingContext | N
             stack.enter_context(tracing(context))
         # Backward's own checks, of what forward has checked, go.
         stack.enter_context(patch.object(simple_registry.find(LINALG_CHECK).effect, "_effect", None))
-        joint = aot_export_joint_with_descriptors(stack, _Flat(program.run), tuple(flat), {}, decompositions={})
+        joint = aot_export_joint_with_descriptors(stack, _Flat(run), tuple(flat), {}, decompositions={})
         return joint.graph_module
 
 
@@ -287,11 +296,11 @@ class _Marked:
                     entry[1] = entry[0]._version
 
 
-class _Replay(Interpreter):
+class Replay(Interpreter):
     """Runs the captured graph, each operator recorded with the source of its node."""
 
-    def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: GraphModule, graph: Graph | None = None) -> None:
+        super().__init__(gm, graph=graph)
         self._marked = _Marked()
         self._constants: list[Tensor] = []
 
