@@ -221,9 +221,8 @@ def by_dispatch(module: nn.Module, blind: bool = False) -> Call:
             questions() as asked,
         ):
             result = module(*args, **kwargs)
-        for error in (stamp.asked, *asked):  # and forward went on without an answer
-            if error is not None:
-                raise error
+        for error in filter(None, (stamp.asked, *asked)):  # and forward went on without an answer
+            raise error
         return result
 
     return call
