@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 
 import shardc
 from shardc import Layout, Mesh, Plan, Replicated, ShardingError
+from shardc.compiler.kept import Sync
 from shardc.compiler.lowering import Lowering
 from shardc.compiler.rules.table import RuleError
 from tests.acceptance.models import MLP
@@ -114,7 +115,7 @@ class SplitsItself(nn.Module):
 
 def test_what_is_kept_back_is_a_pending_sum_or_lies_as_its_parameter_does():
     compiled = shardc.compile(SplitsItself(), Replicated(), mesh=Mesh(dp=2), inputs=Replicate(), outputs=Replicate())
-    program = lowering_of(compiled).lower((torch.randn(4, 6),), {}, "keep").program
+    program = lowering_of(compiled).lower((torch.randn(4, 6),), {}, Sync(("lin.weight",))).program
     (gradient,) = [n for n in program.halves.backward.graph.output_node().args[0] if n is not None]  # pyright: ignore
     assert str(gradient.meta["spec"]) in ("[4, 6]", "[4, 6]+dp")
 
