@@ -172,17 +172,27 @@ def bordered(module: nn.Module, fqns: Sequence[str]) -> Iterator[None]:
 
 
 def _hooks(fqn: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Hooks of few lines where tensors come and go one by one: Dynamo follows each line at every call."""
+    first, result = border_key(fqn, "in", "0"), border_key(fqn, "out", "")
+
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        marked = tuple(_mark_tree(arg, fqn, "in", str(i)) for i, arg in enumerate(args))
-        return marked, {name: _mark_tree(arg, fqn, "in", f"kw:{name}") for name, arg in kwargs.items()}
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return (mark(args[0], first),), kwargs
+        marked = [_mark_tree(arg, fqn, "in", str(i)) for i, arg in enumerate(args)]
+        return tuple(marked), {name: _mark_tree(arg, fqn, "in", f"kw:{name}") for name, arg in kwargs.items()}
 
     def after(_: nn.Module, args: Any, output: Any) -> Any:
-        return _mark_tree(output, fqn, "out", "")
+        return mark(output, result) if isinstance(output, Tensor) else _mark_tree(output, fqn, "out", "")
 
     return before, after
 
 
 def _mark_tree(tree: Any, fqn: str, side: str, prefix: str) -> Any:
+    if isinstance(tree, Tensor):
+        return mark(tree, border_key(fqn, side, prefix))
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+
     def visit(path: Any, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
