@@ -86,13 +86,17 @@ def swept(op: Any, options: argparse.Namespace) -> dict[str, Any]:
         return out | {"skipped": NO_SAMPLE}
     if op.name in UNINITIALISED or any(compared(case.alone(False), case.alone(False)) for case in cases):
         return out | {"skipped": RANDOM}
+    chosen = [layouts(case, options.layouts, not options.uneven, out["op"]) for case in cases]
+    out["layouts"] = sum(map(len, chosen))
     for name in ("shardc", *(["dtensor"] if options.dtensor else [])):
-        out[name] = {"forward": "right", "both": "right", "rounded": 0, "problems": []}
-    for number, case in enumerate(cases):
-        chosen = layouts(case, options.layouts, not options.uneven, out["op"])
-        out["layouts"] += len(chosen)
-        for name in out.keys() & CONTENDERS.keys():
-            _one(out[name], CONTENDERS[name], case, chosen, number)
+        tally = out[name] = {"forward": "right", "both": "right", "rounded": 0, "problems": []}
+        try:
+            with at_most(SECONDS):
+                for number, case in enumerate(cases):
+                    _one(tally, CONTENDERS[name], case, chosen[number], number)
+        except Slow:
+            slow = {"verdict": "error", "text": f"more than {SECONDS} s", "inputs": "", "sample": 0}
+            tally |= {"forward": "error", "both": "error", "problems": [slow]}
     return out
 
 
@@ -163,13 +167,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         start = time.perf_counter()
         torch.compiler.reset()
-        try:
-            with at_most(SECONDS):
-                result = swept(op, options)
-        except Slow:
-            slow = {"verdict": "error", "text": f"more than {SECONDS} s", "inputs": "", "sample": 0}
-            result = {"op": full_name(op), "samples": 0, "layouts": 0}
-            result["shardc"] = {"forward": "error", "both": "error", "problems": [slow]}
+        result = swept(op, options)
         result["seconds"] = round(time.perf_counter() - start, 1)
         results.append(result)
         if kept is not None:
