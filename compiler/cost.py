@@ -13,9 +13,15 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
+import torch
+
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec, axes_of, restrict
 
+# Of this many bytes on, copying costs more than another collective: 0.4 ms and 2.5 GB/s for new memory on gloo and
+# CPU (docs/benchmarks.md), 20 us and 1 TB/s elsewhere.
+WORTH_A_MESSAGE = {"cpu": 2**20}
+ELSEWHERE = 20 * 2**20
 LATENCY = 1024.0  # a collective's fixed cost in bytes: of two ways that move as much, the shorter wins
 SLICE = 1.0  # a local move is nearly free
 
@@ -39,6 +45,11 @@ def wire_bytes(kind: str, local_bytes: float, n: int) -> float:
         "all_reduce": 2 * (n - 1) / n,
     }
     return share[kind] * local_bytes
+
+
+def worth_a_message(device: torch.device) -> int:
+    """From how many bytes on a tensor of this device had better travel by itself than be copied to others."""
+    return WORTH_A_MESSAGE.get(device.type, ELSEWHERE)
 
 
 def local_elements(spec: Spec, mesh: Mesh) -> float:

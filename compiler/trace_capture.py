@@ -23,7 +23,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch._decomp.decompositions as decompositions
 import torch._inductor.config as inductor_config
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
@@ -44,6 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.compiler.rules.checks import CHECK
 from shardc.compiler.trace_attributes import Attributes
+from shardc.compiler.trace_forms import as_they_run
 from shardc.compiler.trace_modules import Held
 from shardc.compiler.trace_results import opened
 from shardc.compiler.trace_rewrites import Rewrites
@@ -229,13 +229,6 @@ def by_dispatch(module: nn.Module, blind: bool = False) -> Call:
 
 
 LINALG_CHECK = "aten::_linalg_check_errors"
-_torch_lstm = decompositions.one_layer_lstm
-
-
-def _one_layer_lstm(*args: Any, **kwargs: Any) -> Any:
-    """torch 2.11 leaves a dim of size 1 on the last states of an LSTM when there is more than one sequence."""
-    out, states = _torch_lstm(*args, **kwargs)
-    return out, tuple(state.squeeze(0) if state.dim() == 3 else state for state in states)
 
 
 def export(run: Run, flat: Sequence[Tensor], context: TracingContext | None) -> GraphModule:
@@ -243,7 +236,7 @@ def export(run: Run, flat: Sequence[Tensor], context: TracingContext | None) -> 
     with ExitStack() as stack:
         # Else torch takes unused random operators out, and eager would draw other numbers from then on.
         stack.enter_context(inductor_config.patch(fallback_random=True))
-        stack.enter_context(patch.object(decompositions, "one_layer_lstm", _one_layer_lstm))
+        stack.enter_context(as_they_run())
         if context is not None:
             stack.enter_context(tracing(context))
         # Backward's own checks, of what forward has checked, go.

@@ -259,6 +259,39 @@ def _lstsq(input: Tensor, b: Tensor, rcond: float | None = None, *, driver: str 
     return form((solution.squeeze(-1) if vector else solution, *rest))
 
 
+# ---- functions that torch 2.13 traces as something else than it computes
+
+
+def _multilabel_margin(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Any:
+    """Of each row the classes before the first -1 against those that are not among them. torch's own form for tracing
+    counts a class for each place behind the -1 as well."""
+    known = size_average is None and reduce is None and reduction in ("none", "mean", "sum")
+    if not known or input.dim() not in (1, 2) or input.shape != target.shape or not input.shape[-1]:
+        return NotImplemented  # torch says what is wrong
+    classes = input.shape[-1]
+    _check((target >= -1).all() & (target < classes).all(), "multilabel_margin_loss: target is out of range")
+    listed = (target != -1).cumprod(-1).bool()
+    index = torch.where(listed, target, 0)
+    among = (listed.unsqueeze(-1) & (index.unsqueeze(-1) == torch.arange(classes, device=target.device))).any(-2)
+    loss = F.relu(1 - input.gather(-1, index).unsqueeze(-1) + input.unsqueeze(-2))
+    loss = torch.where(listed.unsqueeze(-1) & ~among.unsqueeze(-2), loss, 0).sum((-2, -1)) / classes
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _multi_margin(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Of one row without a batch. torch's own form for tracing leaves a dim of size 1 on its loss."""
+    if input.dim() != 1 or target.dim() != 0:
+        return NotImplemented
+    loss = F.multi_margin_loss(input.unsqueeze(0), target.unsqueeze(0), *args, **kwargs)
+    return loss.squeeze(0) if loss.dim() else loss
+
+
 REWRITES: dict[Any, Callable[..., Any]] = {
     F.gaussian_nll_loss: _gaussian_nll,
     **dict.fromkeys((torch.cov, Tensor.cov), _cov),
@@ -275,4 +308,6 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.equal, Tensor.equal), _equal),
     **dict.fromkeys((torch.allclose, Tensor.allclose), _allclose),
     F.one_hot: _one_hot,
+    F.multi_margin_loss: _multi_margin,
+    F.multilabel_margin_loss: _multilabel_margin,
 }

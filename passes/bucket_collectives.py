@@ -15,7 +15,8 @@
 Buckets fill in the order in which gradients become ready, up to the plan's `bucket_mb`. Where the plan says
 `reduce_dtype`, what travels is cast before and cast back after, in a bucket or alone. Left alone: what is
 not the last step of a parameter's gradient, reductions over no data-parallel mesh dim or over one rank, and
-a gradient that finds no other of its dtype and mesh dims, or is as large as a bucket.
+a gradient that finds no other of its dtype and mesh dims, is as large as a bucket, or so large that copying it
+costs more than a collective of its own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.collectives import all_reduce, bucket, reduce_scatter, unbucket
+from shardc.compiler.cost import worth_a_message
 from shardc.compiler.graph import local_nbytes, returned, spec, tensors
 from shardc.compiler.local import local_size
 from shardc.compiler.pipeline import Context, PassResult
@@ -148,9 +150,12 @@ def _filled(tails: Sequence[Tail], ctx: Context) -> Iterable[list[Tail]]:
         value = tensors(tail.source)[0]
         key = (*((n.target, *n.args[1:]) for n in tail.reductions), value.dtype, value.device)
         limit = min(ctx.plan.bucket_bytes.get(_axis(n), DEFAULT) for n in tail.reductions)
+        nbytes = local_nbytes(tail.source, ctx.mesh)
+        if nbytes >= worth_a_message(value.device):
+            continue
         mine = runs.setdefault(key, [[]])
         held = sum(local_nbytes(t.source, ctx.mesh) for t in mine[-1])
-        if held and held + local_nbytes(tail.source, ctx.mesh) > limit:
+        if held and held + nbytes > limit:
             mine.append([])
         mine[-1].append(tail)
     return [run for mine in runs.values() for run in mine]

@@ -55,6 +55,7 @@ def _fitted(a: Tensor, b: Tensor) -> Tensor:
 
 MASK = torch.tensor([True, False, True, False])
 TEXTS = (torch.tensor([[1, 2, 2], [3, 1, 0], [1, 1, 1]]), torch.tensor([6, 5, 3]), torch.tensor([3, 2, 3]))
+LABELS = torch.tensor([[1, 2, -1, 0, 0], [-1, 0, 0, 0, 0], [4, 4, 0, -1, 3], [0, 3, 2, 4, 1]])
 CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "lstsq": (_fitted, (draw(4, 5, 3), draw(4, 5, 2))),
     "cov": (torch.cov, (draw(4, 6),)),
@@ -87,6 +88,16 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         _ctc,
         (draw(6, 3, 5), torch.tensor([1, 2, 2, 3, 1, 1, 1, 1]), *TEXTS[1:]),
     ),
+    "multi_margin_loss of one row": (
+        lambda x, t: F.multi_margin_loss(x, t, reduction="none"),
+        (draw(5), torch.tensor(2)),
+    ),
+    "multilabel_margin_loss, few labels": (F.multilabel_margin_loss, (draw(4, 5), LABELS)),
+    "multilabel_margin_loss, each row": (
+        lambda x, t: F.multilabel_margin_loss(x, t, reduction="none"),
+        (draw(4, 5), LABELS),
+    ),
+    "multilabel_margin_loss of one row": (F.multilabel_margin_loss, (draw(5), LABELS[0])),
     "ctc_loss of one text": (_ctc, (draw(6, 5), TEXTS[0][0], TEXTS[1][0], TEXTS[2][0])),
 }
 
@@ -122,6 +133,9 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], type[Exception], 
     "a negative weight": (
         lambda x, w: torch.cov(x, aweights=w), (draw(2, 4), torch.tensor([1.0, -1, 1, 1]).double()), RuntimeError,
         "aweights cannot be negative",
+    ),
+    "a label too large": (
+        F.multilabel_margin_loss, (draw(1, 4), torch.tensor([[0, 4, -1, 0]])), RuntimeError, "out of range",
     ),
     "a start too far": (lambda x, s: x.narrow(0, s, 2), (draw(4), torch.tensor(3)), RuntimeError, "exceed"),
     "more places than values": (_masked, (draw(4), draw(2), ~MASK | MASK), RuntimeError, "shape mismatch"),

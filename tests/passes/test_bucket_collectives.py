@@ -323,3 +323,20 @@ def test_left_alone_the_first_gradient_larger_than_a_bucket():
     types = LAYERS | {"u": "f32[4, 4]"}
     gm = bucketed(two_layers, DP, ("w", "u"), types, bucket_bytes={"dp": 63})
     assert kinds(gm) == {"all_reduce": 2}
+
+
+def test_left_alone_gradients_whose_copy_costs_more_than_a_collective():
+    large = dict(x="f32[8@dp, 4]", w="f32[4, 4]", u="f32[4, 65536]", tangent="f32[8@dp, 65536]")  # u: 1 MiB
+    assert kinds(bucketed(two_layers, DP, ("w", "u"), large)) == {"all_reduce": 2}
+    smaller = dict(x="f32[8@dp, 4]", w="f32[4, 4]", u="f32[4, 65535]", tangent="f32[8@dp, 65535]")
+    assert kinds(bucketed(two_layers, DP, ("w", "u"), smaller)) == {"bucket": 1, "all_reduce": 1, "unbucket": 1}
+
+
+def test_a_gradient_that_travels_alone_keeps_no_bucket_from_filling():
+    def gradients(x, a, b, c, tangent, wide):
+        grads = [aten.mm(aten.t(x), t) for t in (tangent, wide, aten.mul(tangent, 2))]
+        return (aten.mm(x, a), *(all_reduce(g, "dp") for g in grads))
+
+    types = dict(x="f32[8@dp, 4]", a="f32[4, 4]", b="f32[4, 65536]", c="f32[4, 4]")
+    types |= dict(tangent="f32[8@dp, 4]", wide="f32[8@dp, 65536]")
+    assert _bucket_sizes(bucketed(gradients, DP, ("a", "b", "c"), types)) == [2]

@@ -145,7 +145,7 @@ def _resampled() -> list[Case]:
         sample, back = (getattr(aten, f"grid_sampler_{k}d{b}").default for b in ("", "_backward"))
         y = sample(image, grid, 0, 0, False)
         out += [case(sample, image, grid, 0, 0, False)]
-        out += [case(back, y, image, grid, 0, 0, False, m) for m in ([True, True], [False, True])]
+        out += [case(back, y, image, grid, 0, 0, False, m) for m in ([True, True], [False, True], [True, False])]
     return out
 
 
