@@ -9,7 +9,6 @@ decides counts as the most it can be, and what has one as memory of its own.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from shardc.compiler import collectives as c
-from shardc.compiler.collectives import SMALL, cut_of
+from shardc.compiler.accounts import cut_in
+from shardc.compiler.collectives import SMALL
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import Call, is_kept, move_of, output_node, placeholders, specs, tensors
 from shardc.compiler.halves import Halves
@@ -195,9 +195,9 @@ class _Half:
             return self._reduced(move, values[0], ways)
         if move.target is c.fetch:
             return _Wire([], _bytes(0), False, 2 * nbytes)
-        size, dealt = values[0].element_size(), [self._cut(part) for part in parts]
-        rows = [sum(numels) * size for numels in zip(*(numels for numels, _ in dealt), strict=True)]
-        leading = len(parts) == 1 and dealt[0][1]
+        size, cuts = values[0].element_size(), [cut_in(part, self.mesh) for part in parts]
+        rows = [sum(numels) * size for numels in zip(*(cut.numels for cut in cuts), strict=True)]
+        leading = len(parts) == 1 and cuts[0].leading
         if move.target is c.all_gather:
             sent = values if len(parts) == 1 and values[0].is_contiguous() else [_bytes(max(rows))]
             filled = [n for n in rows if n]
@@ -217,15 +217,6 @@ class _Half:
         if x.nbytes * ways <= SMALL:
             return _Wire(sent, _bytes(x.nbytes * ways), False, x.nbytes * (ways > 2))  # the sum before the last one
         return _Wire(sent, _bytes(x.nbytes), False, -(-x.nbytes // ways))
-
-    def _cut(self, part: Call) -> tuple[list[int], bool]:
-        """(elements of each rank's piece of a value that moves, whether the whole is its pieces one after another)."""
-        source, after = part.args[0], part.meta["spec"]
-        split = specs(source)[0] if part.target is c.all_gather else after
-        dim = part.args[2] if part.target is c.all_to_all else part.args[1]
-        cut = cut_of(split, dim, part.axis, self.mesh, self.mesh.coords(0), specs(source)[0])
-        pieces = [math.prod(cut.piece_view(i)) for i in range(self.mesh[part.axis])]
-        return pieces, math.prod(cut.view[: cut.dim]) == 1
 
 
 class _Wire(NamedTuple):
