@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler import collectives as c
-from shardc.compiler.collectives import cut_of
+from shardc.compiler.collectives import Cut, cut_of
 from shardc.compiler.graph import Call, move_of, specs, tensors
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.rules.table import tensors_in
@@ -55,7 +55,7 @@ def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
     elif move.target is c.fetch:
         numel, sent = _fetched(move, value)
     else:
-        dealt = [_pieces(part, mesh, coords) for part in move.each()]
+        dealt = [cut_in(part, mesh).numels for part in move.each()]
         pieces = [sum(numels) for numels in zip(*dealt, strict=True)]
         numel, largest = sum(pieces), max(pieces)
         sent = (n - 1) * largest * value.element_size()
@@ -66,13 +66,12 @@ def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
     )  # fmt: skip
 
 
-def _pieces(part: Call, mesh: Mesh, coords: dict[str, int]) -> list[int]:
-    """Elements of each rank's piece of one value that moves."""
+def cut_in(part: Call, mesh: Mesh) -> Cut:
+    """How one value that moves is dealt into pieces, on the first rank."""
     source, after = part.args[0], part.meta["spec"]
     split = specs(source)[0] if part.target is c.all_gather else after
     dim = part.args[2] if part.target is c.all_to_all else part.args[1]
-    cut = cut_of(split, dim, part.axis, mesh, coords, specs(source)[0])
-    return [math.prod(cut.piece_view(i)) for i in range(mesh[part.axis])]
+    return cut_of(split, dim, part.axis, mesh, mesh.coords(0), specs(source)[0])
 
 
 def _fetched(move: Call, value: torch.Tensor) -> tuple[int, int]:

@@ -116,6 +116,16 @@ class Cut:
     def piece_view(self, i: int) -> tuple[int, ...]:
         return (*self.view[: self.dim], self.sizes[i], *self.view[self.dim + 1 :])
 
+    @property
+    def numels(self) -> list[int]:
+        """Elements of each rank's piece."""
+        return [math.prod(self.piece_view(i)) for i in range(len(self.sizes))]
+
+    @property
+    def leading(self) -> bool:
+        """Whether the whole is its pieces one after another."""
+        return math.prod(self.view[: self.dim]) == 1
+
 
 def cut_of(split: Spec, dim: int, axis: str, mesh: Mesh, coords: Mapping[str, int], others: Spec) -> Cut:
     """The pieces of dim `dim` over `axis`: `split` is the layout where the axis splits that dim (as the last of

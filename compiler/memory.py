@@ -9,7 +9,6 @@ decides counts as the most it can be, and what has one as memory of its own.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from shardc.compiler import collectives as c
-from shardc.compiler.collectives import SMALL, cut_of
+from shardc.compiler.accounts import cut_in
+from shardc.compiler.collectives import SMALL
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import Call, is_kept, move_of, output_node, placeholders, specs, tensors
 from shardc.compiler.halves import Halves
@@ -97,16 +97,22 @@ class _Half:
     ) -> None:
         self.nodes, self.mesh = list(gm.graph.nodes), mesh
         self.env: dict[Node, Any] = {}
+        self.shown: dict[Node, list[tuple[int, int]]] = {}  # the memory behind each value
+        self.known: set[int] = set()  # ... behind any so far
         self.extra: list[Life] = []  # what a collective takes for one step
         for node, (_, value) in zip(placeholders(gm), inputs, strict=True):
-            self.env[node] = value
+            self._add(node, value)
         self.held = held
         for i, node in enumerate(self.nodes):
             if node.op == "call_function":
-                self.env[node] = self._value(node, i)
+                self._add(node, self._value(node, i))
             elif node.op == "get_attr":
-                self.env[node] = _fresh(node, mesh)
+                self._add(node, _fresh(node, mesh))
         self.results = [self.env[x] if isinstance(x, Node) else x for x in output_node(gm).args[0]]  # pyright: ignore
+
+    def _add(self, node: Node, value: Any) -> None:
+        self.env[node], self.shown[node] = value, list(_storages(value))
+        self.known.update(key for key, _ in self.shown[node])
 
     def memory(self) -> Memory:
         last, end = self._last_uses(), len(self.nodes) - 1
@@ -116,7 +122,7 @@ class _Half:
                 lives.setdefault(key, Life(name, nbytes, -1, end))
         for i, node in enumerate(self.nodes):
             begin = -1 if node.op == "placeholder" else i
-            for key, nbytes in _storages(self.env.get(node)):
+            for key, nbytes in self.shown.get(node, ()):
                 lives.setdefault(key, Life(node.name, nbytes, begin, last[key]))
         values = [*lives.values(), *self.extra]
         start = sum(life.nbytes for life in values if life.begin < 0)
@@ -133,7 +139,7 @@ class _Half:
         last: dict[int, int] = {}
         for i, node in enumerate(self.nodes):
             for used in (node, *node.all_input_nodes):
-                for key, _ in _storages(self.env.get(used)):
+                for key, _ in self.shown.get(used, ()):
                     last[key] = i
         return last
 
@@ -145,9 +151,8 @@ class _Half:
             wire = self._wire(move)
             if node.target is c.start:
                 return wire
-            known = {key for value in self.env.values() for key, _ in _storages(value)}
             shown = [] if wire.shows else [wire.received]
-            here = sum(x.nbytes for x in [*wire.sent, *shown] if x.untyped_storage()._cdata not in known)
+            here = sum(x.nbytes for x in [*wire.sent, *shown] if x.untyped_storage()._cdata not in self.known)
             return self._arrived(node, wire._replace(extra=wire.extra + here), i)
         if move is not None and move.target is c.local_slice:
             return self._sliced(node, self.env[move.args[0]])
@@ -156,7 +161,7 @@ class _Half:
         args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.mesh.coords(0), self._leaf)
         try:
             return node.target(*args, **kwargs)  # pyright: ignore
-        except NotImplementedError:  # an operator that says nothing of its result: take it to be new
+        except NotImplementedError:  # meta has no form of it (binomial), tracing ran it on zeros: no such one is a view
             return _fresh(node, self.mesh)
 
     def _leaf(self, leaf: Any) -> Any:
@@ -190,9 +195,9 @@ class _Half:
             return self._reduced(move, values[0], ways)
         if move.target is c.fetch:
             return _Wire([], _bytes(0), False, 2 * nbytes)
-        size, dealt = values[0].element_size(), [self._cut(part) for part in parts]
-        rows = [sum(numels) * size for numels in zip(*(numels for numels, _ in dealt), strict=True)]
-        leading = len(parts) == 1 and dealt[0][1]
+        size, cuts = values[0].element_size(), [cut_in(part, self.mesh) for part in parts]
+        rows = [sum(numels) * size for numels in zip(*(cut.numels for cut in cuts), strict=True)]
+        leading = len(parts) == 1 and cuts[0].leading
         if move.target is c.all_gather:
             sent = values if len(parts) == 1 and values[0].is_contiguous() else [_bytes(max(rows))]
             filled = [n for n in rows if n]
@@ -212,15 +217,6 @@ class _Half:
         if x.nbytes * ways <= SMALL:
             return _Wire(sent, _bytes(x.nbytes * ways), False, x.nbytes * (ways > 2))  # the sum before the last one
         return _Wire(sent, _bytes(x.nbytes), False, -(-x.nbytes // ways))
-
-    def _cut(self, part: Call) -> tuple[list[int], bool]:
-        """(elements of each rank's piece of a value that moves, whether the whole is its pieces one after another)."""
-        source, after = part.args[0], part.meta["spec"]
-        split = specs(source)[0] if part.target is c.all_gather else after
-        dim = part.args[2] if part.target is c.all_to_all else part.args[1]
-        cut = cut_of(split, dim, part.axis, self.mesh, self.mesh.coords(0), specs(source)[0])
-        pieces = [math.prod(cut.piece_view(i)) for i in range(self.mesh[part.axis])]
-        return pieces, math.prod(cut.view[: cut.dim]) == 1
 
 
 class _Wire(NamedTuple):

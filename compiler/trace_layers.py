@@ -45,17 +45,13 @@ TAG = "partitioner_tag"
 SUMMED = fx_traceback.GRADIENT_ACC_SPECIAL_STACK
 
 
-@torch.library.custom_op("shardc::layer", mutates_args=())
-def layer_op(inputs: list[Tensor], what: str) -> list[Tensor]:
-    """What a place of a layer makes of its inputs, in forward or backward; only ever traced."""
-    raise NotImplementedError("a layer's operator is taken out of the graph before it runs")
-
-
+# What a place of a layer makes of its inputs, in forward or backward. Only ever traced, so nothing says how to run it.
+torch.library.define("shardc::layer", "(Tensor[] inputs, str what) -> Tensor[]")
 LAYER = torch.ops.shardc.layer.default
 has_side_effect(LAYER)  # a layer may draw, though nobody uses what it makes
 
 
-@layer_op.register_fake
+@torch.library.register_fake("shardc::layer")
 def _like_described(inputs: list[Tensor], what: str) -> list[Tensor]:
     made = []
     for shape, stride, dtype, device in json.loads(what)[2]:

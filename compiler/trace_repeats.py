@@ -35,6 +35,8 @@ AMBIENT = (
     torch.amp.autocast_mode._enter_autocast,
     torch.amp.autocast_mode._exit_autocast,
 )
+# What changes how autograd treats a tensor. A layer's border makes another tensor of it, which this would miss.
+AUTOGRAD = ("detach_", "requires_grad_", "register_hook")
 
 
 @dataclass
@@ -218,9 +220,12 @@ def _value(n: Node) -> Any:
 
 
 def _changes_how_others_behave(n: Node) -> bool:
-    """Whether a call is made for something else than its result: it has none, and no operand to write to."""
+    """Whether a call is made for something else than its result: it has none, and no operand to write to; or it is for
+    what autograd does later."""
     if n.op not in ("call_function", "call_method") or n.target in AMBIENT:
         return False
+    if getattr(n.target, "__name__", n.target) in AUTOGRAD:
+        return True
     return not _bodies(n) and not any(isinstance(_value(m), (Tensor, tuple, list)) for m in (n, *n.all_input_nodes))
 
 

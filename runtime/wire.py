@@ -345,9 +345,8 @@ class Pieces:
     def __init__(self, cut: Cut) -> None:
         self.cut = cut
         self.views = [cut.piece_view(i) for i in range(len(cut.sizes))]
-        self.numels = [math.prod(view) for view in self.views]
+        self.numels, self.leading = cut.numels, cut.leading
         self.longest = max(self.numels)
-        self.leading = math.prod(cut.view[: cut.dim]) == 1  # the whole is its pieces one after another
         filled = sum(self.numels) // self.longest if self.longest else 0
         self.gapless = set(self.numels[:filled]) <= {self.longest}  # only trailing ranks hold less
 

@@ -74,6 +74,14 @@ def tokens(rows: int) -> Tensor:
     return torch.randint(16, (rows, 8))
 
 
+class Counts(nn.Linear):
+    """Draws by an operator that meta tensors do not have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return y * torch.binomial(y.detach().abs(), y.detach().sigmoid())
+
+
 TWO = {"dp": 2, "tp": 2}
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int], Tensor]] = {
     "mlp": (lambda: MLP(32, 64), MLP_TP, {"tp": 4}, torch.randn(16, 32)),
@@ -82,6 +90,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int], Tensor]] = 
     "deep, some ranks": (
         lambda: Deep(4, 33), Plan(dp=FullyShard("layers.*", reshard_after_forward=2)), {"dp": 4}, torch.randn(16, 33)
     ),
+    "no form on meta": (lambda: Counts(32, 64), Replicated(), {"dp": 4}, torch.randn(64, 32)),
     "convolutions": (ConvNet, Replicated(), {"dp": 4}, torch.randn(4, 3, 8, 8)),
     "transformer": (lambda: Transformer(dim=32), TRANSFORMER_TP, {"tp": 4}, tokens(4)),
     "transformer, both": (

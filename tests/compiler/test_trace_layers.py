@@ -349,6 +349,42 @@ def test_left_alone(monkeypatch, case):
     assert torch.is_grad_enabled()
 
 
+class Detaching(Block):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x.detach_()
+        return super().forward(x, mask)
+
+
+class Around(Stack):
+    """Each block has a way around it, and where `hooked` something looks at the gradient of both together."""
+
+    hooked = False
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        x = self.first(x).sigmoid()
+        for block in self.blocks:
+            y = block(x)
+            if self.hooked:
+                x.register_hook(torch.square)
+            x = x + y
+        return self.last(x)
+
+
+class Hooked(Around):
+    hooked = True
+
+
+SEEN_BY_AUTOGRAD = {"detach": Around(*(Detaching() for _ in range(N))), "hook": Hooked(*blocks())}
+
+
+@pytest.mark.parametrize("case", SEEN_BY_AUTOGRAD)
+def test_left_alone_where_gradients_are_stopped_or_looked_at(monkeypatch, case):
+    """What leaves a layer is another tensor than what went in: neither would reach the one it was meant for."""
+    _, traces = both(monkeypatch, SEEN_BY_AUTOGRAD[case], batch())
+    assert traces.whole == 1 and not traces.layers
+    assert both(monkeypatch, Around(*blocks()), batch())[1].layers
+
+
 class InPlace(Block):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = super().forward(x)
