@@ -143,6 +143,8 @@ def _resampled() -> list[Case]:
         y = getattr(aten, name).default(x, size, *flag)
         out += [case(getattr(aten, name).default, x, size, *flag)]
         out += [case(getattr(aten, name + "_backward").default, y, size, list(x.shape), *flag)]
+    pixels = whole(120, 1, 2, 5, 4).to(torch.uint8)
+    out += [case(getattr(aten, f"upsample_bi{n}2d").default, pixels, [9, 7], False) for n in ("linear", "cubic")]
     x = real(3, 5, 4, 6)
     square = [2, 2], [1, 1], [0, 0], [1, 1]
     for image in (x, x[0]):
