@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,16 +26,12 @@ from shardc.compiler.sizes import DataSize
 from shardc.compiler.verify import Stage, verify
 from shardc.runtime.bind import bind_program
 from shardc.runtime.stretches import Stretches
-from tests.agree import agrees, agrees_as_ranks
+from tests.agree import agrees, agrees_as_ranks, draw
 from tests.runtime.ranks import on_ranks, run_ranks
 
 DP = Plan(dp=Replicated())
 EXPERTS = {"experts.*.0": ColwiseParallel(), "experts.*.2": RowwiseParallel()}
 TARGET = torch.tensor([0, 3, 1, 0, 7, 2])
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
 def masked(logits: Tensor, target: Tensor) -> Tensor:
@@ -221,7 +218,7 @@ def test_a_whole_step_with_a_loss_over_the_rows_that_count():
     torch.manual_seed(0)
     model = nn.Linear(4, 8).double()
     alone, x = copy.deepcopy(model), torch.randn(6, 4, dtype=torch.float64)
-    make = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    make = partial(torch.optim.SGD, lr=0.1)
     step = shardc.train_step(model, DP, lambda m, x, t: masked(m(x), t), make, mesh=Mesh(dp=2))
     optimizer = make(alone.parameters())
     for target in (TARGET, TARGET.flip(0), torch.tensor([0, 0, 0, 0, 0, 1])):

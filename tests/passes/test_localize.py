@@ -70,7 +70,9 @@ def test_the_program_is_one_text_though_ranks_differ():
 
 
 def test_sizes_of_an_expanded_dim():
-    fn = lambda x, y: aten.add(aten.expand(x, [8, 5]), y)  # noqa: E731
+    def fn(x, y):
+        return aten.add(aten.expand(x, [8, 5]), y)
+
     gm = local(fn, MESH, x="f32[8@tp, 1]", y="f32[8@tp, 5]")
     assert "aten.expand(%x, [8@tp, 5])" in text(gm, MESH)
     same_on_all_ranks(fn, x="f64[8@tp, 1]", y="f64[8@tp, 5]")
