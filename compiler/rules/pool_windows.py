@@ -2,7 +2,7 @@
 
 Rows outside of the image are the lowest value to a maximum and zero to an average, whose count of elements says what
 they weigh. The indices of a maximum are global. Adaptive pooling is the same where its windows are all alike; where
-they are not, or a dim comes down to one row, its spatial dims stay whole.
+they are not, or a dim comes down to one row, its spatial dims stay whole; so do those of averages of integers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shardc.compiler.rules.joint import get, lowest, packed
+from shardc.compiler.rules.joint import cast, get, lowest, packed, wide
 from shardc.compiler.rules.names import dims, line
 from shardc.compiler.rules.pool import PACKED, spatial
 from shardc.compiler.rules.site import Site
@@ -75,9 +75,9 @@ def _average(pool: _Pool, include: bool, divisor: int | None, device: Any) -> tu
             first = site.call(aten.add.Scalar, first, site.start(f"y{d}") * st - pad)
             end = site.call(aten.clamp.default, site.call(aten.add.Scalar, first, k), None, high)
             held = site.call(aten.sub.Tensor, end, site.call(aten.clamp.default, first, low))
-            held = site.call(aten._to_copy.default, held, dtype=torch.promote_types(dtype, torch.float32))
+            held = site.call(aten._to_copy.default, held, dtype=wide(dtype))
             share = site.call(aten.mul.Scalar, site.call(aten.reciprocal.default, held), k)
-            share = site.call(aten._to_copy.default, share, dtype=dtype)
+            share = cast(site, share, wide(dtype), dtype)
             y = site.call(aten.mul.Tensor, y, site.call(aten.view.default, share, pool.shape(d, [-1])))
         return y
 
