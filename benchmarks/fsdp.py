@@ -24,13 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from memory import Live
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import shardc
 from shardc import FullyShard, Plan
@@ -71,33 +69,6 @@ class GPT(nn.Module):
 
 def loss_of(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
-
-
-class Counting(TorchDispatchMode):
-    """The most bytes of all storages that came by and were alive at once."""
-
-    def __init__(self, known: Any) -> None:
-        super().__init__()
-        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-        self.see(known)
-
-    def see(self, values: Any) -> None:
-        for x in tree_leaves(values):
-            x = x.to_local() if isinstance(x, DTensor) else x
-            if isinstance(x, Tensor) and x.device.type == "cpu":
-                storage = x.untyped_storage()
-                self.held.setdefault(storage._cdata, (StorageWeakRef(storage), 0))
-                self.held[storage._cdata] = self.held[storage._cdata][0], storage.nbytes()
-        # torch's FSDP empties storages that go on living, so sizes are asked for anew
-        self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
-        sizes = (torch.UntypedStorage._new_with_weak_ptr(key) for key in self.held)
-        self.peak = max(self.peak, sum(s.nbytes() for s in sizes if s is not None))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.see(out)
-        return out
 
 
 def built(width: int, layers: int) -> nn.Module:
@@ -150,7 +121,7 @@ def run(rank: int, width: int, layers: int, rounds: int) -> dict[str, Any]:
             dist.barrier()
             if i == 2:
                 state = [list(s.values()) for s in optimizer.state.values()]
-                with Counting([list(model.parameters()), state, ids]) as counted:
+                with Live([list(model.parameters()), state, ids]) as counted:
                     losses[name].append(step(ids[:, :-1], ids[:, 1:]))
                 peaks[name] = counted.peak
                 continue

@@ -2,17 +2,18 @@
 
     python benchmarks/memory.py [--sizes small large] [--json PATH]
 
-Live bytes are counted, not sampled: every storage that an operator returns, from when it is made until it is freed,
-on top of the parameters and their gradients' memory as it comes. Forward, loss and backward, gradients cleared
-before. Buffers that backends keep outside of torch's operators are not seen, on either side. Beside it what the
+Live bytes are counted, not sampled: every storage that an operator takes or returns, from when it is made until it is
+freed or emptied, on top of what there was before: parameters and the batch. Forward, loss and backward, gradients
+cleared before. Buffers that backends keep outside of torch's operators are not seen, on either side. Beside it what the
 compiled program says of itself, which leaves out the loss outside of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from gpt import GPT, SHAPES, batch_of
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ways import given, make
@@ -30,32 +32,38 @@ WAYS = ("tp shardc", "tp dtensor", "dp shardc", "dp ddp", "fsdp shardc", "fsdp f
 
 
 class Live(TorchDispatchMode):
-    """now, peak: bytes of the storages made while this was on that are still there."""
+    """peak: the most bytes of all storages that operators took or made, and that are still there, but for those given
+    as `beside`. Sizes are asked for anew each time, as FSDP2 empties storages that it keeps and fills again."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Any = (), beside: Mapping[int, StorageWeakRef] | None = None) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._known: dict[int, int] = {}
+        self.peak = 0
+        self._held: dict[int, StorageWeakRef] = {}
+        self._beside = beside or {}
+        self._see(known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._seen(getattr(tensor, "_local_tensor", tensor))
-        return result
+        out = func(*args, **(kwargs or {}))
+        self._see((args, kwargs, out))
+        return out
 
-    def _seen(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known or tensor.is_meta or not storage.nbytes():
-            return
-        self._known[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key)
+    def _see(self, values: Any) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+                if storage._cdata not in self._held and storage._cdata not in self._beside:
+                    self._held[storage._cdata] = StorageWeakRef(storage)
+        self._held = {key: ref for key, ref in self._held.items() if not ref.expired()}
+        sizes = (torch.UntypedStorage._new_with_weak_ptr(key) for key in self._held)
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in sizes if storage is not None))
 
-    def _gone(self, key: int) -> None:
-        self.now -= self._known.pop(key)
+
+def full_storages() -> dict[int, StorageWeakRef]:
+    """Those of all tensors that Python knows, if they hold anything. While a reference is there, no other storage
+    takes the number of one that is gone."""
+    found = [x for x in gc.get_objects() if issubclass(type(x), Tensor) and not x.is_meta]
+    storages = [getattr(x, "_local_tensor", x).untyped_storage() for x in found]
+    return {storage._cdata: StorageWeakRef(storage) for storage in storages if storage.nbytes()}
 
 
 def measure(rank: int, names: tuple[str, ...], size: str) -> dict[str, int]:
@@ -68,7 +76,7 @@ def measure(rank: int, names: tuple[str, ...], size: str) -> dict[str, int]:
         step = make(name, model, mesh, rank, world)
         step(*mine)
         step(*mine)
-        with Live() as live:
+        with Live(beside=full_storages()) as live:
             step(*mine)
         found[name] = live.peak
     return found

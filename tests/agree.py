@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -24,6 +24,21 @@ from shardc.compiler.trace import Traced, trace
 
 CLOSE = 1e-9  # relative to the largest element, or to one
 FAULT = "fault of the compiler"  # what an error says that is no refusal
+
+
+class Calls(nn.Module):
+    """One function of forward's arguments."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
 class Refused(Exception):

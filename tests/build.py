@@ -37,6 +37,7 @@ from shardc.compiler.signature import Input, InputKind, Output, OutputKind, Sign
 from shardc.compiler.spec import DTYPES, Part, Spec, axes_of, canonical
 from shardc.compiler.text import text
 from shardc.compiler.verify import Stage, verify
+from shardc.passes.localize import Localize
 from shardc.runtime.shards import cut, join
 from shardc.runtime.simulate import simulate
 
@@ -223,6 +224,13 @@ def apply(step: Any, gm: GraphModule, ctx: Context) -> Record:
     verify(gm, step.takes, ctx.mesh)
     before = Record("", step.takes, "", text(gm, ctx.mesh), {}, (), 0.0)
     return Runner(gm, ctx, {}, before).run(step)
+
+
+def local(fn: Callable, mesh: Mesh, /, **types: str) -> GraphModule:
+    """The graph of `fn`, whose layouts agree, made local."""
+    gm = build(fn, mesh, Stage.RESHARDED, **types)
+    apply(Localize(), gm, context(gm, mesh))
+    return gm
 
 
 def random_inputs(gm: GraphModule) -> list[Tensor]:

@@ -42,8 +42,11 @@ RESAMPLED_BACKWARD = """
 PACKED = (aten.adaptive_max_pool3d_backward.default,)
 
 
-def _spatial(rank: int, **options: Any) -> Callable[..., OpRule]:
+def _spatial(rank: int, linear: str = "", **options: Any) -> Callable[..., OpRule]:
+    """Of integers the averages are rounded, so no sum passes through."""
+
     def build(*args: Any, results: Any, **kwargs: Any) -> OpRule:
+        passed = linear if results[0].is_floating_point() or results[0].is_complex() else ""
         lead = dims(results[0].dim() - rank)
         spatial = [
             [[f"{side}{i}.{d}" for d in range(rank)] for i in range(count)]
@@ -51,7 +54,7 @@ def _spatial(rank: int, **options: Any) -> Callable[..., OpRule]:
         ]
         left, right = ([[*lead, *names] for names in tensors] for tensors in spatial)
         whole = " ".join(n for tensors in spatial for names in tensors for n in names)
-        return parse(line(left, right), whole=whole, nonempty=lead[-1], **options)
+        return parse(line(left, right), whole=whole, nonempty=lead[-1], linear=passed, **options)
 
     return build
 

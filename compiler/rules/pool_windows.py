@@ -2,7 +2,7 @@
 
 Rows outside of the image are the lowest value to a maximum and zero to an average, whose count of elements says what
 they weigh. The indices of a maximum are global. Adaptive pooling is the same where its windows are all alike; where
-they are not, or a dim comes down to one row, its spatial dims stay whole.
+they are not, or a dim comes down to one row, its spatial dims stay whole; so do those of averages of integers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shardc.compiler.rules.joint import get, lowest, packed
+from shardc.compiler.rules.joint import cast, get, lowest, packed, wide
 from shardc.compiler.rules.names import dims, line
 from shardc.compiler.rules.pool import PACKED, spatial
 from shardc.compiler.rules.site import Site
@@ -75,8 +75,9 @@ def _average(pool: _Pool, include: bool, divisor: int | None, device: Any) -> tu
             first = site.call(aten.add.Scalar, first, site.start(f"y{d}") * st - pad)
             end = site.call(aten.clamp.default, site.call(aten.add.Scalar, first, k), None, high)
             held = site.call(aten.sub.Tensor, end, site.call(aten.clamp.default, first, low))
+            held = site.call(aten._to_copy.default, held, dtype=wide(dtype))
             share = site.call(aten.mul.Scalar, site.call(aten.reciprocal.default, held), k)
-            share = site.call(aten._to_copy.default, share, dtype=dtype)
+            share = cast(site, share, wide(dtype), dtype)
             y = site.call(aten.mul.Tensor, y, site.call(aten.view.default, share, pool.shape(d, [-1])))
         return y
 
@@ -91,6 +92,8 @@ def _averaging(rank: int) -> None:
         divisor: int | None = None, *, results: Any, count_include_pad: bool | None = None,
         divisor_override: int | None = None,
     ) -> OpRule:  # fmt: skip
+        if not x.is_floating_point():  # rounded down: no sum of averages, and no average of other weight
+            return spatial(forward, rank)(x, results=results)
         include, divisor = count_include_pad if count_include_pad is not None else include, divisor or divisor_override
         pool = _Pool(x, results[0], _of(rank, kernel), stride, padding)
         return pool.forward(1, _averages(forward, pool, ceil_mode, include, divisor, x), "0")

@@ -1,4 +1,7 @@
-"""Sizes and numbers that data decides: whole on every rank, and right, whatever the data turns out to be."""
+"""Sizes and numbers that data decides: whole on every rank, and right, whatever the data turns out to be.
+
+Real ranks: test_real_ranks_dp.py.
+"""
 
 # ruff: noqa: E501  (what is printed is not wrapped)
 
@@ -6,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,16 +29,11 @@ from shardc.compiler.sizes import DataSize
 from shardc.compiler.verify import Stage, verify
 from shardc.runtime.bind import bind_program
 from shardc.runtime.stretches import Stretches
-from tests.agree import agrees, agrees_as_ranks
-from tests.runtime.ranks import on_ranks, run_ranks
+from tests.agree import agrees, agrees_as_ranks, draw
 
 DP = Plan(dp=Replicated())
 EXPERTS = {"experts.*.0": ColwiseParallel(), "experts.*.2": RowwiseParallel()}
 TARGET = torch.tensor([0, 3, 1, 0, 7, 2])
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
 def masked(logits: Tensor, target: Tensor) -> Tensor:
@@ -221,7 +220,7 @@ def test_a_whole_step_with_a_loss_over_the_rows_that_count():
     torch.manual_seed(0)
     model = nn.Linear(4, 8).double()
     alone, x = copy.deepcopy(model), torch.randn(6, 4, dtype=torch.float64)
-    make = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    make = partial(torch.optim.SGD, lr=0.1)
     step = shardc.train_step(model, DP, lambda m, x, t: masked(m(x), t), make, mesh=Mesh(dp=2))
     optimizer = make(alone.parameters())
     for target in (TARGET, TARGET.flip(0), torch.tensor([0, 0, 0, 0, 0, 1])):
@@ -374,26 +373,3 @@ def test_a_backend_is_not_given_what_has_such_a_size():
     found = run(torch.ones(6, 4), torch.zeros(6), x)
     assert [tuple(t.shape) for t in found[:2]] == [(3, 6), ()]
     assert given and not any("index" in code for code in given)
-
-
-def train_experts(rank: int) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    torch.manual_seed(0)
-    model, x = Experts().double(), torch.randn(6, 4, dtype=torch.float64)
-    alone = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
-    compiled = shardc.compile(model, DP, mesh=mesh)
-    mine = x.chunk(2)[rank].clone().requires_grad_()
-    compiled(mine).square().mean().backward()
-    alone(x).square().mean().backward()
-    for p, q in zip(compiled.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
-    kept = shardc.compile(Answers(), DP, mesh=mesh)(mine.detach(), mine.detach())
-    return kept[:-1]
-
-
-@on_ranks
-def test_real_ranks_train_experts_and_agree_on_what_data_decides():
-    first, second = run_ranks(train_experts, 2)
-    assert first == second

@@ -18,14 +18,10 @@ from shardc.compiler.kept import Sync
 from shardc.compiler.lowering import Lowering
 from shardc.compiler.rules.table import RuleError
 from tests.acceptance.models import MLP
-from tests.agree import agrees, agrees_as_ranks
+from tests.agree import agrees, agrees_as_ranks, draw
 
 TWO = Mesh(tp=2)
 ANY = {"": PrepareModuleInput()}  # a plan that says nothing, and so is not empty
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
 class Normed(nn.Module):

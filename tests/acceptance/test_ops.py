@@ -8,26 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 
 from shardc import Mesh
-from tests.agree import agrees
+from tests.agree import Calls, agrees, draw, traced_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*plan is empty")
-
-
-class Calls(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
 CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
@@ -56,5 +43,6 @@ def test_is_right_however_its_operands_are_split(name: str):
     first = (Shard(0), *[Replicate() for _ in given[1:]])
     rows, columns = (tuple(Shard(d if x.dim() > 1 else 0) for x in given) for d in (0, 1))
     crossed = tuple(Shard((i + 1) % x.dim()) for i, x in enumerate(given))
-    for layout in dict.fromkeys([first, rows, columns, crossed]):
-        agrees(Calls(function), given, Mesh(tp=2), None, {"inputs": layout})
+    with traced_once():
+        for layout in dict.fromkeys([first, rows, columns, crossed]):
+            agrees(Calls(function), given, Mesh(tp=2), None, {"inputs": layout})

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import shardc
 from shardc import Plan, Replicated
 from tests.acceptance.models import MLP
+from tests.acceptance.test_data_sizes import Answers, Experts
 from tests.runtime.ranks import on_ranks, run_ranks
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -102,8 +103,22 @@ def children_replicated(model: nn.Module) -> None:
         shardc.replicate(child, bucket_cap_mb=1, gradient_as_bucket_view=True)
 
 
+def train_experts(rank: int, mesh: DeviceMesh) -> tuple[Any, ...]:
+    """Data decides which rows an expert gets; and what forward returns as numbers."""
+    torch.manual_seed(0)
+    model, x = Experts().double(), torch.randn(6, 4, dtype=torch.float64)
+    alone = copy.deepcopy(model)
+    compiled = shardc.compile(model, Replicated(), mesh=mesh)
+    mine = x.chunk(2)[rank].clone().requires_grad_()
+    compiled(mine).square().mean().backward()
+    alone(x).square().mean().backward()
+    same(compiled, alone, "grad")
+    told = shardc.compile(Answers(), Replicated(), mesh=mesh)(mine.detach(), mine.detach())
+    return told[:-1]
+
+
 def train_plainly(rank: int) -> list[Any]:
-    """Cases 30, 31, 33, 37 and 39 on one mesh."""
+    """Cases 30, 31, 33, 37 and 39 on one mesh, and experts."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     whole = trains(rank, mesh, MLP, Replicated())
     assert all(type(p) is nn.Parameter for p in whole.parameters())
@@ -118,13 +133,16 @@ def train_plainly(rank: int) -> list[Any]:
         {n.meta["path"].split(".")[0] for n in m.programs[-1].halves.backward.graph.nodes if n.meta.get("recompute")}
         for m in again
     ]
-    return [[(c.kind, c.phase) for c in m.programs[-1].collectives()] for m in (whole, small, children)] + recomputed
+    moved = [[(c.kind, c.phase) for c in m.programs[-1].collectives()] for m in (whole, small, children)]
+    return [train_experts(rank, mesh), *moved, *recomputed]
 
 
 @on_ranks
 def test_replicas_train_as_one_device_on_the_full_batch():
     once = [("all_reduce", "backward")]
-    for whole, small, children, checkpointed, named in run_ranks(train_plainly, 2):
+    first, second = run_ranks(train_plainly, 2)
+    assert first[0] == second[0]  # the numbers that data decides
+    for _, whole, small, children, checkpointed, named in (first, second):
         assert whole == once and small == 4 * once and children == once
         assert checkpointed == {"first"} and named == {"first", "second"}
 

@@ -185,7 +185,7 @@ def test_the_peak_is_the_programs(view: Chromium, shown: Program):
 def test_every_stage_is_the_programs(view: Chromium, shown: Program):
     for k, record in enumerate(shown.records):
         lines = view.js(f"[...{APP}.lines({k + 1})]")
-        said = [f"return {l[1][1]}" if l[0] == "return" else f"%{l[0]}: {l[1][0]} = {l[1][1]}" for l in lines]  # noqa: E741
+        said = [f"return {it[1]}" if name == "return" else f"%{name}: {it[0]} = {it[1]}" for name, it, *_ in lines]
         assert "\n".join(said) == record.after.split("\n", 1)[1]
 
 

@@ -57,9 +57,13 @@ def same(a: Any, b: Any, what: str) -> None:
 def check(module: nn.Module, *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any) -> Traced:
     """Traces `module(*args, **kwargs)` and holds outputs, mutations and gradients against eager's."""
     call = (args, dict(kwargs or {}))
-    grad = options.get("grad", True)
     traced = trace(module, *call, **options)
+    compare(traced, module, call, options.get("grad", True))
+    return traced
 
+
+def compare(traced: Traced, module: nn.Module, call: tuple[tuple, dict[str, Any]], grad: bool = True) -> None:
+    """Holds what was traced against the module, called so."""
     own = fresh(call)
     before = {name: value.detach().clone() for name, value in held(module).items()}
     # An input that requires grad is no leaf to forward, so that it may be changed in place.
@@ -80,7 +84,6 @@ def check(module: nn.Module, *args: Any, kwargs: Mapping[str, Any] | None = None
     first = by_input(traced, before, started)
     check_gradients(traced, results, leaves)
     check_mutations(traced, results, first, after)
-    return traced
 
 
 def by_input(traced: Traced, values: Mapping[str, Tensor], call: Any) -> dict[int, Tensor]:

@@ -10,14 +10,13 @@ from shardc.compiler.halves import halves
 from shardc.compiler.memory import peak_bytes
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.verify import Stage
-from shardc.passes.localize import Localize
 from tests.build import (
     all_gather,
     all_reduce,
     all_to_all,
-    apply,
     build,
     context,
+    local,
     local_slice,
     make_partial,
     reduce_scatter,
@@ -94,8 +93,7 @@ def test_collectives_come_in_program_order_with_their_source():
 
 
 def test_collectives_inside_a_local_form_count_by_what_rank_0_holds():
-    gm = build(lambda x: aten._softmax(x, 1, False), MESH, Stage.RESHARDED, x="f32[8@dp, 16@tp]")
-    apply(Localize(), gm, context(gm, MESH))
+    gm = local(lambda x: aten._softmax(x, 1, False), MESH, x="f32[8@dp, 16@tp]")
     found = collectives_of(gm, MESH)
     assert [(c.kind, c.mesh_dim, c.numel) for c in found] == [("all_reduce", "tp", 4), ("all_reduce", "tp", 4)]
 

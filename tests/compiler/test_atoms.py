@@ -79,7 +79,9 @@ def test_a_dim_that_no_view_takes_apart_is_one_atom():
 
 
 def test_views_behind_a_product_take_the_weights_columns_apart():
-    fn = lambda x, w: aten.view(aten.mm(x, w), [8, 3, 16])  # noqa: E731
+    def fn(x, w):
+        return aten.view(aten.mm(x, w), [8, 3, 16])
+
     assert of(fn, "w", 1, x="f32[8, 6]", w="f32[6, 48]") == ["3", "16"]
     assert of(fn, "w", 0, x="f32[8, 6]", w="f32[6, 48]") == ["6"]
 
@@ -93,17 +95,23 @@ def test_a_product_cut_in_thirds_keeps_the_thirds_whole():
 
 
 def test_a_softmax_needs_its_dim_whole_or_joined():
-    fn = lambda x: aten.cumsum(aten.view(x, [8, 3, 16]), 2)  # noqa: E731
+    def fn(x):
+        return aten.cumsum(aten.view(x, [8, 3, 16]), 2)
+
     assert of(fn, "x", 1, x="f32[8, 48]")[0] == "3"
 
 
 def test_marks_and_reshards_pass_atoms_on():
-    fn = lambda x: aten.view(reshard(MARK(x, "a|in|0"), "[8, 48]"), [8, 3, 16])  # noqa: E731
+    def fn(x):
+        return aten.view(reshard(MARK(x, "a|in|0"), "[8, 48]"), [8, 3, 16])
+
     assert of(fn, "x", 1, x="f32[8, 48]") == ["3", "16"]
 
 
 def test_an_operator_without_a_rule_needs_its_operands_whole():
-    fn = lambda x: aten.frobenius_norm.dim(aten.view(x, [8, 3, 16]), [1])  # noqa: E731
+    def fn(x):
+        return aten.frobenius_norm.dim(aten.view(x, [8, 3, 16]), [1])
+
     assert of(fn, "x", 1, x="f32[8, 48]") == ["3!", "16!"]
 
 

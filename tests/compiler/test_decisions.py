@@ -125,12 +125,16 @@ def test_a_true_is_no_one():
 
 
 def test_a_split_is_told_apart_from_one_of_another_factor():
-    fn = lambda x0: aten.view(x0, [8, 3, 4])  # noqa: E731
+    def fn(x0):
+        return aten.view(x0, [8, 3, 4])
+
     differ((fn, "f32[8, (3@dp 4)]"), (fn, "f32[8, 12@dp]"))
 
 
 def test_a_pending_sum_is_told_apart():
-    fn = lambda x0: aten.neg(x0)  # noqa: E731
+    def fn(x0):
+        return aten.neg(x0)
+
     differ((fn, "f32[8]"), (fn, "f32[8]+tp"))
 
 
@@ -150,7 +154,9 @@ def test_another_mesh_is_told_apart():
 
 
 def test_operands_of_more_bytes_are_told_apart():
-    fn = lambda x0, x1: aten.mul(x0, x1)  # noqa: E731
+    def fn(x0, x1):
+        return aten.mul(x0, x1)
+
     differ((fn, "f32[8@tp, 8]", "f64[8, 8@tp]"), (fn, "f64[8@tp, 8]", "f32[8, 8@tp]"))
 
 

@@ -18,7 +18,7 @@ from shardc.compiler import trace_layers, trace_repeats
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.marks import constrain
 from shardc.compiler.trace import Traced, trace
-from tests.compiler.eager import check
+from tests.compiler.eager import compare
 
 N = 3  # layers of a model
 
@@ -133,18 +133,17 @@ def batch() -> Tensor:
     return torch.randn(2, 3, 4)
 
 
-def test_a_layer_is_traced_once(monkeypatch):
-    assert reused(both(monkeypatch, Stack(*blocks()), batch())[1], layers=1)
+def test_a_layer_is_traced_once_and_computes_what_eager_does(monkeypatch):
+    model = Stack(*blocks())
+    found, traces = both(monkeypatch, model, batch())
+    assert reused(traces, layers=1)
+    compare(found, model, ((batch(),), {}))
 
 
 def test_few_or_small_layers_are_left_alone(monkeypatch):
     monkeypatch.undo()
     assert reused(both(monkeypatch, Stack(*blocks()), batch())[1], layers=0)
     assert reused(both(monkeypatch, Stack(*(nn.Linear(4, 4) for _ in range(9))), batch())[1], layers=0)
-
-
-def test_values_and_gradients_are_those_of_eager():
-    check(Stack(*blocks()), batch())
 
 
 def test_marks_have_the_keys_of_their_own_layer(monkeypatch):
@@ -168,8 +167,9 @@ def test_constraints_inside(monkeypatch):
 
 def test_dropout_draws_in_the_same_order(monkeypatch):
     model = Stack(*blocks(drop=0.5))
-    assert reused(both(monkeypatch, model, batch())[1], layers=1)
-    check(model, batch())
+    found, traces = both(monkeypatch, model, batch())
+    assert reused(traces, layers=1)
+    compare(found, model, ((batch(),), {}))
 
 
 def test_frozen_layers_are_other_layers(monkeypatch):
@@ -197,8 +197,9 @@ def test_weights_tied_across_layers(monkeypatch):
     for block in others:
         block.up.weight, block.norm = first.up.weight, first.norm
     model.last.weight = first.up.weight
-    assert reused(both(monkeypatch, model, batch())[1], layers=1)
-    check(model, batch())
+    found, traces = both(monkeypatch, model, batch())
+    assert reused(traces, layers=1)
+    compare(found, model, ((batch(),), {}))
 
 
 def test_one_layer_called_again_and_again(monkeypatch):
@@ -226,8 +227,9 @@ class Conditions(Stack):
 def test_sums_of_gradients_keep_their_order(monkeypatch):
     """What each layer uses several times, and what is used again much later."""
     model = Conditions(*(Conditioned() for _ in range(3)))
-    assert reused(both(monkeypatch, model, batch())[1], layers=2)
-    check(model, batch())
+    found, traces = both(monkeypatch, model, batch())
+    assert reused(traces, layers=2)
+    compare(found, model, ((batch(),), {}))
 
 
 def test_layers_of_other_shape_are_other_layers(monkeypatch):
@@ -272,7 +274,7 @@ def test_layers_with_several_results_and_constants_of_their_own(monkeypatch):
     model = Keeping(*(Several() for _ in range(2 * N)))
     found, traces = both(monkeypatch, model, batch())
     assert traces.layers > 0 and len([i for i in found.signature.inputs if i.value is not None]) == 2
-    check(model, batch())
+    compare(found, model, ((batch(),), {}))
 
 
 class Strided(Block):
@@ -282,8 +284,9 @@ class Strided(Block):
 
 def test_results_that_lie_otherwise_in_memory(monkeypatch):
     model = Stack(*(Strided() for _ in range(N)))
-    assert both(monkeypatch, model, batch())[1].layers in (1, 2)
-    check(model, batch())
+    found, traces = both(monkeypatch, model, batch())
+    assert traces.layers in (1, 2)
+    compare(found, model, ((batch(),), {}))
 
 
 class Normed(Block):
@@ -395,8 +398,9 @@ class InPlace(Block):
 def test_what_a_layer_writes_to_of_its_own_is_its_business(monkeypatch):
     """Views of what was written to are made again when they are next used: here, where the layer ends."""
     model = Stack(*(InPlace() for _ in range(N)))
-    assert reused(both(monkeypatch, model, batch(), read=dataflow)[1], layers=1)
-    check(model, batch())
+    found, traces = both(monkeypatch, model, batch(), read=dataflow)
+    assert reused(traces, layers=1)
+    compare(found, model, ((batch(),), {}))
 
 
 class Mixed(Stack):

@@ -13,25 +13,10 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardc
 from shardc import Mesh, ShardingError
-from tests.agree import agrees
+from tests.agree import Calls, agrees, draw
 
 TWO = Mesh(tp=2)
 pytestmark = pytest.mark.filterwarnings("ignore:.*plan is empty")
-
-
-class Calls(nn.Module):
-    """One function of forward's arguments."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
 def _masked(x: Tensor, v: Tensor, mask: Tensor) -> Tensor:

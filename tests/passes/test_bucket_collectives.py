@@ -16,10 +16,8 @@ from shardc.compiler.collectives import bucket
 from shardc.compiler.graph import returned
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
 from shardc.passes.bucket_collectives import BucketCollectives
-from shardc.passes.localize import Localize
-from tests.build import all_gather, all_reduce, apply, build, context, random_inputs, reduce_scatter, simulated
+from tests.build import all_gather, all_reduce, apply, context, local, random_inputs, reduce_scatter, simulated
 
 aten = torch.ops.aten
 DP, BOTH = Mesh(dp=2), Mesh(pod=2, dp=2, tp=2)
@@ -35,12 +33,6 @@ def two_layers(x, w, u, tangent):
 
 def average(grad):
     return aten.div(all_reduce(grad, "dp"), 2)
-
-
-def local(fn, mesh: Mesh, **types: str) -> GraphModule:
-    gm = build(fn, mesh, Stage.RESHARDED, **types)
-    apply(Localize(), gm, context(gm, mesh))
-    return gm
 
 
 def bucketed(fn, mesh: Mesh, gradients: tuple[str, ...], types: dict[str, str], **plan: Any) -> GraphModule:

@@ -10,10 +10,8 @@ from expecttest import assert_expected_inline
 
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
 from shardc.passes.fuse_bias import FuseBias
-from shardc.passes.localize import Localize
-from tests.build import all_reduce, apply, build, context, random_inputs, simulated
+from tests.build import all_reduce, apply, context, local, random_inputs, simulated
 
 aten = torch.ops.aten
 TP = Mesh(tp=2)
@@ -21,14 +19,8 @@ TYPES = dict(x="f32[8, 4]", w="f32[4, 6@tp]", b="f32[6@tp]")
 ROWS = dict(x="f32[8, 4@tp]", w="f32[4@tp, 6]", b="f32[6]")
 
 
-def local(fn, types):
-    gm = build(fn, TP, Stage.RESHARDED, **types)
-    apply(Localize(), gm, context(gm, TP))
-    return gm
-
-
 def fused(fn, /, **types: str):
-    gm = local(fn, types or TYPES)
+    gm = local(fn, TP, **types or TYPES)
     record = apply(FuseBias(), gm, context(gm, TP))
     return gm, +Counter(record.changes)
 
@@ -59,7 +51,8 @@ return (%relu, %exp)""",
 def test_values_do_not_change():
     gm, _ = fused(column_parallel)
     inputs = random_inputs(gm)
-    for have, want in zip(simulated(gm, TP, inputs), simulated(local(column_parallel, TYPES), TP, inputs), strict=True):
+    before = local(column_parallel, TP, **TYPES)
+    for have, want in zip(simulated(gm, TP, inputs), simulated(before, TP, inputs), strict=True):
         assert torch.equal(have, want)
 
 
@@ -97,7 +90,7 @@ def test_left_alone(fn, types):
 
 
 def test_left_alone_across_halves():
-    gm = local(column_parallel, TYPES)
+    gm = local(column_parallel, TP, **TYPES)
     for node in gm.graph.nodes:
         if node.target is aten.add.Tensor:
             node.meta["phase"] = "backward"

@@ -20,6 +20,7 @@ from tests.build import (
     apply,
     build,
     context,
+    local,
     on_one_device,
     random_inputs,
     reduce_scatter,
@@ -33,9 +34,8 @@ WEIGHTS = dict(x="f32[4@dp, 5]", w="f32[5@dp, 6]", b="f32[6@dp]")
 
 def joined(fn: Any, units: dict[str, str], mesh: Mesh = DP, /, plan: Any = None, **types: str) -> GraphModule:
     """The graph after the pass; units: which unit each collective serves, by its name. It computes what it did."""
-    gm = build(fn, mesh, Stage.RESHARDED, **types)
+    gm = local(fn, mesh, **types)
     ctx = context(gm, mesh, **plan or {})
-    apply(Localize(), gm, ctx)
     for node in call_nodes(gm):
         if node.name in units:
             node.meta["unit"] = units[node.name]

@@ -21,19 +21,12 @@ from shardc.passes.insert_reshards import InsertReshards
 from shardc.passes.localize import Localize
 from shardc.passes.lower_reshards import LowerReshards
 from shardc.passes.propagate import Propagate
-from tests.build import all_reduce, apply, build, context, on_one_device, random_inputs, simulated
+from tests.build import all_reduce, apply, build, context, local, on_one_device, random_inputs, simulated
 from tests.compiler.test_spec import specs
 
 aten = torch.ops.aten
 MESH = Mesh(dp=2, tp=4)
 SMALL = Mesh(a=2, b=3)
-
-
-def local(fn, mesh: Mesh = MESH, **types: str) -> GraphModule:
-    """The graph of layouts that agree, made local."""
-    gm = build(fn, mesh, Stage.RESHARDED, **types)
-    apply(Localize(), gm, context(gm, mesh))
-    return gm
 
 
 def lines(gm: GraphModule, mesh: Mesh = MESH) -> str:
@@ -58,7 +51,7 @@ def heads(x, w):
 
 
 def test_sizes_of_a_view_become_the_ranks_own():
-    gm = local(heads, x="f32[8@dp, 6]", w="f32[6, (3@tp 4)]")
+    gm = local(heads, MESH, x="f32[8@dp, 6]", w="f32[6, (3@tp 4)]")
     assert_expected_inline(
         lines(gm),
         """\
@@ -71,14 +64,16 @@ return (%reshape_default)""",
 
 
 def test_the_program_is_one_text_though_ranks_differ():
-    gm = local(heads, x="f64[8@dp, 6]", w="f64[6, (3@tp 4)]")
+    gm = local(heads, MESH, x="f64[8@dp, 6]", w="f64[6, (3@tp 4)]")
     held = [n.meta["spec"].local_shape(MESH, MESH.coords(r)) for r in (0, 7) for n in returned(gm)]
     assert held == [(4, 1, 4), (4, 0, 4)]
 
 
 def test_sizes_of_an_expanded_dim():
-    fn = lambda x, y: aten.add(aten.expand(x, [8, 5]), y)  # noqa: E731
-    gm = local(fn, x="f32[8@tp, 1]", y="f32[8@tp, 5]")
+    def fn(x, y):
+        return aten.add(aten.expand(x, [8, 5]), y)
+
+    gm = local(fn, MESH, x="f32[8@tp, 1]", y="f32[8@tp, 5]")
     assert "aten.expand(%x, [8@tp, 5])" in text(gm, MESH)
     same_on_all_ranks(fn, x="f64[8@tp, 1]", y="f64[8@tp, 5]")
 
@@ -99,7 +94,7 @@ def test_uneven_and_empty_pieces(n: int):
 
 
 def test_a_rule_may_say_how_its_operator_becomes_local():
-    gm = local(lambda x: aten.tril(x), x="f32[8@tp, 8]")
+    gm = local(lambda x: aten.tril(x), MESH, x="f32[8@tp, 8]")
     assert_expected_inline(
         lines(gm),
         """\
@@ -113,7 +108,7 @@ return (%tril_default)""",
 @pytest.mark.parametrize("view", [aten.view, aten._unsafe_view])
 def test_a_view_becomes_a_reshape_even_where_nothing_is_split(view):
     """What it views may be a piece that lies in memory otherwise than the whole did."""
-    gm = local(lambda x: view(x, [32]), x="f32[8, 4]")
+    gm = local(lambda x: view(x, [32]), MESH, x="f32[8, 4]")
     assert [n.target for n in gm.graph.nodes][1] is aten.reshape.default
 
 

@@ -14,16 +14,14 @@ from shardc.compiler.memory import peak_bytes
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context
 from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
-from shardc.passes.localize import Localize
 from shardc.passes.overlap import Overlap
 from tests.build import (
     all_gather,
     all_reduce,
     all_to_all,
     apply,
-    build,
     context,
+    local,
     random_inputs,
     reduce_scatter,
     simulated,
@@ -38,12 +36,6 @@ def layer(x, w, tangent):
     grad_w = all_reduce(aten.mm(aten.t(x), tangent), "dp")
     grad_x = aten.mm(tangent, aten.t(w))
     return aten.mm(x, w), grad_w, grad_x
-
-
-def local(fn, mesh: Mesh, **types: str) -> GraphModule:
-    gm = build(fn, mesh, Stage.RESHARDED, **types)
-    apply(Localize(), gm, context(gm, mesh))
-    return gm
 
 
 def overlapped(fn, mesh: Mesh, gradients: tuple[str, ...] = (), step: Overlap | None = None, /, **types: str):

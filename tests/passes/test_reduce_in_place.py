@@ -10,11 +10,9 @@ from expecttest import assert_expected_inline
 
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
-from shardc.passes.localize import Localize
 from shardc.passes.overlap import Overlap
 from shardc.passes.reduce_in_place import ReduceInPlace
-from tests.build import all_reduce, apply, build, context, random_inputs, simulated
+from tests.build import all_reduce, apply, context, local, random_inputs, simulated
 
 aten = torch.ops.aten
 DP = Mesh(dp=2)
@@ -22,9 +20,8 @@ TYPES = dict(x="f32[8@dp, 4]", w="f32[4, 4]", tangent="f32[8@dp, 4]")
 
 
 def reduced(fn, mesh: Mesh = DP, meta: dict | None = None, /, **types: str):
-    gm = build(fn, mesh, Stage.RESHARDED, **TYPES | types)
+    gm = local(fn, mesh, **TYPES | types)
     ctx = context(gm, mesh)
-    apply(Localize(), gm, ctx)
     apply(Overlap(), gm, ctx)
     for node in gm.graph.nodes:
         node.meta |= meta or {}
@@ -59,8 +56,7 @@ return (%mm_1, %all_reduce)""",
 
 def test_values_do_not_change():
     gm, _ = reduced(dead_operand)
-    before = build(dead_operand, DP, Stage.RESHARDED, **TYPES)
-    apply(Localize(), before, context(before, DP))
+    before = local(dead_operand, DP, **TYPES)
     inputs = random_inputs(gm)
     for have, want in zip(simulated(gm, DP, inputs), simulated(before, DP, inputs), strict=True):
         assert torch.equal(have, want)

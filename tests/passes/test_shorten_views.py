@@ -10,24 +10,16 @@ from expecttest import assert_expected_inline
 
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
-from shardc.passes.localize import Localize
 from shardc.passes.shorten_views import ShortenViews
-from tests.build import apply, build, context, random_inputs, simulated
+from tests.build import apply, context, local, random_inputs, simulated
 
 aten = torch.ops.aten
 DP = Mesh(dp=2)
 TYPES = dict(x="f32[4@dp, 8, 6]", w="f32[6, 6]", tangent="f32[4@dp, 8, 6]")
 
 
-def local(fn):
-    gm = build(fn, DP, Stage.RESHARDED, **TYPES)
-    apply(Localize(), gm, context(gm, DP))
-    return gm
-
-
 def shortened(fn, marks: dict | None = None):
-    gm = local(fn)
+    gm = local(fn, DP, **TYPES)
     for node in gm.graph.nodes:
         node.meta |= (marks or {}).get(node.name, {})
     record = apply(ShortenViews(), gm, context(gm, DP))
@@ -64,7 +56,7 @@ return (%relu, %exp, %view_3)""",
 def test_values_do_not_change():
     gm, _ = shortened(chains)
     inputs = random_inputs(gm)
-    for have, want in zip(simulated(gm, DP, inputs), simulated(local(chains), DP, inputs), strict=True):
+    for have, want in zip(simulated(gm, DP, inputs), simulated(local(chains, DP, **TYPES), DP, inputs), strict=True):
         assert torch.equal(have, want)
 
 
@@ -100,16 +92,16 @@ def test_left_alone(fn):
 
 
 def test_left_alone_in_backward_of_a_reshape_in_forward():
-    gm = local(two_reshapes)
+    gm = local(two_reshapes, DP, **TYPES)
     assert +Counter(apply(ShortenViews(), gm, context(gm, DP)).changes)
-    gm = local(two_reshapes)
+    gm = local(two_reshapes, DP, **TYPES)
     last = [n for n in gm.graph.nodes if n.target is aten.reshape.default][-1]
     last.meta["phase"] = "backward"
     assert not +Counter(apply(ShortenViews(), gm, context(gm, DP)).changes)
 
 
 def test_left_alone_at_the_border_of_a_recomputed_region():
-    gm = local(two_reshapes)
+    gm = local(two_reshapes, DP, **TYPES)
     first = next(n for n in gm.graph.nodes if n.target is aten.reshape.default)
     first.meta["recompute"] = "layers.0"
     assert not +Counter(apply(ShortenViews(), gm, context(gm, DP)).changes)

@@ -7,7 +7,7 @@ import math
 import torch
 
 import tests.rules.stand_ins  # noqa: F401
-from tests.rules.operands import Case, case, positive, real
+from tests.rules.operands import Case, case, positive, real, whole
 
 aten = torch.ops.aten
 
@@ -118,7 +118,17 @@ def _pools_of_rows() -> list[Case]:
     image = torch.full((2, 1, 7, 5), low)
     image[0, 0, 2, 1] = image[1, 0, 5, 3] = math.nan
     out += [case(aten.max_pool2d_with_indices.default, image, [3, 2], [2, 1], [1, 1], [d, d]) for d in (1, 2)]
-    return out
+    return out + _pools_of_counts()
+
+
+def _pools_of_counts() -> list[Case]:
+    """Windows of 3 and of 4 elements, whose ratio no float holds; integers, whose averages are rounded down."""
+    x, n = real(1, 2, 7, 4), whole(99, 1, 2, 7, 4) - 50
+    how = ([4, 1], [1, 1], [1, 0], False, False)
+    counted = [case(aten.avg_pool2d.default, y, *how) for y in (x, n)]
+    deep = [case(aten.avg_pool3d.default, y[None], [1, 4, 1], [1, 1, 1], [0, 1, 0], False, False) for y in (x, n)]
+    back = case(aten.avg_pool2d_backward.default, aten.avg_pool2d(x, *how), x, *how, None)
+    return [*counted, *deep, back, case(aten.max_pool2d_with_indices.default, n, [3, 1], [1, 1], [1, 0])]
 
 
 def _resampled() -> list[Case]:
@@ -133,6 +143,8 @@ def _resampled() -> list[Case]:
         y = getattr(aten, name).default(x, size, *flag)
         out += [case(getattr(aten, name).default, x, size, *flag)]
         out += [case(getattr(aten, name + "_backward").default, y, size, list(x.shape), *flag)]
+    pixels = whole(120, 1, 2, 5, 4).to(torch.uint8)
+    out += [case(getattr(aten, f"upsample_bi{n}2d").default, pixels, [9, 7], False) for n in ("linear", "cubic")]
     x = real(3, 5, 4, 6)
     square = [2, 2], [1, 1], [0, 0], [1, 1]
     for image in (x, x[0]):

@@ -15,7 +15,6 @@ from shardc.compiler.graph import placeholders, returned, spec
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Spec
 from shardc.compiler.verify import Stage
-from shardc.passes.localize import Localize
 from shardc.runtime import simulate as simulate_module
 from shardc.runtime.shards import cut
 from shardc.runtime.simulate import simulate
@@ -24,9 +23,8 @@ from tests.build import (
     all_gather,
     all_reduce,
     all_to_all,
-    apply,
     build,
-    context,
+    local,
     local_slice,
     make_partial,
     on_one_device,
@@ -112,8 +110,7 @@ def test_sizes_are_the_ranks_own():
     def fn(x):
         return aten.view(x, [12])
 
-    gm = build(fn, MESH, Stage.RESHARDED, x="f64[4@tp, 3]")
-    apply(Localize(), gm, context(gm, MESH))
+    gm = local(fn, MESH, x="f64[4@tp, 3]")
     layout = spec(placeholders(gm)[0])
     given = [cut(torch.ones(4, 3), layout, MESH, MESH.coords(r)) for r in range(6)]
     assert [len(p) for p in simulate(gm, MESH, [given])[0]] == [6, 6, 0] * 2
