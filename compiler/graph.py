@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler import collectives as c
@@ -174,6 +175,19 @@ def move_of(node: Node) -> Call | None:
     if node.op == "call_function" and node.target in (*c.COLLECTIVES, *c.LOCAL_MOVES):
         return Call(node.target, tuple(node.args), node.meta)
     return None
+
+
+def divides_a_sum(node: Node, mesh: Mesh) -> bool:
+    """Whether a node averages what an all_reduce gave, and nothing else sees: then it may do so where that lies.
+    Over one rank the sum would be its operand."""
+    if node.target is not torch.ops.aten.div.Tensor or node.kwargs or isinstance(node.args[1], Node):
+        return False
+    total = arguments(node)[0]
+    move = move_of(arguments(total)[0] if total.target is c.wait else total)
+    if move is None or move.target is not c.all_reduce or mesh[move.axis] == 1 or len(total.users) > 1:
+        return False
+    (value,) = tensors(total) or [total.meta.get("local")]
+    return isinstance(value, Tensor) and value.dtype.is_floating_point
 
 
 def local_nbytes(node: Node, mesh: Mesh) -> int:

@@ -21,7 +21,17 @@ from shardc.compiler import collectives as c
 from shardc.compiler.accounts import cut_in
 from shardc.compiler.collectives import SMALL
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import Call, is_kept, move_of, output_node, placeholders, specs, tensors
+from shardc.compiler.graph import (
+    Call,
+    arguments,
+    divides_a_sum,
+    is_kept,
+    move_of,
+    output_node,
+    placeholders,
+    specs,
+    tensors,
+)
 from shardc.compiler.halves import Halves
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh
@@ -148,7 +158,7 @@ class _Half:
             return self._arrived(node, self.env[node.args[0]], i)  # pyright: ignore
         move = move_of(node)
         if move is not None and move.target in c.COLLECTIVES:
-            wire = self._wire(move)
+            wire = self._wire(move, bool(node.kwargs.get("reuse")))
             if node.target is c.start:
                 return wire
             shown = [] if wire.shows else [wire.received]
@@ -158,6 +168,8 @@ class _Half:
             return self._sliced(node, self.env[move.args[0]])
         if node.meta.get("data"):
             return _fresh(node, self.mesh)
+        if divides_a_sum(node, self.mesh):
+            return self.env[arguments(node)[0]]
         args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.mesh.coords(0), self._leaf)
         try:
             return node.target(*args, **kwargs)  # pyright: ignore
@@ -185,14 +197,14 @@ class _Half:
             return made
         return wire.received[: made.nbytes].view(made.dtype).view(made.shape)
 
-    def _wire(self, move: Call) -> _Wire:
+    def _wire(self, move: Call, reuse: bool) -> _Wire:
         parts = list(move.each())
         values = [self.env[part.args[0]] for part in parts]
         ways, nbytes = self.mesh[move.axis], sum(x.nbytes for x in values)
         if ways == 1:
             return _Wire([], values[0].contiguous().view(-1).view(torch.uint8), len(values) == 1)
         if move.target is c.all_reduce:
-            return self._reduced(move, values[0], ways)
+            return self._reduced(move, values[0], ways, reuse)
         if move.target is c.fetch:
             return _Wire([], _bytes(0), False, 2 * nbytes)
         size, cuts = values[0].element_size(), [cut_in(part, self.mesh) for part in parts]
@@ -209,10 +221,12 @@ class _Half:
             return _Wire(sent, _bytes(nbytes), False)
         return _Wire(sent, _bytes(ways * rows[0]), False, rows[0] * (together + (ways > 2)))
 
-    def _reduced(self, move: Call, x: Tensor, ways: int) -> _Wire:
+    def _reduced(self, move: Call, x: Tensor, ways: int, reuse: bool) -> _Wire:
         summed = len(move.args) < 3 or move.args[2] == "sum"
         sent = [x] if x.is_contiguous() else [_bytes(x.nbytes)]
         if ways == 2 and summed and (x.dtype.is_floating_point or x.dtype in (torch.int32, torch.int64)):
+            if reuse and x.nbytes > SMALL:
+                return _Wire([], x.contiguous().view(-1).view(torch.uint8), True)
             return _Wire(sent, _bytes(x.nbytes), True)
         if x.nbytes * ways <= SMALL:
             return _Wire(sent, _bytes(x.nbytes * ways), False, x.nbytes * (ways > 2))  # the sum before the last one

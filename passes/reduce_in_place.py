@@ -6,8 +6,9 @@
     %start_all_reduce: f32[160] = shardc.start(%bucket, all_reduce, dp, reuse=True)
 
 It spares a copy of the operand, in time and in memory. Left alone: operands that are inputs, or results of anything
-but an operator that makes memory of its own, or views of such; those that are used afterwards, in backward or by the
-caller, themselves or as another view of the same memory; what backward computes again; a mesh dim of one rank.
+but an operator or collective that makes memory of its own, or views of such; those that are used afterwards, in
+backward or by the caller, themselves or as another view of the same memory; what backward computes again; a mesh dim
+of one rank.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.collectives import all_reduce, bucket
+from shardc.compiler.collectives import COLLECTIVES, all_reduce, bucket, start, wait
 from shardc.compiler.graph import arguments, call_nodes, move_of
+from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
 from shardc.compiler.verify import Stage
 
@@ -38,18 +40,18 @@ class ReduceInPlace:
             move = move_of(node)
             if move is None or move.target is not all_reduce or ctx.mesh[move.axis] == 1:
                 continue
-            if not node.meta.get("recompute") and _is_dead_after(move.args[0], node, order):
+            if not node.meta.get("recompute") and _is_dead_after(move.args[0], node, order, ctx.mesh):
                 node.kwargs = {**node.kwargs, "reuse": True}
                 changes["reused"] += 1
         return PassResult(changes)
 
 
-def _is_dead_after(value: Node, reduction: Node, order: dict[Node, int]) -> bool:
+def _is_dead_after(value: Node, reduction: Node, order: dict[Node, int], mesh: Mesh) -> bool:
     """Whether no node behind the reduction sees the memory that a value lies in."""
     source = value
     while _shows(source):
         source = arguments(source)[0]
-    if not _makes(source):
+    if not (_makes(source) or _arrives(source, mesh)):
         return False
     seen, stack = {source}, [source]
     while stack:
@@ -81,6 +83,12 @@ def _shows(node: Node) -> bool:
 def _makes(node: Node) -> bool:
     """Whether a result is memory of its own."""
     return node.target is bucket or (isinstance(node.target, torch._ops.OpOverload) and not _aliases(node.target))
+
+
+def _arrives(node: Node, mesh: Mesh) -> bool:
+    """Whether a value is what a collective gave: memory of its own but over one rank, where it is the operand."""
+    move = move_of(arguments(node)[0] if node.target is wait else node)
+    return move is not None and move.target in COLLECTIVES and node.target is not start and mesh[move.axis] > 1
 
 
 def _aliases(op: torch._ops.OpOverload) -> bool:

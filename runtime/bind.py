@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.collectives import Cut, cut_of
-from shardc.compiler.graph import arguments, is_kept, move_of, spec, tensors
+from shardc.compiler.graph import divides_a_sum, is_kept, move_of, spec
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh, place
 from shardc.runtime.direct import direct
@@ -83,21 +83,9 @@ class _Binder:
         if ours or node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
         args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)
-        if self.reuse and self._divides_a_sum(node):
+        if self.reuse and divides_a_sum(node, self.mesh):
             return torch.Tensor.div_, args, kwargs
         return direct(node.target, args, kwargs), args, kwargs
-
-    def _divides_a_sum(self, node: Node) -> bool:
-        """Whether a node averages what an all_reduce gave, and nothing else sees: then it may do so where that lies.
-        Over one rank the sum would be its operand."""
-        if node.target is not aten.div.Tensor or node.kwargs or isinstance(node.args[1], Node):
-            return False
-        total = arguments(node)[0]
-        move = move_of(arguments(total)[0] if total.target is c.wait else total)
-        if move is None or move.target is not c.all_reduce or self.mesh[move.axis] == 1 or len(total.users) > 1:
-            return False
-        (value,) = tensors(total) or [total.meta.get("local")]
-        return isinstance(value, Tensor) and value.dtype.is_floating_point
 
     def _leaf(self, leaf: Any) -> Any:
         return self.env[leaf] if isinstance(leaf, Node) else leaf

@@ -188,6 +188,8 @@ class AllReduce(Collective):
         flat, n = flattened(x), self.line.size
         if self._is_pair(x) and flat.nbytes <= SMALL:
             work, got = self._swap(flat, room(flat, flat.numel()))
+            if self.reuse and self.op == "sum":  # of two summands the order is all the same
+                return Issued(work, lambda: flat.add_(got).view(x.shape), flat)
             pair = (flat, got) if self.line.index == 0 else (got, flat)
             return Issued(work, lambda: combine(self.op, pair).view(x.shape), flat)
         if self.op == "sum" and x.dtype in SUMMED and (n == 2 or self.line.backend(x) == "nccl"):

@@ -90,6 +90,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int], Tensor]] = 
     "deep, some ranks": (
         lambda: Deep(4, 33), Plan(dp=FullyShard("layers.*", reshard_after_forward=2)), {"dp": 4}, torch.randn(16, 33)
     ),
+    "large gradients": (lambda: MLP(512, 1024), Replicated(), {"dp": 4}, torch.randn(16, 512)),
+    "large gradients, two by two": (
+        lambda: MLP(512, 1024), Plan(dp=Replicated(), tp=Replicated()), TWO, torch.randn(16, 512)
+    ),
     "no form on meta": (lambda: Counts(32, 64), Replicated(), {"dp": 4}, torch.randn(64, 32)),
     "convolutions": (ConvNet, Replicated(), {"dp": 4}, torch.randn(4, 3, 8, 8)),
     "transformer": (lambda: Transformer(dim=32), TRANSFORMER_TP, {"tp": 4}, tokens(4)),

@@ -62,6 +62,26 @@ def test_values_do_not_change():
         assert torch.equal(have, want)
 
 
+def over_two_mesh_dims(x, w, tangent):
+    grad = all_reduce(all_reduce(aten.mm(aten.t(x), tangent), "pod"), "dp")
+    return aten.mm(x, w), grad
+
+
+def test_what_one_reduction_gave_the_next_reduces_where_it_lies():
+    split = dict(x="f32[8@pod.dp, 4]", tangent="f32[8@pod.dp, 4]")
+    assert reduced(over_two_mesh_dims, Mesh(pod=2, dp=2), **split)[1] == {"reused": 2}
+    assert not reduced(over_two_mesh_dims, Mesh(pod=1, dp=1), **split)[1]
+
+
+def test_left_alone_what_one_reduction_gave_where_it_is_used_again():
+    def twice(x, w, tangent):
+        first = all_reduce(aten.mm(aten.t(x), tangent), "pod")
+        return all_reduce(first, "dp"), aten.neg(first)
+
+    split = dict(x="f32[8@pod.dp, 4]", tangent="f32[8@pod.dp, 4]")
+    assert reduced(twice, Mesh(pod=2, dp=2), **split)[1] == {"reused": 1}
+
+
 def an_input(x, w, tangent):
     return all_reduce(w, "dp")
 
