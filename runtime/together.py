@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardc.compiler.collectives import Cut
+from shardc.runtime.pieces import Pieces, flattened, plain, room
 from shardc.runtime.shards import combine
-from shardc.runtime.wire import SUMMED, Collective, Issued, Line, Pieces, flattened, plain, reduce_pieces, room
+from shardc.runtime.wire import SUMMED, Collective, Issued, Line, reduce_pieces
 
 aten = torch.ops.aten
 
@@ -85,15 +86,14 @@ class ScatterTogether(_Together):
         self.op = op
 
     def _start(self, x: Sequence[Tensor]) -> Issued:
-        n, mine = self.line.size, self.rows[self.line.index]
         if self.op == "sum" and x[0].dtype in SUMMED and self.line.backend(x[0]) == "nccl":
-            longest = max(self.rows)
-            flat, total = self._dealt(x, [longest] * n), room(x[0], longest)
+            longest, mine = max(self.rows), self.rows[self.line.index]
+            flat, total = self._dealt(x, [longest] * self.line.size), room(x[0], longest)
             work = self._issue(reduce_pieces, total, flat, dist.ReduceOp.SUM)
             return Issued(work, lambda: self._mine(total[:mine]), flat)
         flat = self._dealt(x, self.rows)
-        work, got = self._exchange(flat, self.rows, [mine] * n)
-        return Issued(work, lambda: self._mine(combine(self.op, got.view(n, mine).unbind())), flat)
+        work, summands = self._summands(flat, self.rows)
+        return Issued(work, lambda: self._mine(combine(self.op, summands)), flat)
 
     def _dealt(self, xs: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
         """Each rank's pieces in a row of its own, which takes so many elements."""

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from shardc.compiler.collectives import SMALL, Cut, Runs, indices_of
 from shardc.compiler.errors import RankFailure, RankMismatchError
+from shardc.runtime.pieces import Pieces, as_bytes, flattened, plain, room
 from shardc.runtime.shards import combine
 
 # torch 2.13 has these under new names and warns about the old ones, which are all that 2.11 has
@@ -149,23 +150,34 @@ class Collective:
             work, _ = self._swap(row, other)
             mine.copy_(row)
             return work, rows.view(2, longest)
-        return self._issue(_gather_whole, _bytes(rows), _bytes(row)), rows.view(self.line.size, longest)
+        return self._issue(_gather_whole, as_bytes(rows), as_bytes(row)), rows.view(self.line.size, longest)
 
     def _is_pair(self, x: Tensor) -> bool:
         """Whether two ranks swap what they have: on gloo that takes half the time of any other collective."""
         return self.line.size == 2 and self.line.backend(x) == "gloo"
 
     def _swap(self, mine: Tensor, other: Tensor) -> tuple[Any, Tensor]:
-        """Two ranks give each other as much as each has."""
-        splits = [0, mine.nbytes][:: 1 if self.line.index == 0 else -1]
-        return self._issue(dist.all_to_all_single, _bytes(other), _bytes(mine), splits, splits), other
+        """Two ranks give each other what they have."""
+        order = 1 if self.line.index == 0 else -1
+        splits = [0, other.nbytes][::order], [0, mine.nbytes][::order]
+        return self._issue(dist.all_to_all_single, as_bytes(other), as_bytes(mine), *splits), other
 
     def _exchange(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> tuple[Any, Tensor]:
         """What every rank has for this one, in rank order; `flat` is what this one has for each."""
         got = room(flat, sum(receive))
         size = flat.element_size()
         splits = [n * size for n in receive], [n * size for n in send]
-        return self._issue(dist.all_to_all_single, _bytes(got), _bytes(flat), *splits), got
+        return self._issue(dist.all_to_all_single, as_bytes(got), as_bytes(flat), *splits), got
+
+    def _summands(self, flat: Tensor, sizes: Sequence[int]) -> tuple[Any, Sequence[Tensor]]:
+        """Every rank's piece for this one, in rank order; `flat` is this one's pieces for each."""
+        index, n = self.line.index, self.line.size
+        if self._is_pair(flat):
+            pieces = list(flat.split_with_sizes(list(sizes)))
+            work, pieces[1 - index] = self._swap(pieces[1 - index], room(flat, sizes[index]))
+            return work, pieces
+        work, got = self._exchange(flat, sizes, [sizes[index]] * n)
+        return work, got.view(n, sizes[index]).unbind()
 
     def __repr__(self) -> str:
         return f"<{self.__name__} over {self.line.axis}, {self.node}>"
@@ -205,11 +217,10 @@ class AllReduce(Collective):
         longest = -(-flat.numel() // self.line.size)
         sizes = [p.numel() for p in flat.split(longest)]
         sizes += [0] * (self.line.size - len(sizes))
-        mine = sizes[self.line.index]
-        work, got = self._exchange(flat, sizes, [mine] * self.line.size)
+        work, summands = self._summands(flat, sizes)
 
         def finish() -> Tensor:
-            reduced = combine(self.op, got.view(self.line.size, mine).unbind())
+            reduced = combine(self.op, summands)
             gathering, rows = self._gather(reduced, longest)
             self.wait(Issued(gathering, lambda: rows, reduced))
             return rows.view(-1)[: flat.numel()].view(shape)
@@ -252,12 +263,11 @@ class ReduceScatter(Collective):
         return room(x, 0).view(self.shape)
 
     def _start(self, x: Tensor) -> Issued:
-        n, mine = self.line.size, self.pieces.numels[self.line.index]
         if self.op == "sum" and x.dtype in SUMMED and self.line.backend(x) == "nccl":
-            return self._by_backend(x, mine)
+            return self._by_backend(x, self.pieces.numels[self.line.index])
         flat = self.pieces.dealt(x)
-        work, got = self._exchange(flat, self.pieces.numels, [mine] * n)
-        return Issued(work, lambda: combine(self.op, got.view(n, mine).unbind()).view(self.shape), flat)
+        work, summands = self._summands(flat, self.pieces.numels)
+        return Issued(work, lambda: combine(self.op, summands).view(self.shape), flat)
 
     def _by_backend(self, x: Tensor, mine: int) -> Issued:
         flat = self.pieces.dealt(x, self.pieces.longest)
@@ -339,60 +349,3 @@ class Fetch(Collective):
 
 def _rows(x: Tensor, dim: int, at: Sequence[int]) -> Tensor:
     return x.index_select(dim, torch.tensor(at, dtype=torch.int64, device=x.device))
-
-
-class Pieces:
-    """The pieces of one cut as they lie on the wire: flat, one after another in rank order."""
-
-    def __init__(self, cut: Cut) -> None:
-        self.cut = cut
-        self.views = [cut.piece_view(i) for i in range(len(cut.sizes))]
-        self.numels, self.leading = cut.numels, cut.leading
-        self.longest = max(self.numels)
-        filled = sum(self.numels) // self.longest if self.longest else 0
-        self.gapless = set(self.numels[:filled]) <= {self.longest}  # only trailing ranks hold less
-
-    def dealt(self, x: Tensor, width: int = 0) -> Tensor:
-        """The pieces of a whole in a row; with a width, each at the start of as many elements."""
-        if self.leading and (not width or set(self.numels) == {width}):
-            return flattened(x)
-        sizes = [width or n for n in self.numels]
-        out = room(x, sum(sizes))
-        parts = x.reshape(self.cut.view).split_with_sizes(list(self.cut.sizes), self.cut.dim)
-        for part, space in zip(parts, out.split_with_sizes(sizes), strict=True):
-            space[: part.numel()].view(part.shape).copy_(part)
-        return out
-
-    def joined(self, got: Tensor) -> Tensor:
-        """The whole, flat or in its own shape, from its pieces one after another."""
-        return got if self.leading else self.join(got.split_with_sizes(self.numels))
-
-    def joined_rows(self, rows: Tensor) -> Tensor:
-        """The whole, flat or in its own shape, from rows of the longest piece, less what else they hold."""
-        if self.leading and self.gapless:
-            return rows.view(-1)[: sum(self.numels)]
-        return self.join([row[:n] for row, n in zip(rows.unbind(), self.numels, strict=True)])
-
-    def join(self, flats: Sequence[Tensor]) -> Tensor:
-        """The whole, from its flat pieces."""
-        return torch.cat([p.view(v) for p, v in zip(flats, self.views, strict=True)], self.cut.dim)
-
-
-def plain(x: Tensor) -> Tensor:
-    """Without autograd's graph, and with conjugation and negation carried out."""
-    x = x.detach() if x.requires_grad else x
-    return x.resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x
-
-
-def room(like: Tensor, numel: int) -> Tensor:
-    """Memory for so many elements. All that the wire uses comes from here; what it holds must not matter."""
-    return like.new_empty(numel)
-
-
-def flattened(x: Tensor) -> Tensor:
-    """Its elements in order, in one dim; the tensor's own memory where they lie so."""
-    return x.contiguous().view(-1)
-
-
-def _bytes(flat: Tensor) -> Tensor:
-    return flat.view(torch.uint8)

@@ -1,5 +1,6 @@
 """Real collectives against simulated ones, bit for bit, on random layouts; their padding, errors and handles."""
 
+import operator
 import random
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.collectives import Cut, cut_of
 from shardc.compiler.errors import RankFailure
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.spec import Part, Spec, canonical, chunk, restrict
-from shardc.runtime import wire
+from shardc.runtime import pieces, together, wire
 from shardc.runtime.bind import bind_program
 from shardc.runtime.groups import Groups
 from shardc.runtime.shards import combine
@@ -43,6 +44,11 @@ def poisoned(like: Tensor, numel: int) -> Tensor:
     """Memory that shows wherever it is read before it was written."""
     poison = {torch.bool: True, torch.int64: -777, torch.int16: -777}.get(like.dtype, float("nan"))
     return like.new_full((numel,), poison)
+
+
+def poison_memory() -> None:
+    for module in (wire, pieces, together):
+        module.room = poisoned
 
 
 def draw_tensor(shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
@@ -168,6 +174,26 @@ def program(cases: list[Case]) -> GraphModule:
     return GraphModule(torch.nn.Module(), graph)
 
 
+def joint_program(cases: list[Case]) -> GraphModule:
+    """All cases again, where several values can move at once as few moves."""
+    graph = Graph()
+    inputs = [graph.placeholder(f"x_{i}") for i in range(len(cases))]
+    at_once: dict[tuple, list[int]] = {}
+    for i, (x, case) in enumerate(zip(inputs, cases, strict=True)):
+        x.meta["spec"] = case.before
+        at_once.setdefault((case.kind, *case.args[1:], case.pieces[0].dtype), []).append(i)
+    results: dict[int, Node] = {}
+    for (kind, *rest, _), members in at_once.items():
+        dims = [cases[i].args[0] for i in members]
+        move = graph.call_function(kind, ([inputs[i] for i in members], dims, *rest))
+        move.meta["spec"] = tuple(cases[i].after for i in members)
+        for place, i in enumerate(members):
+            results[i] = graph.call_function(operator.getitem, (move, place))
+            results[i].meta["spec"] = cases[i].after
+    graph.output([results[i] for i in range(len(cases))])
+    return GraphModule(torch.nn.Module(), graph)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
@@ -175,8 +201,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def compare(rank: int, mesh: Mesh, groups: Groups, cases: list[Case]) -> None:
-    gm = program(cases)
-    expected = simulate(gm, mesh, [case.pieces for case in cases])
+    alone = program(cases)
+    expected = simulate(alone, mesh, [case.pieces for case in cases])
+    check(rank, mesh, groups, cases, alone, expected)
+    joint = [i for i, case in enumerate(cases) if case.kind in (c.all_gather, c.reduce_scatter)]
+    some = [cases[i] for i in joint]
+    check(rank, mesh, groups, some, joint_program(some), [expected[i] for i in joint])
+
+
+def check(
+    rank: int, mesh: Mesh, groups: Groups, cases: list[Case], gm: GraphModule, expected: list[list[Tensor]]
+) -> None:
     mine = [case.pieces[rank] for case in cases]
     kept = [x.clone() for x in mine]
     found = bind_program(gm, mesh, mesh.coords(rank), groups)(*mine)
@@ -189,7 +224,7 @@ def compare(rank: int, mesh: Mesh, groups: Groups, cases: list[Case]) -> None:
 
 
 def random_layouts(rank: int, nproc: int) -> None:
-    wire.room = poisoned
+    poison_memory()
     for mesh in {2: [Mesh(tp=2)], 4: [Mesh(tp=4), Mesh(dp=2, tp=2)]}[nproc]:
         groups = Groups(init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.names))
         compare(rank, mesh, groups, [draw(kind, mesh, seed) for kind in KINDS for seed in range(CASES)])
@@ -262,7 +297,7 @@ def absent_rank(rank: int) -> str:
 
 
 def every_route(rank: int, nproc: int) -> str:
-    wire.room = poisoned
+    poison_memory()
     everyone = dist.group.WORLD
     assert everyone is not None
     line = wire.Line("tp", nproc, rank, everyone)
@@ -298,12 +333,12 @@ def test_a_rank_alone_gets_its_operand_back():
 @pytest.mark.parametrize("sizes", [(2, 2), (2, 1), (3, 0), (1, 3, 1), (0, 2)])
 @pytest.mark.parametrize("leading", [1, 2])
 def test_pieces_are_dealt_and_joined_whichever_rank_holds_less(sizes: tuple[int, ...], leading: int):
-    pieces = wire.Pieces(Cut((leading, sum(sizes), 2), 1, sizes))
+    dealer = pieces.Pieces(Cut((leading, sum(sizes), 2), 1, sizes))
     x = torch.arange(leading * sum(sizes) * 2.0)
-    shape = pieces.cut.view
-    dealt = pieces.dealt(x)
-    assert torch.equal(pieces.joined(dealt).view(shape), x.view(shape))
-    rows = pieces.dealt(x, pieces.longest).view(len(sizes), pieces.longest)
-    assert torch.equal(pieces.joined_rows(rows).view(shape), x.view(shape))
-    for row, flat in zip(rows, dealt.split_with_sizes(pieces.numels), strict=True):
+    shape = dealer.cut.view
+    dealt = dealer.dealt(x)
+    assert torch.equal(dealer.joined(dealt).view(shape), x.view(shape))
+    rows = dealer.dealt(x, dealer.longest).view(len(sizes), dealer.longest)
+    assert torch.equal(dealer.joined_rows(rows).view(shape), x.view(shape))
+    for row, flat in zip(rows, dealt.split_with_sizes(dealer.numels), strict=True):
         assert torch.equal(row[: flat.numel()], flat)
