@@ -31,20 +31,19 @@ def program(name: str) -> str:
     return "\n".join([*(record.after for record in lowered.records), lowered.hash])
 
 
-def in_a_process(seed: int, name: str) -> subprocess.Popen[str]:
-    code = f"from tests.test_determinism import program; print(program({name!r}))"
+def in_a_process(seed: int) -> subprocess.Popen[str]:
+    code = "from tests.test_determinism import DP, program\nfor name in DP: print(program(name))"
     env = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", code], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DP)
-def test_the_text_does_not_depend_on_the_hash_seed(name: str):
-    running = [in_a_process(seed, name) for seed in (0, 1, 4242)]
+def test_the_text_does_not_depend_on_the_hash_seed():
+    running = [in_a_process(seed) for seed in (0, 4242)]
     texts = [process.communicate(timeout=200)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0]
-    assert ("shardc.bucket(" if name == "replicated" else "shardc.reduce_scatter(") in texts[0]
-    assert texts[0] == texts[1] == texts[2]
+    assert [process.returncode for process in running] == [0, 0]
+    assert "shardc.bucket(" in texts[0] and "shardc.reduce_scatter(" in texts[0]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow
