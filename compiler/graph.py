@@ -15,6 +15,7 @@ data     whether sizes or numbers in the call are decided by what a tensor holds
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -178,13 +179,17 @@ def move_of(node: Node) -> Call | None:
 
 
 def divides_a_sum(node: Node, mesh: Mesh) -> bool:
-    """Whether a node averages what an all_reduce gave, and nothing else sees: then it may do so where that lies.
+    """Whether a node averages what a reduction gave, and nothing else sees: then it may do so where that lies.
     Over one rank the sum would be its operand."""
     if node.target is not torch.ops.aten.div.Tensor or node.kwargs or isinstance(node.args[1], Node):
         return False
-    total = arguments(node)[0]
-    move = move_of(arguments(total)[0] if total.target is c.wait else total)
-    if move is None or move.target is not c.all_reduce or mesh[move.axis] == 1 or len(total.users) > 1:
+    total = source = arguments(node)[0]
+    if source.target is operator.getitem:  # one of several that move at once
+        source = arguments(source)[0]
+    move = move_of(arguments(source)[0] if source.target is c.wait else source)
+    if move is None or move.target not in (c.all_reduce, c.reduce_scatter):
+        return False
+    if mesh[move.axis] == 1 or len(total.users) > 1:
         return False
     (value,) = tensors(total) or [total.meta.get("local")]
     return isinstance(value, Tensor) and value.dtype.is_floating_point

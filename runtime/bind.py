@@ -62,6 +62,7 @@ class _Binder:
         self.graph = Graph()
         self.env: dict[Node, Node] = {}
         self.started: dict[Node, Any] = {}  # the collective behind each start
+        self.divided: set[Node] = set()  # divisions that a joint reduction makes at once
 
     def bound(self) -> GraphModule:
         for node in self.gm.graph.nodes:
@@ -84,7 +85,7 @@ class _Binder:
             raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
         args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)
         if self.reuse and divides_a_sum(node, self.mesh):
-            return torch.Tensor.div_, args, kwargs
+            return (given if node in self.divided else torch.Tensor.div_), args, kwargs
         return direct(node.target, args, kwargs), args, kwargs
 
     def _leaf(self, leaf: Any) -> Any:
@@ -102,9 +103,21 @@ class _Binder:
 
     def reduce_scatter(self, node: Node, x: Any, dim: Any, axis: str, op: str = "sum") -> Bound:
         if not isinstance(x, Node):
-            return ScatterTogether(*self._cuts(node), op, self.lines[axis], f"%{node.name}"), ()
+            return ScatterTogether(*self._cuts(node), op, self.lines[axis], f"%{node.name}", self._divisor(node)), ()
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
         return ReduceScatter(cut, self._shape(node), op, self.lines[axis], f"%{node.name}"), ()
+
+    def _divisor(self, node: Node) -> float | None:
+        """By what all that a joint reduction gives is divided, each where it lies; None where they differ."""
+        arrived = next(iter(node.users)) if node.target is c.start else node
+        divisions = [user for item in arrived.users for user in item.users]
+        if not self.reuse or not all(divides_a_sum(n, self.mesh) for n in divisions):
+            return None
+        numbers = [n.args[1] for n in divisions]
+        if numbers != numbers[:1] * len(node.args[0]):  # pyright: ignore[reportArgumentType]
+            return None
+        self.divided.update(divisions)
+        return numbers[0]  # pyright: ignore[reportReturnType]
 
     def all_to_all(self, node: Node, x: Node, source: int, dim: int, axis: str) -> Bound:
         before, after = spec(x), spec(node)
@@ -164,6 +177,11 @@ MOVES: dict[Any, Callable[..., Bound]] = {
     c.start: _Binder.start,
     c.wait: _Binder.wait,
 }
+
+
+def given(x: Tensor, divisor: float) -> Tensor:
+    """A division that is made already."""
+    return x
 
 
 def piece(x: Tensor, view: Sequence[int], dim: int, start: int, length: int, shape: Sequence[int]) -> Tensor:

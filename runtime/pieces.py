@@ -60,7 +60,7 @@ def room(like: Tensor, numel: int) -> Tensor:
 
 def flattened(x: Tensor) -> Tensor:
     """Its elements in order, in one dim; the tensor's own memory where they lie so."""
-    return x.contiguous().view(-1)
+    return x.contiguous() if x.dim() == 1 else x.contiguous().view(-1)
 
 
 def as_bytes(flat: Tensor) -> Tensor:

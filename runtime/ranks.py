@@ -68,11 +68,12 @@ class Ranks:
         mesh, label = self.device_mesh, None
 
         def wrap(local: Tensor) -> Tensor:
-            # from_local costs several operator calls; its label can be put on the next tensors as it is.
+            # from_local costs several operator calls; its label can be put on the next tensors as it is. __init__
+            # matters to torch.export alone, and its guard against Dynamo takes as long as __new__.
             nonlocal label
             if label is None:
                 label = DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)._spec
-            return DTensor(local, label, requires_grad=False)  # pyright: ignore[reportCallIssue]
+            return DTensor.__new__(DTensor, local, label, requires_grad=False)
 
         return wrap
 

@@ -55,8 +55,12 @@ class GatherTogether(_Together):
         super().__init__("all_gather", cuts, shapes, line, node)
 
     def _start(self, x: Sequence[Tensor]) -> Issued:
-        longest = max(self.rows)
-        row = torch.cat([flattened(value) for value in x])
+        flats, longest = [flattened(value) for value in x], max(self.rows)
+        if self._is_pair(flats[0]):
+            rows, index = self._rows(flats[0], longest), self.line.index
+            torch.cat(flats, out=rows[index][: self.rows[index]])
+            return Issued(self._gather_rows(rows), lambda: self._taken_apart(rows), rows)
+        row = torch.cat(flats)
         if row.numel() < longest:
             row = torch.cat([row, room(row, longest - row.numel())])
         work, rows = self._gather(row, longest)
@@ -77,13 +81,19 @@ class GatherTogether(_Together):
 
 
 class ScatterTogether(_Together):
-    """[n]+axis -> [n@axis] of several values."""
+    """[n]+axis -> [n@axis] of several values. divisor: what all of them are divided by then."""
 
     def __init__(
-        self, cuts: Sequence[Cut], shapes: Sequence[Sequence[int]], op: str, line: Line, node: str = "reduce_scatter"
+        self,
+        cuts: Sequence[Cut],
+        shapes: Sequence[Sequence[int]],
+        op: str,
+        line: Line,
+        node: str = "reduce_scatter",
+        divisor: float | None = None,
     ) -> None:
         super().__init__("reduce_scatter", cuts, shapes, line, node)
-        self.op = op
+        self.op, self.divisor = op, divisor
 
     def _start(self, x: Sequence[Tensor]) -> Issued:
         if self.op == "sum" and x[0].dtype in SUMMED and self.line.backend(x[0]) == "nccl":
@@ -110,5 +120,7 @@ class ScatterTogether(_Together):
 
     def _mine(self, flat: Tensor) -> list[Tensor]:
         """This rank's row taken apart; each in memory of its own, for a gradient outlives the others."""
+        if self.divisor is not None:
+            flat.div_(self.divisor)
         parts = aten.split_with_sizes_copy.default(flat, [p.numels[self.line.index] for p in self.pieces])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part if len(shape) == 1 else part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]

@@ -140,17 +140,24 @@ class Collective:
 
     def _gather(self, flat: Tensor, longest: int) -> tuple[Any, Tensor]:
         """Every rank's elements, in rows of the longest; what a row holds beyond them is undefined."""
+        if self._is_pair(flat):
+            rows = self._rows(flat, longest)
+            rows[self.line.index][: flat.numel()] = flat
+            return self._gather_rows(rows), rows
         row = flat
         if flat.numel() < longest:
             row = room(flat, longest)
             row[: flat.numel()] = flat
-        rows = room(flat, self.line.size * longest)
-        if self._is_pair(flat):
-            mine, other = rows.view(2, longest).unbind()[:: 1 if self.line.index == 0 else -1]
-            work, _ = self._swap(row, other)
-            mine.copy_(row)
-            return work, rows.view(2, longest)
-        return self._issue(_gather_whole, as_bytes(rows), as_bytes(row)), rows.view(self.line.size, longest)
+        rows = self._rows(flat, longest)
+        return self._issue(_gather_whole, as_bytes(rows.view(-1)), as_bytes(row)), rows
+
+    def _rows(self, like: Tensor, longest: int) -> Tensor:
+        return room(like, self.line.size * longest).view(self.line.size, longest)
+
+    def _gather_rows(self, rows: Tensor) -> Any:
+        """Of a pair: the row of this rank is there, the other comes in."""
+        mine, other = rows.unbind()[:: 1 if self.line.index == 0 else -1]
+        return self._swap(mine, other)[0]
 
     def _is_pair(self, x: Tensor) -> bool:
         """Whether two ranks swap what they have: on gloo that takes half the time of any other collective."""

@@ -1,5 +1,7 @@
 """A symbolic program as one rank's plain function: its numbers, its calls, its names, and what it leaves behind."""
 
+import operator
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -141,3 +143,28 @@ def run_bound(rank: int) -> None:
 @on_ranks
 def test_two_ranks_compute_what_the_program_means():
     run_ranks(run_bound, 2)
+
+
+def averaged(*numbers: int | None) -> list[str]:
+    """What averages each of as many sums that are scattered at once; None: nothing does."""
+    s = Sketch()
+    summed = Spec.whole((4, 6)).with_pending({"tp": "sum"}, TP)
+    inputs = [s.input(f"x_{i}", summed) for i in range(len(numbers))]
+    moved = s.call(c.reduce_scatter, (inputs, [0] * len(numbers), "tp"), rows(4))
+    moved.meta |= {"spec": (rows(4),) * len(numbers), "val": None}
+    results = [s.call(operator.getitem, (moved, i), rows(4)) for i in range(len(numbers))]
+    for i, number in enumerate(numbers):
+        if number is not None:
+            results[i] = s.call(aten.div.Tensor, (results[i], number), rows(4))
+    gm = bind_program(s.done(*results), TP, {"tp": 0}, {})
+    divisor = next(n for n in gm.graph.nodes if n.name.startswith("reduce_scatter")).target.divisor
+    return [str(divisor), *(n.target.__name__ for n in gm.graph.nodes if n.name.startswith("div"))]
+
+
+def test_sums_that_move_at_once_are_averaged_at_once():
+    assert averaged(2, 2, 2) == ["2", "given", "given", "given"]
+
+
+@pytest.mark.parametrize("numbers", [(2, 3), (2, None), (None, None)])
+def test_left_alone_sums_that_are_averaged_by_different_numbers_or_not_at_all(numbers):
+    assert averaged(*numbers) == ["None", *("div_" for n in numbers if n)]
