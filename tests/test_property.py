@@ -19,7 +19,7 @@ PLANS = 3  # tracing takes longest: each program is traced once and compiled for
 @pytest.mark.slow
 @pytest.mark.timeout(0 if FUZZ else 600)
 @settings(
-    max_examples=max(1, (FUZZ or 120) // PLANS),
+    max_examples=max(1, (FUZZ or 200) // PLANS),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 @given(st.randoms(use_true_random=False))
