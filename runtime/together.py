@@ -55,16 +55,8 @@ class GatherTogether(_Together):
         super().__init__("all_gather", cuts, shapes, line, node)
 
     def _start(self, x: Sequence[Tensor]) -> Issued:
-        flats, longest = [flattened(value) for value in x], max(self.rows)
-        if self._is_pair(flats[0]):
-            rows, index = self._rows(flats[0], longest), self.line.index
-            torch.cat(flats, out=rows[index][: self.rows[index]])
-            return Issued(self._gather_rows(rows), lambda: self._taken_apart(rows), rows)
-        row = torch.cat(flats)
-        if row.numel() < longest:
-            row = torch.cat([row, room(row, longest - row.numel())])
-        work, rows = self._gather(row, longest)
-        return Issued(work, lambda: self._taken_apart(rows), row)
+        work, rows, sent = self._gather([flattened(value) for value in x], max(self.rows))
+        return Issued(work, lambda: self._taken_apart(rows), sent)
 
     def _taken_apart(self, rows: Tensor) -> list[Tensor]:
         """Each whole in memory of its own: values are freed one by one."""

@@ -138,26 +138,20 @@ class Collective:
             f"rank {dist.get_rank()} could not finish {self.node}, {self.__name__} over {self.line}: {error}"
         )
 
-    def _gather(self, flat: Tensor, longest: int) -> tuple[Any, Tensor]:
-        """Every rank's elements, in rows of the longest; what a row holds beyond them is undefined."""
-        if self._is_pair(flat):
-            rows = self._rows(flat, longest)
-            rows[self.line.index][: flat.numel()] = flat
-            return self._gather_rows(rows), rows
-        row = flat
-        if flat.numel() < longest:
-            row = room(flat, longest)
-            row[: flat.numel()] = flat
-        rows = self._rows(flat, longest)
-        return self._issue(_gather_whole, as_bytes(rows.view(-1)), as_bytes(row)), rows
-
-    def _rows(self, like: Tensor, longest: int) -> Tensor:
-        return room(like, self.line.size * longest).view(self.line.size, longest)
-
-    def _gather_rows(self, rows: Tensor) -> Any:
-        """Of a pair: the row of this rank is there, the other comes in."""
-        mine, other = rows.unbind()[:: 1 if self.line.index == 0 else -1]
-        return self._swap(mine, other)[0]
+    def _gather(self, flats: list[Tensor], longest: int) -> tuple[Any, Tensor, Tensor]:
+        """Every rank's elements, its tensors one after another, in rows of the longest; what a row holds beyond them
+        is undefined. And what is being sent."""
+        numel = sum(x.numel() for x in flats)
+        rows = room(flats[0], self.line.size * longest).view(self.line.size, longest)
+        if self._is_pair(rows):
+            mine, other = rows.unbind()[:: 1 if self.line.index == 0 else -1]
+            torch.cat(flats, out=mine[:numel])
+            return self._swap(mine, other)[0], rows, mine
+        row = flats[0]
+        if len(flats) > 1 or numel < longest:
+            row = room(flats[0], longest)
+            torch.cat(flats, out=row[:numel])
+        return self._issue(_gather_whole, as_bytes(rows.view(-1)), as_bytes(row)), rows, row
 
     def _is_pair(self, x: Tensor) -> bool:
         """Whether two ranks swap what they have: on gloo that takes half the time of any other collective."""
@@ -216,8 +210,8 @@ class AllReduce(Collective):
             work = self._issue(dist.all_reduce, total, dist.ReduceOp.SUM)
             return Issued(work, lambda: total.view(x.shape), flat)
         if flat.nbytes * n <= SMALL:
-            work, rows = self._gather(flat, flat.numel())
-            return Issued(work, lambda: combine(self.op, rows.unbind()).view(x.shape), flat)
+            work, rows, sent = self._gather([flat], flat.numel())
+            return Issued(work, lambda: combine(self.op, rows.unbind()).view(x.shape), sent)
         return self._in_two_rounds(flat, x.shape)
 
     def _in_two_rounds(self, flat: Tensor, shape: torch.Size) -> Issued:
@@ -228,8 +222,8 @@ class AllReduce(Collective):
 
         def finish() -> Tensor:
             reduced = combine(self.op, summands)
-            gathering, rows = self._gather(reduced, longest)
-            self.wait(Issued(gathering, lambda: rows, reduced))
+            gathering, rows, sent = self._gather([reduced], longest)
+            self.wait(Issued(gathering, lambda: rows, sent))
             return rows.view(-1)[: flat.numel()].view(shape)
 
         return Issued(work, finish, flat)
@@ -250,9 +244,8 @@ class AllGather(Collective):
         return room(x, 0).view(self.shape)
 
     def _start(self, x: Tensor) -> Issued:
-        flat = flattened(x)
-        work, rows = self._gather(flat, self.pieces.longest)
-        return Issued(work, lambda: self.pieces.joined_rows(rows).view(self.shape), flat)
+        work, rows, sent = self._gather([flattened(x)], self.pieces.longest)
+        return Issued(work, lambda: self.pieces.joined_rows(rows).view(self.shape), sent)
 
 
 class ReduceScatter(Collective):
