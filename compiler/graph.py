@@ -195,6 +195,15 @@ def divides_a_sum(node: Node, mesh: Mesh) -> bool:
     return isinstance(value, Tensor) and value.dtype.is_floating_point
 
 
+class Kind(NamedTuple):
+    """How a tensor lies in memory, and where."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 def local_nbytes(node: Node, mesh: Mesh) -> int:
     """Bytes rank 0, which holds the largest piece of everything, holds of a node."""
     values, layouts = tensors(node), specs(node)

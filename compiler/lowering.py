@@ -29,6 +29,7 @@ from shardc.compiler.infer import Decisions
 from shardc.compiler.kept import ALL, Kept, Sync
 from shardc.compiler.layout import Precision
 from shardc.compiler.match import find
+from shardc.compiler.memory import kinds_on
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.mixed import add_casts, call_dtypes, computed_as, info_as
 from shardc.compiler.original import Original
@@ -218,6 +219,8 @@ class Lowering:
         stretches = Stretches(self.backend) if self.backend != "eager" else None
         forward = self.ranks.bind(parts.forward, stretches)
         backward = self.ranks.bind(parts.backward, stretches) if parts.backward is not None else None
+        if stretches is not None:
+            stretches.compile_all(kinds_on(parts, self.mesh, self.ranks.coords))
         wraps, kept = self._gradients(program)
         blank = [self.ranks.zeros(n) for n in placeholders(program.gm) if n.name in _carries(signature)]
         drawing = [self._drawing(half) for half in (parts.forward, parts.backward)]

@@ -9,7 +9,7 @@ decides counts as the most it can be, and what has one as memory of its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from shardc.compiler.collectives import SMALL
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import (
     Call,
+    Kind,
     arguments,
     divides_a_sum,
     is_kept,
@@ -66,46 +67,73 @@ class Memory(NamedTuple):
 def peak_bytes(parts: Halves, mesh: Mesh) -> int:
     """The most bytes alive at once. Parameters, buffers and the batch live throughout, the rest until last use.
     Raises ShardingError where data decides a size without a bound."""
-    _check_bounded(parts)
+    node = _unbounded(parts)
+    if node is not None:
+        raise ShardingError(
+            f"%{node.name} has a size that data decides without a bound, so nobody knows its bytes",
+            where=node.meta.get("where", ""),
+            excerpt=excerpt(node),
+            help="give the size as a Python number where there is one (num_classes= of one_hot)",
+        )
     return max(memory.peak for memory in memories(parts, mesh).values())
 
 
-def _check_bounded(parts: Halves) -> None:
-    """Raises ShardingError where data decides a size without a bound."""
+def _unbounded(parts: Halves) -> Node | None:
+    """The first value with a size that data decides without a bound."""
     for half in (parts.forward, parts.backward):
         for node in half.graph.nodes if half is not None else ():
             sizes = [n for x in tensors(node) for n in named_shape(x) if isinstance(n, DataSize)]
             if any(not n.bounded for n in sizes):
-                raise ShardingError(
-                    f"%{node.name} has a size that data decides without a bound, so nobody knows its bytes",
-                    where=node.meta.get("where", ""),
-                    excerpt=excerpt(node),
-                    help="give the size as a Python number where there is one (num_classes= of one_hot)",
-                )
+                return node
+    return None
 
 
 def memories(parts: Halves, mesh: Mesh) -> dict[str, Memory]:
     """What is alive when, in "forward" and, where there is one, in "backward"."""
-    given = [(n.name, _fresh(n, mesh)) for n in placeholders(parts.forward)]
-    forward = _Half(parts.forward, mesh, given, given)
-    found = {"forward": forward.memory()}
+    return {name: half.memory() for name, half in _halves(parts, mesh, mesh.coords(0)).items()}
+
+
+def kinds_on(parts: Halves, mesh: Mesh, coords: Mapping[str, int]) -> dict[str, Kind]:
+    """How the rank at `coords` holds each tensor of both halves, by name; nothing where data decides a size without a
+    bound."""
+    if _unbounded(parts) is not None:
+        return {}
+    found: dict[str, Kind] = {}
+    for half in _halves(parts, mesh, coords).values():
+        for node, x in half.env.items():
+            if isinstance(x, Tensor):
+                traced = tensors(node)  # a bucket, say, has no global value
+                device = traced[0].device if traced else found[node.all_input_nodes[0].name].device
+                found[node.name] = Kind(x.shape, x.stride(), x.dtype, device)
+    return found
+
+
+def _halves(parts: Halves, mesh: Mesh, coords: Mapping[str, int]) -> dict[str, _Half]:
+    given = [(n.name, _fresh(n, mesh, coords)) for n in placeholders(parts.forward)]
+    forward = _Half(parts.forward, mesh, coords, given, given)
+    found = {"forward": forward}
     if parts.backward is not None:
         count = len(parts.saved)
         saved = forward.results[len(forward.results) - count :] if count else []
         late = placeholders(parts.backward)
-        handed = [(n.name, _fresh(n, mesh)) for n in late[count:]]
+        handed = [(n.name, _fresh(n, mesh, coords)) for n in late[count:]]
         inputs = [*zip(parts.saved, saved, strict=True), *handed]
-        found["backward"] = _Half(parts.backward, mesh, inputs, [*given, *handed]).memory()
+        found["backward"] = _Half(parts.backward, mesh, coords, inputs, [*given, *handed])
     return found
 
 
 class _Half:
-    """One half on meta. held: what lives throughout."""
+    """One half on meta, as the rank at `coords` runs it. held: what lives throughout."""
 
     def __init__(
-        self, gm: GraphModule, mesh: Mesh, inputs: Sequence[tuple[str, Any]], held: Sequence[tuple[str, Any]]
+        self,
+        gm: GraphModule,
+        mesh: Mesh,
+        coords: Mapping[str, int],
+        inputs: Sequence[tuple[str, Any]],
+        held: Sequence[tuple[str, Any]],
     ) -> None:
-        self.nodes, self.mesh = list(gm.graph.nodes), mesh
+        self.nodes, self.mesh, self.coords = list(gm.graph.nodes), mesh, coords
         self.env: dict[Node, Any] = {}
         self.shown: dict[Node, list[tuple[int, int]]] = {}  # the memory behind each value
         self.known: set[int] = set()  # ... behind any so far
@@ -117,7 +145,7 @@ class _Half:
             if node.op == "call_function":
                 self._add(node, self._value(node, i))
             elif node.op == "get_attr":
-                self._add(node, _fresh(node, mesh))
+                self._add(node, _fresh(node, mesh, coords))
         self.results = [self.env[x] if isinstance(x, Node) else x for x in output_node(gm).args[0]]  # pyright: ignore
 
     def _add(self, node: Node, value: Any) -> None:
@@ -167,14 +195,14 @@ class _Half:
         if move is not None and move.target is c.local_slice:
             return self._sliced(node, self.env[move.args[0]])
         if node.meta.get("data"):
-            return _fresh(node, self.mesh)
+            return _fresh(node, self.mesh, self.coords)
         if divides_a_sum(node, self.mesh):
             return self.env[arguments(node)[0]]
-        args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.mesh.coords(0), self._leaf)
+        args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)
         try:
             return node.target(*args, **kwargs)  # pyright: ignore
         except NotImplementedError:  # meta has no form of it (binomial), tracing ran it on zeros: no such one is a view
-            return _fresh(node, self.mesh)
+            return _fresh(node, self.mesh, self.coords)
 
     def _leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, Node):
@@ -183,14 +211,14 @@ class _Half:
 
     def _sliced(self, node: Node, x: Tensor) -> Any:
         """One stretch of a dim, made contiguous: a view where it is the leading one, unless it is to be kept."""
-        made = _fresh(node, self.mesh)
+        made = _fresh(node, self.mesh, self.coords)
         if is_kept(node):
             return made
         first = x.is_contiguous() and made.shape[1:] == x.shape[1:]
         return x[: made.shape[0]] if first and x.dim() else made
 
     def _arrived(self, node: Node, wire: _Wire, i: int) -> Any:
-        made = _fresh(node, self.mesh)
+        made = _fresh(node, self.mesh, self.coords)
         if wire.extra:
             self.extra.append(Life(node.name, wire.extra, i, i))
         if not wire.shows:
@@ -247,11 +275,11 @@ def _bytes(n: int) -> Tensor:
     return torch.empty(n, dtype=torch.uint8, device="meta")
 
 
-def _fresh(node: Node, mesh: Mesh) -> Any:
-    """New memory of what the first rank holds of a node."""
+def _fresh(node: Node, mesh: Mesh, coords: Mapping[str, int]) -> Any:
+    """New memory of what a rank holds of a node."""
     values, layouts = tensors(node), specs(node)
     if layouts and len(layouts) == len(values):
-        shapes = [s.local_shape(mesh, mesh.coords(0)) for s in layouts]
+        shapes = [s.local_shape(mesh, coords) for s in layouts]
     else:
         values = tensors_in(node.meta.get("local"))
         shapes = [tuple(x.shape) for x in values]

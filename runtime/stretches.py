@@ -10,23 +10,31 @@ Collectives, their starts and waits, random draws of torch's own, and what has s
 are, so every rank still issues them in one order. Stretches of equal text on values of equal kinds, as repeated layers
 have them, are compiled once. Sizes are fixed, so what torch.compile makes is not guarded: the program's own key has
 compared them.
+
+All are compiled before the first step, and the ranks of a machine share the work: each begins with other ones, and what
+one has compiled the others find in inductor's own cache.
 """
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from shardc.compiler.collectives import LOCAL_STEPS
-from shardc.compiler.graph import is_random
+from shardc.compiler.graph import Kind, is_random
 from shardc.runtime.bind import piece
 from shardc.runtime.direct import DIRECT
+
+log = logging.getLogger(__name__)
 
 Backend = str | Callable[..., Any]
 DIRECTLY = {id(fn): op for op, fn in DIRECT.items()}
@@ -39,6 +47,7 @@ class Stretches:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._known: dict[str, _Compiled] = {}
+        self._calls: list[tuple[_Compiled, list[Node]]] = []  # each with what it is called on
 
     def compiled(self, gm: GraphModule) -> GraphModule:
         """A bound program of one rank with each stretch of computation as one call."""
@@ -55,6 +64,16 @@ class Stretches:
         graph.lint()
         return GraphModule(gm, graph, class_name="RankProgram")
 
+    def compile_all(self, kinds: Mapping[str, Kind]) -> None:
+        """Compile for what each stretch will be called on, by name; what is not told is compiled when it is called."""
+        calls = [(stretch, [n.name for n in given]) for stretch, given in self._calls]
+        told = [(stretch, tuple(map(kinds.__getitem__, names))) for stretch, names in calls if kinds.keys() >= {*names}]
+        wanted = sorted(dict.fromkeys(told), key=lambda item: -item[0].length)
+        index, count = _place_on_host()
+        for i in range(count):  # this rank's share, then what the others may have compiled by then
+            for stretch, xs in wanted[(index + i) % count :: count]:
+                stretch.compile_for(xs)
+
     def _close(self, nodes: Sequence[Node], graph: Graph, env: dict[Node, Node]) -> None:
         """One call in place of these nodes."""
         if all(_only_shows(node) for node in nodes):
@@ -67,7 +86,9 @@ class Stretches:
         results = [n for n in nodes if any(user not in inside for user in n.users)]
         if not results:
             return
-        call = graph.call_function(self._of(nodes, given, results), tuple(env[n] for n in given))
+        stretch = self._of(nodes, given, results)
+        self._calls.append((stretch, given))
+        call = graph.call_function(stretch, tuple(env[n] for n in given))
         call.meta = {k: nodes[0].meta[k] for k in ("where", "path", "phase") if k in nodes[0].meta}
         for i, node in enumerate(results):
             env[node] = graph.call_function(operator.getitem, (call, i))
@@ -87,12 +108,13 @@ class Stretches:
 
 
 class _Compiled:
-    """Compiles when called with values of another kind than before: shapes, strides, dtypes, devices."""
+    """Compiles when called with values of another kind than before."""
 
     def __init__(self, gm: GraphModule, backend: Backend) -> None:
         self.__name__ = "stretch"  # generated code names its globals after this
         self._gm, self._backend = gm, backend
         self._made: dict[Any, Callable[..., Any]] = {}
+        self.length = len(gm.graph.nodes)
 
     def __call__(self, *xs: Any) -> Any:
         key = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in xs)
@@ -101,12 +123,29 @@ class _Compiled:
             made = self._made[key] = self._compile()
         return made(*xs)
 
+    def compile_for(self, kinds: Sequence[Kind]) -> None:
+        """Compile for tensors of these kinds, by a call on zeros: torch.compile has no other way."""
+        zeros = [torch.empty_strided(k.shape, k.stride, dtype=k.dtype, device=k.device).zero_() for k in kinds]
+        try:
+            with torch.no_grad():
+                self(*zeros)
+        except Exception as error:
+            # Real values may have what zeros lack (an inverse). If they do not, their own call says so, and where.
+            log.info("a stretch is compiled when it is first called: on zeros it fails with %s", error)
+
     def _compile(self) -> Callable[..., Any]:
-        unguarded: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        options = unguarded if self._backend == "inductor" else None
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         # Code of its own for each kind of values: what is not guarded must not be found by another one.
         own = GraphModule(nn.Module(), self._gm.graph)
         return torch.compile(own.forward, backend=self._backend, dynamic=False, fullgraph=True, options=options)
+
+
+def _place_on_host() -> tuple[int, int]:
+    """(this rank's number, how many there are) on its machine, as torchrun tells; else among all."""
+    rank, count = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
+    if rank is not None and count is not None:
+        return int(rank), int(count)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _computes(node: Node, stretch: Sequence[Node]) -> bool:

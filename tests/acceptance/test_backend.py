@@ -14,6 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
 from shardc import FullyShard, Plan
+from shardc.compiler.graph import Kind
+from shardc.runtime.stretches import Stretches, _Compiled
 from tests.runtime.ranks import on_ranks, run_ranks
 
 
@@ -66,6 +68,64 @@ def compared(rank: int, backend: str | Callable, rows: tuple[int, ...]) -> int:
 @on_ranks
 def test_any_backend_of_torch_compile_gets_the_stretches_between_collectives():
     assert run_ranks(compared, 2, ("counting", (4, 6, 4)))[0] > 4
+
+
+class Uneven(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 13), nn.Linear(13, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(F.gelu(self.up(x)))
+        return x + torch.linalg.inv(y.T @ y + torch.eye(8)).sum(0)
+
+
+def compiled_when(rank: int, inverts: bool) -> tuple[int, int]:
+    """How many stretches are compiled once the program is there, and after a step."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    compiled: list[str] = []
+
+    def backend(gm, inputs):
+        compiled.append(gm.code)
+        return gm.forward
+
+    torch.manual_seed(0)
+    model, x = (Uneven() if inverts else Layer()), torch.randn(4, 8)
+    want = model(x)
+    shards = {"*up": ColwiseParallel(), "*down": RowwiseParallel()}
+    made = shardc.compile(model, Plan(tp=shards), mesh=mesh, backend=backend)
+    made.lower(x)
+    before = len(compiled)
+    found = made(x)
+    found.sum().backward()
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    return before, len(compiled)
+
+
+@on_ranks
+@pytest.mark.parametrize("inverts", [False, True])  # of 13 features each rank has its own number; zeros have no inverse
+def test_every_stretch_is_compiled_before_the_first_step(inverts):
+    for before, after in run_ranks(compiled_when, 2, (inverts,)):
+        assert before == after > 1
+
+
+def test_ranks_of_a_machine_begin_with_other_stretches(monkeypatch):
+    order: list[int] = []
+    monkeypatch.setattr(_Compiled, "compile_for", lambda self, kinds: order.append(self.length))
+    stretches, kinds = Stretches("eager"), {}
+    for length in (3, 5, 4, 6):
+        graph = torch.fx.Graph()
+        given = value = graph.placeholder("x")
+        for _ in range(length - 1):
+            value = graph.call_function(torch.relu, (value,))
+        kinds[given.name] = Kind((2,), (1,), torch.float32, torch.device("cpu"))
+        stretches._calls.append((_Compiled(torch.fx.GraphModule(nn.Module(), graph), "eager"), [given]))
+    for rank, want in (("0", [6, 4, 5, 3]), ("1", [5, 3, 6, 4])):
+        order.clear()
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        stretches.compile_all(kinds)
+        assert order == want
 
 
 @on_ranks
