@@ -42,9 +42,10 @@ def least(kind: str, shape: Shape, n: int) -> int:
     return share * (every + _read_by_backward(model) + every) // n
 
 
-def _read_by_backward(model: nn.Module) -> int:
-    """Elements of the weights by which gradients are multiplied: all but biases and embedding tables."""
-    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.LayerNorm))]
+def _read_by_backward(model: GPT) -> int:
+    """Elements of the blocks' weights by which gradients are multiplied, so without biases. What comes behind the
+    blocks in forward comes before them in backward, and is held."""
+    weights = [m.weight for m in model.blocks.modules() if isinstance(m, (nn.Linear, nn.LayerNorm))]
     return sum(w.numel() for w in weights)
 
 

@@ -238,6 +238,11 @@ def is_kept(node: Node) -> bool:
     return node.target is c.local_slice and bool(node.meta.get("kept"))
 
 
+def outlives(node: Node) -> bool:
+    """Whether a slice is to have memory of its own, lest it hold that of the whole: what is kept, and a gradient."""
+    return is_kept(node) or (node.meta.get("phase") == "backward" and any(user.op == "output" for user in node.users))
+
+
 def early(gm: GraphModule) -> list[Node]:
     """What forward makes without needing it. Random draws and checks, used or not and in order: the generator moves
     on. And the pieces of parameters that it keeps for backward."""

@@ -26,8 +26,8 @@ from shardc.compiler.graph import (
     Kind,
     arguments,
     divides_a_sum,
-    is_kept,
     move_of,
+    outlives,
     output_node,
     placeholders,
     specs,
@@ -212,7 +212,7 @@ class _Half:
     def _sliced(self, node: Node, x: Tensor) -> Any:
         """One stretch of a dim, made contiguous: a view where it is the leading one, unless it is to be kept."""
         made = _fresh(node, self.mesh, self.coords)
-        if is_kept(node):
+        if outlives(node):
             return made
         first = x.is_contiguous() and made.shape[1:] == x.shape[1:]
         return x[: made.shape[0]] if first and x.dim() else made

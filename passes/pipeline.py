@@ -19,6 +19,7 @@ from shardc.passes.lower_reshards import LowerReshards
 from shardc.passes.merge_equal import MergeEqual
 from shardc.passes.number_draws import NumberDraws
 from shardc.passes.overlap import Overlap
+from shardc.passes.predivide import Predivide
 from shardc.passes.propagate import Propagate
 from shardc.passes.reduce_in_place import ReduceInPlace
 from shardc.passes.regather_in_backward import RegatherInBackward
@@ -29,6 +30,7 @@ LOCALIZE = Localize()  # also what proves a user's rule
 # What only makes a right program better; `compile(..., without=("overlap",))` leaves it out.
 OPTIONAL = (
     "fuse-cross-entropy",
+    "predivide",
     "regather-in-backward",
     "merge-equal",
     "delay-reductions",
@@ -60,6 +62,7 @@ def _passes(ctx: Context) -> list[Any]:
         *first_passes(ctx),
         FuseCrossEntropy(),  # split classes then need no reduction in backward
         SeedPlan(),  # the user's wishes become layouts
+        Predivide(),  # fewer passes over memory: what is small is averaged, not every gradient
         RegatherInBackward(),  # memory for wire: freed parameters are gathered again
         ChooseFactors(),  # ... of whole heads where heads will be needed whole
         Propagate(),  # ... and reach every value                                    TRACED -> SHARDED

@@ -19,12 +19,15 @@ and backward gathers that:
 
 Views and casts of the parameter that backward uses are made again from the second gather, else they would keep
 the first alive. Where backward computes a region again, the gather for it belongs to the region. Left alone:
-gathers that are kept (`reshard_after_forward=False`), and those that backward, or forward, does not use.
+gathers that are kept (`reshard_after_forward=False`), those that backward, or forward, does not use, and of the root
+what lies between the other units' forward and backward, such as the head: freed at the end of one half it would be
+gathered at the start of the other.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,13 +56,17 @@ class RegatherInBackward:
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes, notes = Counter(), {}
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
-        for gather in call_nodes(gm, reshard):
+        gathers = call_nodes(gm, reshard)
+        units = _turn([u for g in gathers if g.meta.get("unit") for u in _uses(g)], order)
+        for gather in gathers:
             region, kept = _region(gather), gather.meta.pop("kept", None)
             if gather.meta.get("regather") and region:
                 gather.meta["recompute"] = region
                 if kept is not None:
                     notes[f"{region}: computed again in backward, so gathered again over all ranks"] = None
                 changes["gathers"] += 1
+            elif gather.meta.get("regather") and kept is None and _lies_within(gather, units, order):
+                changes["kept"] += 1
             elif gather.meta.get("regather"):
                 changes["gathers"] += _gathered_again(gather, kept, order)
         return PassResult(changes, tuple(notes))
@@ -70,6 +77,25 @@ def _region(gather: Node) -> str:
     early = [u for u in gather.users if u.op != "output" and u.meta.get("phase") != "backward"]
     regions = {u.meta.get("recompute") or "" for u in early}
     return regions.pop() if len(regions) == 1 else ""
+
+
+def _lies_within(gather: Node, units: tuple[int, int], order: dict[Node, int]) -> bool:
+    """Whether a parameter of the root is used last in forward and first in backward, no other unit's in between."""
+    last, first = _turn(_uses(gather), order)
+    return gather.meta.get("unit") == "" and -1 < units[0] < last and first < units[1]
+
+
+def _turn(uses: Sequence[Node], order: dict[Node, int]) -> tuple[int, int]:
+    """The place of the last use in forward, -1 where there is none, and of the first in backward."""
+    late = [u.meta.get("phase") == "backward" for u in uses]
+    last = max((order[u] for u, is_late in zip(uses, late, strict=True) if not is_late), default=-1)
+    return last, min((order[u] for u, is_late in zip(uses, late, strict=True) if is_late), default=len(order))
+
+
+def _uses(node: Node) -> list[Node]:
+    """What computes with a value, through cheap calls."""
+    users = [u for u in node.users if u.op != "output"]
+    return [use for u in users for use in (_uses(u) if u.target in CHEAP else [u])]
 
 
 def _gathered_again(gather: Node, kept: Spec | None, order: dict[Node, int]) -> bool:

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler import collectives as c
 from shardc.compiler.collectives import Cut, cut_of
-from shardc.compiler.graph import divides_a_sum, is_kept, move_of, spec
+from shardc.compiler.graph import divides_a_sum, move_of, outlives, spec
 from shardc.compiler.local import bind
 from shardc.compiler.mesh import Mesh, place
 from shardc.runtime.direct import direct
@@ -137,7 +137,7 @@ class _Binder:
         cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
         index = place(self.coords, axis)
         start = sum(cut.sizes[:index])
-        taken = copied if is_kept(node) else piece
+        taken = copied if outlives(node) else piece
         return taken, (list(cut.view), cut.dim, start, cut.sizes[index], list(self._shape(node)))
 
     def make_partial(self, node: Node, x: Node, axis: str) -> Bound:

@@ -331,7 +331,7 @@ def test_two_forwards_before_one_backward(recompute: Any):
     for name, p in compiled.named_parameters():
         torch.testing.assert_close(p.grad, alone.get_parameter(name).grad)
     found = counts(compiled.programs[-1])
-    assert found == {GATHER: 4, AGAIN: 4, SCATTER: 4}
+    assert found == {GATHER: 4, AGAIN: 3, SCATTER: 4}  # the head is held, and nothing needs the stem
 
 
 @pytest.mark.slow
@@ -340,7 +340,7 @@ def test_a_transformer_with_tied_weights():
     before, plan = model.tokens.weight.detach().double().clone(), Plan(dp=FullyShard("layers.*"))
     ids = torch.arange(24).view(4, 6) % 9
     program = compare(model.double(), plan, Mesh(dp=4), ids, optimizer=SGD, steps=10, grads=False)
-    assert counts(program) == {GATHER: 3, AGAIN: 3, SCATTER: 3}
+    assert counts(program) == {GATHER: 3, AGAIN: 2, SCATTER: 3}  # backward begins with the root's head
     assert (model.tokens.weight != before).any(1).all()  # the last rank's short shard too
 
 

@@ -93,7 +93,8 @@ def test_losses_and_parameters_are_those_of_fully_shard_step_for_step():
     first, second = run_ranks(beside_torch, 2)
     assert first == second
     forward, backward = ("all_gather", "forward"), ("all_gather", "backward")
-    assert [first.count(what) for what in (forward, backward, ("reduce_scatter", "backward"))] == [3, 3, 3]
+    found = [first.count(what) for what in (forward, backward, ("reduce_scatter", "backward"))]
+    assert found == [3, 2, 3]  # backward begins with the root's head, which is held
     assert len(first) == 9
 
 

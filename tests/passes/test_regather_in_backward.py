@@ -98,3 +98,41 @@ def test_gradients_equal_one_device(keep):
     alone(x).square().sum().backward()
     for name, p in made.named_parameters():
         torch.testing.assert_close(p.grad, alone.get_parameter(name).grad)
+
+
+def backward_gathers(model, unit, x, **options):
+    """(numel, mesh dim) of what backward gathers, one name being a unit and the root having the rest."""
+    plan = shardc.Plan(dp=shardc.FullyShard(unit, **options))
+    program = shardc.compile(model, plan, mesh=shardc.Mesh(dp=4)).lower(x)
+    program.verify(x)
+    return [(c.numel, c.mesh_dim) for c in program.collectives() if c.kind == "all_gather" and c.phase == "backward"]
+
+
+def test_what_the_root_has_behind_the_units_is_held_for_backward():
+    assert backward_gathers(Stack(), "first", torch.randn(4, 6).requires_grad_()) == [(60, "dp")]  # of the unit
+
+
+def test_of_the_root_what_lies_before_the_units_is_gathered_again():
+    assert backward_gathers(Stack(), "second", torch.randn(4, 6).requires_grad_()) == [(60, "dp")] * 2
+
+
+def test_a_unit_is_gathered_again_also_behind_all_others():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    assert backward_gathers(model, "*", torch.randn(4, 6).requires_grad_()) == [(36, "dp")] * 2
+
+
+def test_of_the_root_too_a_piece_is_kept_where_the_plan_says_of_how_many_ranks():
+    found = backward_gathers(Stack(), "first", torch.randn(4, 6).requires_grad_(), reshard_after_forward=2)
+    assert found == [(60, "dp/2")] * 2
+
+
+def test_tied_at_both_ends_of_the_root_is_held():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ends, self.middle = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+
+        def forward(self, x):
+            return self.ends(torch.relu(self.middle(self.ends(x))))
+
+    assert backward_gathers(Tied(), "middle", torch.randn(4, 6)) == [(36, "dp")]
