@@ -10,7 +10,7 @@ A loss is smaller than the parameters it depends on, and usually so are activati
 gradients. Numbers of ranks that are powers of two alone: then both are the same to the bit, as long as nothing
 underflows. Left alone: other numbers; a backward that is not linear in all that it starts from (clamped gradients,
 gradients kept back at unsynchronised steps); gradients of which only some are averaged, as where inputs have some too;
-tangents larger than the gradients; float16, which underflows.
+tangents larger than the gradients; float16, also on the wire alone, as it underflows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Predivide:
         gradients = [ends[i] for i in ctx.signature.indices(OutputKind.GRADIENT) if isinstance(ends[i], Node)]
         by = {_divisor(end) for end in gradients}
         ways = by.pop() if len(by) == 1 else 1
-        if ways == 1 or ways & (ways - 1):
+        wires = {dtype for dtype in ctx.plan.reduce_dtype.values() if dtype is not None}
+        if ways == 1 or ways & (ways - 1) or not wires.issubset(WIDE):
             return PassResult()
         nodes = {n.name: n for n in placeholders(gm)}
         given = [(e, nodes[e.node]) for e in ctx.signature.inputs]

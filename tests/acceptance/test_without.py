@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel
 
 import shardc
-from shardc import FullyShard, Mesh, Plan, PlanError
+from shardc import FullyShard, Mesh, Plan, PlanError, Replicated
 from shardc.passes.pipeline import OPTIONAL
 from tests.acceptance.compare import compare, counts
 from tests.acceptance.models import TRANSFORMER_TP, Transformer
+from tests.runtime.ranks import on_ranks, run_ranks
 
 
 class WithLoss(nn.Module):
@@ -60,6 +62,28 @@ def test_a_program_is_right_without_any_one_pass(name: str, whole: Any):
 
 def test_a_program_is_right_without_all_of_them():
     assert not {record.name for record in program(*OPTIONAL).records} & {*OPTIONAL} - {"overlap"}
+
+
+def averaged(rank: int, sharded: bool, *without: str) -> tuple[list[Tensor], int]:
+    """Whole gradients on two ranks with rows of their own, and how many gradients were averaged beforehand."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    model = Transformer(layers=1)
+    plan = Plan(dp=FullyShard("layers.*") if sharded else Replicated())
+    compiled = shardc.compile(model, plan, mesh=mesh, without=without)
+    compiled(torch.arange(16).view(4, 4)[2 * rank :][:2] % 8).sin().sum().backward()
+    early = [record.changes.get("gradients", 0) for r in [compiled.programs[-1]] for record in r.records]
+    return [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in compiled.parameters()], sum(early)
+
+
+@on_ranks
+@pytest.mark.parametrize("sharded", [False, True])
+def test_gradients_are_the_same_to_the_bit_wherever_they_are_averaged(sharded: bool):
+    (early, count), _ = run_ranks(averaged, 2, (sharded,))
+    (late, none), _ = run_ranks(averaged, 2, (sharded, "predivide"))
+    assert count == len(early) and none == 0
+    assert all(torch.equal(a, b) for a, b in zip(early, late, strict=True))
+    assert any(g.count_nonzero() for g in early)
 
 
 @pytest.mark.parametrize("name", ["overlapp", "localize"])
