@@ -66,7 +66,7 @@ class Stretches:
 
     def compile_all(self, kinds: Mapping[str, Kind]) -> None:
         """Compile for what each stretch will be called on, by name; what is not told is compiled when it is called."""
-        calls = [(stretch, [n.name for n in given]) for stretch, given in self._calls]
+        calls = [(stretch, [n.name for n in given]) for stretch, given in self._calls if stretch.is_pure]
         told = [(stretch, tuple(map(kinds.__getitem__, names))) for stretch, names in calls if kinds.keys() >= {*names}]
         wanted = sorted(dict.fromkeys(told), key=lambda item: -item[0].length)
         index, count = _place_on_host()
@@ -115,6 +115,7 @@ class _Compiled:
         self._gm, self._backend = gm, backend
         self._made: dict[Any, Callable[..., Any]] = {}
         self.length = len(gm.graph.nodes)
+        self.is_pure = not any(_is_users(node.target) for node in gm.graph.nodes)
 
     def __call__(self, *xs: Any) -> Any:
         key = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in xs)
@@ -155,6 +156,11 @@ def _computes(node: Node, stretch: Sequence[Node]) -> bool:
     if node.target is operator.getitem:
         return node.args[0] in stretch  # results of a collective are taken apart outside
     return isinstance(node.target, torch._ops.OpOverload) or _is_ours(node.target) or id(node.target) in DIRECTLY
+
+
+def _is_users(target: Any) -> bool:
+    """Whether an operator is neither torch's nor ours: only its author knows what one call more would do."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims", "shardc")
 
 
 def _is_ours(target: Any) -> bool:

@@ -109,6 +109,47 @@ def test_every_stretch_is_compiled_before_the_first_step(inverts):
         assert before == after > 1
 
 
+CALLS: list[int] = []
+
+
+@torch.library.custom_op("backend_test::counted", mutates_args=())
+def counted(x: Tensor) -> Tensor:
+    CALLS.append(1)
+    return x.sin()
+
+
+counted.register_fake(lambda x: torch.empty_like(x))
+shardc.rule(torch.ops.backend_test.counted, "b f -> b f")
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(counted(self.up(x)) * 2)
+
+
+def calls_of_the_users(rank: int) -> list[int]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    shards = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    model = Counted().requires_grad_(False)
+    made = shardc.compile(model, Plan(tp=shards), mesh=mesh, backend=lambda gm, inputs: gm.forward)
+    x, seen = torch.randn(4, 8), []
+    CALLS.clear()
+    made.lower(x)
+    for _ in range(3):
+        made(x)
+        seen.append(len(CALLS))
+    return seen
+
+
+@on_ranks
+def test_an_operator_of_the_users_own_is_called_once_a_step():
+    assert run_ranks(calls_of_the_users, 2) == [[1, 2, 3]] * 2
+
+
 def test_ranks_of_a_machine_begin_with_other_stretches(monkeypatch):
     order: list[int] = []
     monkeypatch.setattr(_Compiled, "compile_for", lambda self, kinds: order.append(self.length))
