@@ -35,7 +35,7 @@ from shardc.compiler.infer import call_rule, decide_node
 from shardc.compiler.marks import MARK, UnlessPending
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.pipeline import Context, PassResult
-from shardc.compiler.spec import Spec
+from shardc.compiler.spec import REPLICATE, Spec
 from shardc.compiler.text import excerpt
 from shardc.compiler.verify import Stage
 
@@ -104,12 +104,14 @@ def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:
         node.meta["wish"] = partner.meta.get("wish", ()) if partner is not None else ()  # the reason, for reports
         return
     layout = spec(x)
+    wishes = []
     for axis, placement, open_split, _ in node.meta.get("wish", ()):
-        if isinstance(placement, UnlessPending):
-            if layout.reduction(axis):
-                continue
-            placement = placement.placement
-        layout = layout.place(axis, placement, mesh, open_split)
+        if not isinstance(placement, UnlessPending):
+            wishes.append((axis, placement, open_split))
+        elif not layout.reduction(axis):
+            wishes.append((axis, placement.placement, open_split))
+    for axis, placement, open_split in sorted(wishes, key=lambda wish: wish[1] != REPLICATE):
+        layout = layout.place(axis, placement, mesh, open_split)  # what is to be whole is out of the others' way
     node.meta["spec"] = layout
     forward.setdefault(key, []).append(node)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
 
 import shardc
 from shardc import Layout, Mesh, Plan, Replicated, ShardingError
@@ -178,3 +178,22 @@ def test_an_object_that_holds_a_tensor_is_no_input():
     compiled = shardc.compile(ScaledByABox(), ANY, mesh=TWO)
     with pytest.raises(shardc.PlanError, match="an input of type Box is neither a tensor nor a value"):
         compiled(draw(4, 3), Box(draw(3)))
+
+
+class HalfOfASum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(2, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.up(x)
+        return self.down(y).sum(0).chunk(2, 0)[0], y
+
+
+def test_a_gradient_is_whole_over_one_mesh_dim_before_it_is_split_over_another():
+    """Halves of the sum make torch's placement of down's weight over tp strided, which its gradient, still split over
+    dp, did not take: a ValueError without a line."""
+    styles = {"up": RowwiseParallel(input_layouts=Shard(-2)), "down": ColwiseParallel()}
+    outputs = (Layout(dp=Shard(0), tp=Shard(0)), Layout(dp=Shard(0), tp=Replicate()))
+    plan = Plan(dp=Replicated(), tp=styles)
+    agrees(HalfOfASum().double(), [draw(2, 2)], Mesh(dp=2, tp=2), plan, {"inputs": (None,), "outputs": outputs})
