@@ -126,7 +126,7 @@ class _Compiled:
 
     def compile_for(self, kinds: Sequence[Kind]) -> None:
         """Compile for tensors of these kinds, by a call on zeros: torch.compile has no other way."""
-        zeros = [torch.empty_strided(k.shape, k.stride, dtype=k.dtype, device=k.device).zero_() for k in kinds]
+        zeros = [_zeros(kind) for kind in kinds]
         try:
             with torch.no_grad():
                 self(*zeros)
@@ -139,6 +139,13 @@ class _Compiled:
         # Code of its own for each kind of values: what is not guarded must not be found by another one.
         own = GraphModule(nn.Module(), self._gm.graph)
         return torch.compile(own.forward, backend=self._backend, dynamic=False, fullgraph=True, options=options)
+
+
+def _zeros(kind: Kind) -> Tensor:
+    """Zeros that lie in memory so; where a value is expanded, many in one place."""
+    last = sum((n - 1) * step for n, step in zip(kind.shape, kind.stride, strict=True))
+    room = torch.zeros(0 if 0 in kind.shape else last + 1, dtype=kind.dtype, device=kind.device)
+    return room.as_strided(kind.shape, kind.stride)
 
 
 def _place_on_host() -> tuple[int, int]:

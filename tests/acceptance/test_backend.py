@@ -150,6 +150,20 @@ def test_an_operator_of_the_users_own_is_called_once_a_step():
     assert run_ranks(calls_of_the_users, 2) == [[1, 2, 3]] * 2
 
 
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((2, 3), (3, 1)), ((3, 2), (1, 3)), ((4, 3), (0, 1)), ((0, 3), (3, 1)), ((), ())]
+)
+def test_zeros_to_compile_with_lie_in_memory_as_the_values_will(shape: tuple[int, ...], stride: tuple[int, ...]):
+    graph = torch.fx.Graph()
+    graph.output((graph.call_function(torch.ops.aten.sin.default, (graph.placeholder("x"),)),))
+    call, found = _Compiled(torch.fx.GraphModule(nn.Module(), graph), lambda gm, inputs: gm.forward), []
+    call._compile = lambda: lambda x: found.append(x)  # pyright: ignore
+    call.compile_for([Kind(shape, stride, torch.float64, torch.device("cpu"))])
+    (x,) = found
+    assert (x.shape, x.stride(), x.dtype) == (shape, stride, torch.float64) and not x.any()
+    assert call._made.keys() == {((torch.Size(shape), stride, torch.float64, torch.device("cpu")),)}
+
+
 def test_ranks_of_a_machine_begin_with_other_stretches(monkeypatch):
     order: list[int] = []
     monkeypatch.setattr(_Compiled, "compile_for", lambda self, kinds: order.append(self.length))
