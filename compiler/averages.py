@@ -11,6 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+from torch.fx import Node
+
+from shardc.compiler.graph import insert
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.signature import Signature
@@ -43,3 +47,12 @@ class Averages:
         if parameter in self.later:
             return 1
         return math.prod(mesh[a] for a in self.axes if parameter not in plan.ignored.get(a, ()))
+
+
+def divide_tangent(tangent: Node, ways: int) -> None:
+    """Divide what comes in for backward, for all that uses it."""
+    users = list(tangent.users)
+    with tangent.graph.inserting_after(tangent):
+        divided = insert(tangent.graph, torch.ops.aten.div.Tensor, (tangent, ways), tangent, phase="backward")
+    for user in users:
+        user.replace_input_with(tangent, divided)

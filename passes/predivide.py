@@ -18,18 +18,16 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from shardc.compiler.averages import divide_tangent
 from shardc.compiler.graph import (
     arguments,
     call_nodes,
-    insert,
     local_nbytes,
     operands,
-    output_node,
     placeholders,
     returned,
     tensors,
@@ -71,7 +69,7 @@ class Predivide:
             end.replace_all_uses_with(arguments(end)[0])
             gm.graph.erase_node(end)
         for tangent in tangents:
-            _divide(tangent, ways)
+            divide_tangent(tangent, ways)
         return PassResult(Counter(tangents=len(tangents), gradients=len(gradients)))
 
 
@@ -79,8 +77,7 @@ def _divisor(end: Node) -> int:
     """By what a returned gradient was divided last, as the plan wanted it; 1 for nothing."""
     if end.target is not DIVIDE or not isinstance(end.args[1], int) or arguments(end)[0].target is not MARK:
         return 1
-    others = [user for user in end.users if user is not output_node(end.graph.owning_module)]  # pyright: ignore
-    return 1 if others else end.args[1]
+    return end.args[1] if all(user.op == "output" for user in end.users) else 1
 
 
 def _scaled(gm: GraphModule, tangents: list[Node], ctx: Context) -> set[Node] | None:
@@ -101,12 +98,3 @@ def _is_linear(node: Node, scaled: set[Node], ctx: Context) -> bool:
         return True
     rule = call_rule(node, ctx.decisions)
     return rule is not None and frozenset(i for i, n in enumerate(operands(node)) if n in scaled) in rule.linear
-
-
-def _divide(tangent: Node, ways: int) -> None:
-    users: list[Any] = list(tangent.users)
-    late = placeholders(tangent.graph.owning_module)[-1]  # pyright: ignore
-    with tangent.graph.inserting_after(late):
-        divided = insert(tangent.graph, DIVIDE, (tangent, ways), tangent, phase="backward")
-    for user in users:
-        user.replace_input_with(tangent, divided)

@@ -87,9 +87,9 @@ def _lies_within(gather: Node, units: tuple[int, int], order: dict[Node, int]) -
 
 def _turn(uses: Sequence[Node], order: dict[Node, int]) -> tuple[int, int]:
     """The place of the last use in forward, -1 where there is none, and of the first in backward."""
-    late = [u.meta.get("phase") == "backward" for u in uses]
-    last = max((order[u] for u, is_late in zip(uses, late, strict=True) if not is_late), default=-1)
-    return last, min((order[u] for u, is_late in zip(uses, late, strict=True) if is_late), default=len(order))
+    early = [order[u] for u in uses if u.meta.get("phase") != "backward"]
+    late = [order[u] for u in uses if u.meta.get("phase") == "backward"]
+    return max(early, default=-1), min(late, default=len(order))
 
 
 def _uses(node: Node) -> list[Node]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.averages import Averages
+from shardc.compiler.averages import Averages, divide_tangent
 from shardc.compiler.borders import input_layout, output_layout
 from shardc.compiler.collectives import reshard
 from shardc.compiler.errors import PlanError
@@ -189,7 +189,8 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
                 ends[i] = _gradient(gm, node, source, averages, ctx)
     end.args = (tuple(ends),)
     for i, ways in averages.tangents.items():
-        _divide_tangent(gm, nodes, i, ways, ctx)
+        entry = next(e for e in ctx.signature.inputs if e.kind is InputKind.TANGENT and e.of == i)
+        divide_tangent(nodes[entry.node], ways)
 
 
 def _gradient(gm: GraphModule, node: Node, source: Input, averages: Averages, ctx: Context) -> Node:
@@ -207,16 +208,6 @@ def _gradient(gm: GraphModule, node: Node, source: Input, averages: Averages, ct
     if ways == 1 or source.name in ctx.keep:  # what is kept back is divided when it is reduced
         return new
     return insert(gm.graph, torch.ops.aten.div.Tensor, (new, ways), node)
-
-
-def _divide_tangent(gm: GraphModule, nodes: dict[str, Node], i: int, ways: int, ctx: Context) -> None:
-    entry = next(e for e in ctx.signature.inputs if e.kind is InputKind.TANGENT and e.of == i)
-    tangent = nodes[entry.node]
-    users = list(tangent.users)
-    with gm.graph.inserting_after(tangent):
-        divided = insert(gm.graph, torch.ops.aten.div.Tensor, (tangent, ways), tangent, phase="backward")
-    for user in users:
-        user.replace_input_with(tangent, divided)
 
 
 def _narrowed(node: Node) -> Node:
