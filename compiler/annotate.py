@@ -17,7 +17,8 @@ from torch.distributed.tensor import Shard
 from shardc.compiler.errors import PlanError
 from shardc.compiler.layout import bad_option
 from shardc.compiler.match import did_you_mean
-from shardc.compiler.plan import FullyShard, Replicated, call_site, check_megabytes
+from shardc.compiler.plan import FullyShard, Replicated, check_megabytes
+from shardc.compiler.user_code import call_site
 from shardc.compiler.wording import shown
 
 Annotated = TypeVar("Annotated", bound=nn.Module)

@@ -19,9 +19,9 @@ from shardc.compiler.lowering import Lowering
 from shardc.compiler.match import did_you_mean, find
 from shardc.compiler.mesh import Mesh
 from shardc.compiler.mixed import with_precision
-from shardc.compiler.plan import call_site, warn_user
 from shardc.compiler.program import Program
 from shardc.compiler.resolve import check_placements, mesh_dims, resolve
+from shardc.compiler.user_code import call_site, warn_user
 from shardc.compiler.wording import shown
 from shardc.passes.pipeline import OPTIONAL
 from shardc.runtime.groups import default_device_mesh

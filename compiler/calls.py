@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from shardc.compiler.errors import PlanError
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.plan import call_site
+from shardc.compiler.user_code import call_site
 from shardc.runtime.executable import autocast_state
 
 

@@ -98,6 +98,7 @@ COLLECTIVES = (all_gather, reduce_scatter, all_reduce, all_to_all, fetch)
 LOCAL_MOVES = (local_slice, make_partial)
 LOCAL_STEPS = (bucket, unbucket)  # what they do is written here; no rank needs to know another
 NAMED = {move.__name__: move for move in COLLECTIVES}
+SYMBOLIC = frozenset((reshard, *COLLECTIVES, *LOCAL_MOVES, *LOCAL_STEPS, start, wait))
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from shardc.compiler.errors import CheckpointError, PlanError, ShardingError
 from shardc.compiler.filling import Filling
 from shardc.compiler.kept import ALL, Sync
 from shardc.compiler.lowering import Lowering
-from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program
 from shardc.compiler.resolved import Resolved
 from shardc.compiler.signature import InputKind
 from shardc.compiler.spec import Spec
+from shardc.compiler.user_code import call_site
 from shardc.runtime.deferred import tensors
 from shardc.runtime.norms import Piece, scale, total_norm
 from shardc.runtime.shards import cut

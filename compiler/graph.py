@@ -272,7 +272,7 @@ def target_name(target: Any) -> str:
     """`aten.mm`, `aten.add.Scalar`, `shardc.all_gather`, `getitem`."""
     if hasattr(target, "overloadpacket"):
         return str(target).removesuffix(".default")
-    if (getattr(target, "__module__", "") or "").endswith("compiler.collectives"):
+    if target in c.SYMBOLIC:
         return f"shardc.{target.__name__}"
     return getattr(target, "__name__", str(target))
 

@@ -34,7 +34,6 @@ from shardc.compiler.mesh import Mesh
 from shardc.compiler.mixed import add_casts, call_dtypes, computed_as, info_as
 from shardc.compiler.original import Original
 from shardc.compiler.pipeline import Context, collecting_nothing
-from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program
 from shardc.compiler.refine import refinements
 from shardc.compiler.resolved import Resolved
@@ -43,6 +42,7 @@ from shardc.compiler.signature import InputKind, OutputKind, Signature
 from shardc.compiler.spec import Spec, to_placements
 from shardc.compiler.trace import Traced, argument_names, trace
 from shardc.compiler.trace_sizes import Template, Values
+from shardc.compiler.user_code import call_site
 from shardc.passes.pipeline import first_passes
 from shardc.runtime.engines import SimulatedRanks, ThisRank
 from shardc.runtime.executable import Executable, autocast_state

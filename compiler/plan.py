@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import nn
@@ -18,6 +14,7 @@ from shardc.compiler.layout import Layout as Layout
 from shardc.compiler.layout import Precision as Precision
 from shardc.compiler.layout import bad_option, check_float, unknown_mesh_dim
 from shardc.compiler.styles import PLACEMENTS, is_style, read_style
+from shardc.compiler.user_code import call_site
 from shardc.compiler.wording import placement_code, shown, style_text
 
 Wish = object  # what a key of a plan may have: a style object, a string of tp_plan, or a torch placement
@@ -185,27 +182,6 @@ def entry_text(entry: object) -> str:
 def wish_text(wish: Wish) -> str:
     """A style, string or placement as it would be written."""
     return placement_code(wish) if isinstance(wish, Placement) else style_text(wish)
-
-
-def user_frame() -> FrameType:
-    """The nearest caller outside of this package and of torch, through which a module's call comes."""
-    frame, here = sys._getframe(1), (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<")
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
-        frame = frame.f_back
-    return frame
-
-
-def call_site() -> str:
-    """`file.py:12` of the nearest caller outside of this package."""
-    frame = user_frame()
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-
-
-def warn_user(text: str) -> None:
-    """A UserWarning at the user's line, however deep this is called from."""
-    frame = user_frame()
-    seen = frame.f_globals.setdefault("__warningregistry__", {})
-    warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=seen)
 
 
 def check_megabytes(value: object, option: str) -> None:

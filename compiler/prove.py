@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from shardc.compiler import collectives as c
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import move_of, placeholders, returned, specs, target_name, val
 from shardc.compiler.rules.table import tensors_in
@@ -199,7 +200,7 @@ def _origin(node: Node, origin: dict[str, str], reference: dict[str, Any]) -> st
         return node.meta["origin"]
     if node.name in reference or not node.all_input_nodes:
         return node.name
-    if (getattr(node.target, "__module__", "") or "").endswith("compiler.collectives"):
+    if node.target in c.SYMBOLIC:
         return origin.get(node.all_input_nodes[0].name, "")
     return ""
 

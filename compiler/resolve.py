@@ -15,12 +15,13 @@ from shardc.compiler.forwards import Forward
 from shardc.compiler.layout import unknown_mesh_dim
 from shardc.compiler.match import Index, Unmatched, did_you_mean
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.plan import Entry, Plan, as_plan, call_site, warn_user
+from shardc.compiler.plan import Entry, Plan, as_plan
 from shardc.compiler.resolve_data import Data, from_annotations, from_entry, resolve_data
 from shardc.compiler.resolve_keys import Keyed, resolve_keys
 from shardc.compiler.resolved import ParamLayout, Resolved
 from shardc.compiler.roots import RootLayouts
 from shardc.compiler.spec import to_placements
+from shardc.compiler.user_code import call_site, warn_user
 
 Notes = dict[str, list[tuple[str, Annotation]]]  # mesh dim -> (FQN, annotation)
 

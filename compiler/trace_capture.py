@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -47,8 +47,9 @@ from shardc.compiler.trace_forms import as_they_run
 from shardc.compiler.trace_modules import Held
 from shardc.compiler.trace_results import opened
 from shardc.compiler.trace_rewrites import Rewrites
-from shardc.compiler.trace_sources import outside_torch, without_data, writes_to_constant
+from shardc.compiler.trace_sources import without_data, writes_to_constant
 from shardc.compiler.trace_unbacked import KINDS, SYMBOLIC, as_tensor, questions
+from shardc.compiler.user_code import is_users
 
 LOG_METHODS = ("debug", "info", "warn", "error", "exception", "critical", "log")
 MARK = torch.ops.shardc.mark.default
@@ -216,7 +217,7 @@ def by_dispatch(module: nn.Module, blind: bool = False) -> Call:
         with (
             patch.object(torch.compiler, "_is_compiling_flag", True),
             optimized_execution(False),
-            _Stamp(fqns, blind) as stamp,
+            _Stamp(fqns, blind, call.__code__) as stamp,
             _Alias(),
             questions() as asked,
         ):
@@ -354,9 +355,9 @@ def _written(func: Any, args: Sequence[Any]) -> Iterator[Any]:
 class _Stamp(TorchDispatchMode):
     """Gives each recorded operator the source line and the module it is called from."""
 
-    def __init__(self, fqns: dict[int, tuple[str, type]], blind: bool) -> None:
+    def __init__(self, fqns: dict[int, tuple[str, type]], blind: bool, asking: CodeType) -> None:
         super().__init__()
-        self._fqns, self._blind = fqns, blind
+        self._fqns, self._blind, self._asking = fqns, blind, asking
         self.asked: Exception | None = None  # what came of looking at a value
 
     def __enter__(self) -> _Stamp:
@@ -382,9 +383,9 @@ class _Stamp(TorchDispatchMode):
         frame, line, owner = inspect.currentframe(), "", None
         while frame is not None and not (line and owner):
             code = frame.f_code
-            if not line and outside_torch(code.co_filename):
+            if not line and is_users(code.co_filename):
                 line = f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n'
-            if code.co_filename == __file__ and code.co_name == "call":
+            if code is self._asking:
                 break  # further out is who asked for the trace
             receiver = frame.f_locals.get("self")
             if not owner and id(receiver) in self._fqns and isinstance(receiver, nn.Module):

@@ -22,10 +22,9 @@ from torch.fx import Graph, Node
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.graph import stays
 from shardc.compiler.signature import InputKind, OutputKind, Signature
+from shardc.compiler.user_code import is_users
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
 EXCERPT_BEFORE, EXCERPT_AFTER = 1, 1
 
 
@@ -41,17 +40,10 @@ class Source(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def outside_torch(file: str) -> bool:
-    """Whether a file is the user's (or another library's): neither torch, nor this compiler, nor generated."""
-    inside = file.startswith((_TORCH + "/", _HERE + "/")) or file.startswith("<")
-    return not inside
-
-
-@lru_cache(maxsize=4096)
 def innermost(stack_trace: str) -> Source | None:
     """The innermost line outside torch of a printed stack."""
     found = [Source(m["file"], int(m["line"]), m["function"]) for m in _FRAME.finditer(stack_trace)]
-    return next((source for source in reversed(found) if outside_torch(source.file)), None)
+    return next((source for source in reversed(found) if is_users(source.file)), None)
 
 
 def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
@@ -240,7 +232,7 @@ def _headline(error: BaseException) -> str:
 
 
 def _of_frame(frame: traceback.FrameSummary) -> Source | None:
-    if not outside_torch(frame.filename):
+    if not is_users(frame.filename):
         return None
     return Source(frame.filename, frame.lineno or 0, frame.name)
 

@@ -24,9 +24,9 @@ from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.graph import returned, shape
 from shardc.compiler.layout import bad_option
 from shardc.compiler.mesh import Mesh
-from shardc.compiler.plan import call_site
 from shardc.compiler.program import Program
 from shardc.compiler.signature import InputKind, OutputKind
+from shardc.compiler.user_code import call_site
 
 LossFn = Callable[..., Tensor]
 Factory = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]

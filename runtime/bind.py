@@ -80,7 +80,7 @@ class _Binder:
             x, *rest = inspect.signature(node.target).bind(*node.args, **options).arguments.values()  # pyright: ignore
             target, args = MOVES[node.target](self, node, x, *rest)
             return target, (self.env[x] if isinstance(x, Node) else [self.env[value] for value in x], *args), {}
-        ours = getattr(node.target, "__module__", None) == c.__name__ and node.target not in c.LOCAL_STEPS
+        ours = node.target in c.SYMBOLIC and node.target not in c.LOCAL_STEPS
         if ours or node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
         args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)

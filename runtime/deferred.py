@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from shardc.compiler.errors import PlanError
-from shardc.runtime.recipe import Recipe, user_line
+from shardc.compiler.user_code import call_site
+from shardc.runtime.recipe import Recipe
 from shardc.runtime.record import recording
 
 PLACE = "_shardc_recipe"  # among a module's attributes, so that a copy of the module asks for a copy of the recipe
@@ -59,7 +60,7 @@ class _WaitingParameter(_WaitingTensor, nn.Parameter):
 def _changed(fqn: str) -> PlanError:
     return PlanError(
         f"{fqn} was changed after deferred_init, where it has no values yet",
-        where=user_line(),
+        where=call_site(),
         help="do it inside: deferred_init takes any function that builds the module",
     )
 

@@ -7,10 +7,8 @@ need no call of their own, and in-place writes are found again through whatever 
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from shardc.compiler.errors import ShardingError
-
-_OURS = Path(__file__).parent
-HERE = (str(_OURS), str(_OURS.parent / "compiler"), str(Path(torch.__file__).parent), "<")
+from shardc.compiler.user_code import call_site
 
 
 class Ref(NamedTuple):
@@ -168,18 +164,10 @@ def generator_of(device: torch.device) -> torch.Generator:
     return module.default_generators[device.index if device.index is not None else module.current_device()]
 
 
-def user_line() -> str:
-    """`file.py:12` of the nearest caller outside of torch and of this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(HERE):
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-
-
 def unreplayable(call: Any, why: str, where: str | None = None) -> ShardingError:
     """The error for a call that cannot be kept for later."""
     return ShardingError(
         f"{call} cannot be recorded: {why}",
-        where=where or user_line(),
+        where=where or call_site(),
         help="build without deferred_init (and compile the real module), or take this call out of the constructor",
     )

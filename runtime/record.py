@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.compiler.errors import ShardingError
-from shardc.runtime.recipe import Recipe, Step, generator_of, unreplayable, user_line
+from shardc.compiler.user_code import call_site
+from shardc.runtime.recipe import Recipe, Step, generator_of, unreplayable
 from shardc.runtime.replay import Replay
 
 EMPTY = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted"}
@@ -120,7 +121,7 @@ class _Recorder(TorchDispatchMode):
             name = self._protected.get(x.untyped_storage()._cdata)
             if name is not None:
                 raise ShardingError(
-                    f"init writes to {name}, which has its values already", where=user_line(),
+                    f"init writes to {name}, which has its values already", where=call_site(),
                     help="let the init of each module fill the module's own tensors",
                 )  # fmt: skip
 
@@ -157,7 +158,7 @@ class _Recorder(TorchDispatchMode):
         before = self.state(self._generator(args, kwargs, func)) if random else None
         pure = name in PURE or all(a.kwarg_only for a in func._schema.arguments if _writes(a))
         pure = bool(writes) and pure
-        recipe.add(Step(func, given_args, given_kwargs, refs, makes, writes, pure, before, user_line()))
+        recipe.add(Step(func, given_args, given_kwargs, refs, makes, writes, pure, before, call_site()))
         if random:
             self._mark(self._generator(args, kwargs, func))
 

@@ -1,0 +1,43 @@
+"""Which line of the user's own code something comes from: the nearest that is neither this package's nor torch's."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+_PARTS = Path(__file__).parent.parent  # holds compiler, passes and runtime, installed or in a clone
+_INSIDE = [*(_PARTS / part for part in ("compiler", "passes", "runtime")), Path(torch.__file__).parent]
+_PREFIXES = (*(f"{folder}{os.sep}" for folder in _INSIDE), "<")
+
+
+@lru_cache(maxsize=4096)
+def is_users(file: str) -> bool:
+    """Whether a source file belongs to neither this package nor torch; what runs from a string belongs to them."""
+    return not file.startswith(_PREFIXES)
+
+
+def user_frame() -> FrameType:
+    """The nearest caller outside of this package and of torch, through which a module's call comes."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def call_site() -> str:
+    """`file.py:12` of the nearest caller outside of this package."""
+    frame = user_frame()
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def warn_user(text: str) -> None:
+    """A UserWarning at the user's line, however deep this is called from."""
+    frame = user_frame()
+    seen = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=seen)
