@@ -27,7 +27,7 @@ from llama import Config, Llama, plan
 
 import shardc
 from shardc import Mesh, Plan
-from shardc.compiler import lowering
+from shardc.compiler.driver import lowering
 
 LAYERS = (2, 24, 96)
 MESHES = {8: dict(dp=2, tp=4), 64: dict(dp=8, tp=8), 1024: dict(dp=128, tp=8)}

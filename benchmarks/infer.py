@@ -21,8 +21,8 @@ from torch.fx import Node
 
 import shardc
 from shardc import Mesh
-from shardc.compiler.graph import operands, spec
-from shardc.compiler.infer import Decisions, call_rule, decide_node
+from shardc.compiler.infer.infer import Decisions, call_rule, decide_node
+from shardc.compiler.ir.graph import operands, spec
 
 
 def main() -> None:

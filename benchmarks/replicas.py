@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shardc.runtime.replicas import replicas
+from shardc.runtime.replicas.replicas import replicas
 
 TWO = ["cpu", "cpu"]
 TIMEOUT = timedelta(seconds=60)

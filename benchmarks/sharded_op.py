@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 import shardc
 from shardc import PlanError, ShardingError
-from shardc.compiler import lowering
-from shardc.compiler.program import copy_graph
-from shardc.compiler.trace import Traced, trace
+from shardc.compiler.driver import lowering
+from shardc.compiler.ir.graph import copy_graph
+from shardc.compiler.ir.signature import Traced
+from shardc.compiler.trace.trace import trace
 
 RANKS = 4
 FAULT = "fault of the compiler"  # what an error says that is no refusal

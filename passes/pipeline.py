@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardc.compiler.pipeline import Context
-from shardc.passes.bucket_collectives import BucketCollectives
-from shardc.passes.canonicalize import Canonicalize
-from shardc.passes.choose_factors import ChooseFactors
-from shardc.passes.delay_reductions import DelayReductions
-from shardc.passes.draw_whole import DrawWhole
-from shardc.passes.fuse_bias import FuseBias
-from shardc.passes.fuse_cross_entropy import FuseCrossEntropy
-from shardc.passes.insert_reshards import InsertReshards
-from shardc.passes.join_units import JoinUnits
-from shardc.passes.localize import Localize
-from shardc.passes.lower_reshards import LowerReshards
-from shardc.passes.merge_equal import MergeEqual
-from shardc.passes.number_draws import NumberDraws
-from shardc.passes.overlap import Overlap
-from shardc.passes.predivide import Predivide
-from shardc.passes.propagate import Propagate
-from shardc.passes.reduce_in_place import ReduceInPlace
-from shardc.passes.regather_in_backward import RegatherInBackward
-from shardc.passes.seed_plan import SeedPlan
-from shardc.passes.shorten_views import ShortenViews
+from shardc.compiler.pipeline.runner import Context
+from shardc.passes.layouts.canonicalize import Canonicalize
+from shardc.passes.layouts.choose_factors import ChooseFactors
+from shardc.passes.layouts.draw_whole import DrawWhole
+from shardc.passes.layouts.fuse_cross_entropy import FuseCrossEntropy
+from shardc.passes.layouts.number_draws import NumberDraws
+from shardc.passes.layouts.predivide import Predivide
+from shardc.passes.layouts.propagate import Propagate
+from shardc.passes.layouts.regather_in_backward import RegatherInBackward
+from shardc.passes.layouts.seed_plan import SeedPlan
+from shardc.passes.local.bucket_collectives import BucketCollectives
+from shardc.passes.local.fuse_bias import FuseBias
+from shardc.passes.local.join_units import JoinUnits
+from shardc.passes.local.localize import Localize
+from shardc.passes.local.overlap import Overlap
+from shardc.passes.local.reduce_in_place import ReduceInPlace
+from shardc.passes.local.shorten_views import ShortenViews
+from shardc.passes.reshards.delay_reductions import DelayReductions
+from shardc.passes.reshards.insert_reshards import InsertReshards
+from shardc.passes.reshards.lower_reshards import LowerReshards
+from shardc.passes.reshards.merge_equal import MergeEqual
 
 LOCALIZE = Localize()  # also what proves a user's rule
 # What only makes a right program better; `compile(..., without=("overlap",))` leaves it out.

@@ -9,9 +9,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from shardc.compiler.collectives import Cut
-from shardc.compiler.mesh import Mesh, place
-from shardc.compiler.spec import Part, Spec, chunk
+from shardc.compiler.ir.collectives import Cut
+from shardc.compiler.spec.mesh import Mesh, place
+from shardc.compiler.spec.spec import Part, Spec, chunk
 
 COMBINE = {
     "sum": torch.add,

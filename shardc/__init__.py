@@ -4,19 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shardc.compiler.annotate import fully_shard, replicate
-    from shardc.compiler.api import CompiledModule, Program, compile
-    from shardc.compiler.check_rule import check_rule, discover_rule
+    from shardc.compiler.driver.compile import CompiledModule, Program, compile
+    from shardc.compiler.driver.train_step import train_step
     from shardc.compiler.errors import CheckpointError, PlanError, RankFailure, RankMismatchError, ShardingError
-    from shardc.compiler.marks import constrain
-    from shardc.compiler.mesh import Mesh
-    from shardc.compiler.plan import FullyShard, Layout, Plan, Precision, Replicated
+    from shardc.compiler.ir.marks import constrain
+    from shardc.compiler.plan.annotate import fully_shard, replicate
+    from shardc.compiler.plan.plan import FullyShard, Layout, Plan, Precision, Replicated
+    from shardc.compiler.proof.check_rule import check_rule, discover_rule
     from shardc.compiler.rules.table import rule
-    from shardc.compiler.train_step import train_step
-    from shardc.runtime.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
-    from shardc.runtime.deferred import deferred_init
-    from shardc.runtime.launch import launch
-    from shardc.runtime.replicas import data_parallel, replicas
+    from shardc.compiler.spec.mesh import Mesh
+    from shardc.runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
+    from shardc.runtime.launch.launch import launch
+    from shardc.runtime.replicas.replicas import data_parallel, replicas
+    from shardc.runtime.values.deferred import deferred_init
 
 __version__ = "0.1.0"
 
@@ -53,33 +53,33 @@ __all__ = [
 
 _HOME = {
     "CheckpointError": "shardc.compiler.errors",
-    "CompiledModule": "shardc.compiler.api",
-    "FullyShard": "shardc.compiler.plan",
-    "Layout": "shardc.compiler.plan",
-    "Mesh": "shardc.compiler.mesh",
-    "Plan": "shardc.compiler.plan",
+    "CompiledModule": "shardc.compiler.driver.compile",
+    "FullyShard": "shardc.compiler.plan.plan",
+    "Layout": "shardc.compiler.plan.plan",
+    "Mesh": "shardc.compiler.spec.mesh",
+    "Plan": "shardc.compiler.plan.plan",
     "PlanError": "shardc.compiler.errors",
-    "Precision": "shardc.compiler.plan",
-    "Program": "shardc.compiler.api",
+    "Precision": "shardc.compiler.plan.plan",
+    "Program": "shardc.compiler.driver.compile",
     "RankFailure": "shardc.compiler.errors",
     "RankMismatchError": "shardc.compiler.errors",
-    "Replicated": "shardc.compiler.plan",
+    "Replicated": "shardc.compiler.plan.plan",
     "ShardingError": "shardc.compiler.errors",
-    "check_rule": "shardc.compiler.check_rule",
-    "compile": "shardc.compiler.api",
-    "constrain": "shardc.compiler.marks",
-    "data_parallel": "shardc.runtime.replicas",
-    "deferred_init": "shardc.runtime.deferred",
-    "discover_rule": "shardc.compiler.check_rule",
-    "fully_shard": "shardc.compiler.annotate",
-    "load_checkpoint": "shardc.runtime.checkpoint",
-    "launch": "shardc.runtime.launch",
-    "replicas": "shardc.runtime.replicas",
-    "replicate": "shardc.compiler.annotate",
+    "check_rule": "shardc.compiler.proof.check_rule",
+    "compile": "shardc.compiler.driver.compile",
+    "constrain": "shardc.compiler.ir.marks",
+    "data_parallel": "shardc.runtime.replicas.replicas",
+    "deferred_init": "shardc.runtime.values.deferred",
+    "discover_rule": "shardc.compiler.proof.check_rule",
+    "fully_shard": "shardc.compiler.plan.annotate",
+    "load_checkpoint": "shardc.runtime.checkpoint.checkpoint",
+    "launch": "shardc.runtime.launch.launch",
+    "replicas": "shardc.runtime.replicas.replicas",
+    "replicate": "shardc.compiler.plan.annotate",
     "rule": "shardc.compiler.rules.table",
-    "save_checkpoint": "shardc.runtime.checkpoint",
-    "save_safetensors": "shardc.runtime.checkpoint",
-    "train_step": "shardc.compiler.train_step",
+    "save_checkpoint": "shardc.runtime.checkpoint.checkpoint",
+    "save_safetensors": "shardc.runtime.checkpoint.checkpoint",
+    "train_step": "shardc.compiler.driver.train_step",
 }
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import shardc
 from shardc import Mesh, PlanError, Program, ShardingError
-from shardc.compiler import lowering
-from shardc.compiler.graph import copy_graph, returned, spec
-from shardc.compiler.pipeline import Context
-from shardc.compiler.signature import OutputKind
-from shardc.compiler.trace import Traced, trace
+from shardc.compiler.driver import lowering
+from shardc.compiler.ir.graph import copy_graph, returned, spec
+from shardc.compiler.ir.signature import OutputKind, Traced
+from shardc.compiler.pipeline.runner import Context
+from shardc.compiler.trace.trace import trace
 
 CLOSE = 1e-9  # relative to the largest element, or to one
 FAULT = "fault of the compiler"  # what an error says that is no refusal

@@ -24,22 +24,22 @@ from torch.fx import Graph, GraphModule, Interpreter, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from shardc.compiler import collectives
-from shardc.compiler.graph import arguments, operands, placeholders, returned, set_specs, spec, specs, tensors, val
-from shardc.compiler.infer import decide_node
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.pipeline import Context, Record, Runner
-from shardc.compiler.resolved import ParamLayout, Resolved
-from shardc.compiler.roots import RootLayouts
-from shardc.compiler.rules import all_rules as _rules  # noqa: F401  fills the rule table
+from shardc.compiler.infer.infer import decide_node
+from shardc.compiler.ir import collectives
+from shardc.compiler.ir.graph import arguments, operands, placeholders, returned, set_specs, spec, specs, tensors, val
+from shardc.compiler.ir.signature import Input, InputKind, Output, OutputKind, Signature
+from shardc.compiler.ir.text import text
+from shardc.compiler.pipeline.runner import Context, Record, Runner
+from shardc.compiler.pipeline.stages import Stage, verify
+from shardc.compiler.plan.resolved import ParamLayout, Resolved
+from shardc.compiler.plan.roots import RootLayouts
+from shardc.compiler.rules.ops import all_rules as _rules  # noqa: F401  fills the rule table
 from shardc.compiler.rules.table import tensors_in
-from shardc.compiler.signature import Input, InputKind, Output, OutputKind, Signature
-from shardc.compiler.spec import DTYPES, Part, Spec, axes_of, canonical
-from shardc.compiler.text import text
-from shardc.compiler.verify import Stage, verify
-from shardc.passes.localize import Localize
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import DTYPES, Part, Spec, axes_of, canonical
+from shardc.passes.local.localize import Localize
+from shardc.runtime.run.simulate import simulate
 from shardc.runtime.shards import cut, join
-from shardc.runtime.simulate import simulate
 
 NAMED = {name: dtype for dtype, name in DTYPES.items()}
 TYPE = re.compile(r"(\w*)\[(.*)\]((?:\+\w+(?:\(\w+\))?)*)")

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from shardc.tools.demo import demo
+    from shardc.tools.demo.demo import demo
 
     return demo(options.steps, options.output, options.page)
 

@@ -1,1 +1,1 @@
-"""What operators mean, in factors. Importing `shardc.compiler.rules.all_rules` fills the table."""
+"""What operators mean, in factors. Importing `shardc.compiler.rules.ops.all_rules` fills the table."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from shardc.compiler.rules.names import apart
+from shardc.compiler.rules.notation import apart
 from shardc.compiler.rules.table import OpRule, rule
 
 aten = torch.ops.aten

@@ -14,8 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
 from shardc import FullyShard, Plan
-from shardc.compiler.graph import Kind
-from shardc.runtime.stretches import Stretches, _Compiled
+from shardc.compiler.ir.graph import Kind
+from shardc.runtime.run.compiled_stretches import Stretches, _Compiled
 from tests.runtime.ranks import on_ranks, run_ranks
 
 

@@ -24,11 +24,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
 from shardc import FullyShard, Layout, Mesh, Plan, PlanError, Replicated, ShardingError
-from shardc.compiler import lowering
-from shardc.compiler.sizes import DataSize
-from shardc.compiler.verify import Stage, verify
-from shardc.runtime.bind import bind_program
-from shardc.runtime.stretches import Stretches
+from shardc.compiler.driver import lowering
+from shardc.compiler.pipeline.stages import Stage, verify
+from shardc.compiler.spec.sizes import DataSize
+from shardc.runtime.run.bind import bind_program
+from shardc.runtime.run.compiled_stretches import Stretches
 from tests.agree import agrees, agrees_as_ranks, draw
 
 DP = Plan(dp=Replicated())

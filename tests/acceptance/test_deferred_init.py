@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import shardc
 from shardc import FullyShard, Mesh, Plan, Replicated
-from shardc.runtime.deferred import tensors
+from shardc.runtime.values.deferred import tensors
 from tests.acceptance.kinds import KINDS
 from tests.acceptance.models import MLP, Llama, Transformer
 from tests.acceptance.test_mistakes import said

@@ -17,8 +17,8 @@ from torch.fx import GraphModule, Node
 
 import shardc
 from shardc import FullyShard, Layout, Mesh, Plan, Program, Replicated, ShardingError
-from shardc.compiler import collectives as c
-from shardc.compiler.graph import copy_graph
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir.graph import copy_graph
 from tests.acceptance.models import MLP, MLP_TP, TRANSFORMER_TP, Block, Transformer
 from tests.acceptance.test_sequence_parallel import BLOCK_SP
 

@@ -14,8 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 
 import shardc
 from shardc import Layout, Mesh, Plan, Replicated, ShardingError
-from shardc.compiler.kept import Sync
-from shardc.compiler.lowering import Lowering
+from shardc.compiler.driver.kept_gradients import Sync
+from shardc.compiler.driver.lowering import Lowering
 from shardc.compiler.rules.table import RuleError
 from tests.acceptance.models import MLP
 from tests.agree import agrees, agrees_as_ranks, draw
@@ -158,7 +158,7 @@ def test_a_rule_that_does_not_fit_is_an_error_at_the_users_line(monkeypatch: pyt
     def wrong(*_: object) -> None:
         raise RuleError("(('c',),) does not fit a tensor of 3 dims")
 
-    monkeypatch.setattr("shardc.compiler.infer.rule_of", wrong)
+    monkeypatch.setattr("shardc.compiler.infer.infer.rule_of", wrong)
     with pytest.raises(ShardingError, match=r"aten.mul.Tensor cannot be sharded(.|\n)*test_found.py:\d+ in forward"):
         shardc.compile(Doubled(), Plan(dp=Replicated()), mesh=Mesh(dp=2))(torch.randn(4, 4))
 

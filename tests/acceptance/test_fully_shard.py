@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
 from shardc import FullyShard, Layout, Mesh, Plan, Program, Replicated
-from shardc.compiler.accounts import last_uses
+from shardc.compiler.ir.views import last_uses
 from tests.acceptance.compare import ADAM, SGD, compare, counts, held_numel
 from tests.acceptance.models import MLP, Block, Deep, Transformer
 from tests.acceptance.test_sequence_parallel import BLOCK_SP

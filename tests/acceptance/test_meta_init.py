@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import shardc
 from shardc import FullyShard, Mesh, Replicated
-from shardc.runtime.deferred import tensors
+from shardc.runtime.values.deferred import tensors
 from tests.acceptance.models import MLP, MLP_TP, ConvNet, Llama, rotary
 from tests.acceptance.test_deferred_init import poisoned, same_bits
 from tests.acceptance.test_mistakes import said

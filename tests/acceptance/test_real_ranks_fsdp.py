@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
 from shardc import FullyShard, Plan, PlanError, Precision, Replicated
-from shardc.runtime.wire import AllReduce
+from shardc.runtime.wire.wire import AllReduce
 from tests.acceptance.models import MLP, Deep, Transformer
 from tests.acceptance.test_fully_shard import Framed
 from tests.runtime.ranks import on_ranks, run_ranks

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import shardc
 from shardc import Mesh, Plan, PlanError, Program, Replicated
-from shardc.compiler import collectives as c
+from shardc.compiler.ir import collectives as c
 from tests.acceptance.compare import EXACT, SGD, compare, counts, same_gradients, same_state, wire_bytes
 from tests.acceptance.models import MLP, ConvNet, Deep, Nested
 

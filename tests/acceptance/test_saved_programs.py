@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import shardc
 from shardc import Mesh, Plan, PlanError, Replicated, ShardingError
-from shardc.compiler import lowering
+from shardc.compiler.driver import lowering
 from tests.acceptance.models import MLP, MLP_TP, TRANSFORMER_TP, Transformer
 from tests.runtime.ranks import on_ranks, run_ranks
 

@@ -12,8 +12,9 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
-from shardc.compiler import entries, lowering
-from shardc.compiler.trace_store import FOLDER
+from shardc.compiler.driver import lowering
+from shardc.compiler.driver import program_cache as entries
+from shardc.compiler.driver.saved.trace_folder import FOLDER
 
 PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
 
@@ -79,7 +80,7 @@ def test_a_damaged_entry_is_refused_and_made_anew(damage, traces, tmp_path, capl
     whole = entry(tmp_path).read_text()
     assert damage(whole) != whole
     entry(tmp_path).write_text(damage(whole))
-    with caplog.at_level(logging.WARNING, "shardc.compiler.trace_store"):
+    with caplog.at_level(logging.WARNING, "shardc.compiler.driver.saved.trace_folder"):
         started()
     assert len(traces) == 2 and "refused" in caplog.text
     started()
@@ -88,7 +89,7 @@ def test_a_damaged_entry_is_refused_and_made_anew(damage, traces, tmp_path, capl
 
 def test_an_entry_of_another_module_is_refused_and_made_anew(traces, caplog):
     started()
-    with caplog.at_level(logging.WARNING, "shardc.compiler.trace_store"):
+    with caplog.at_level(logging.WARNING, "shardc.compiler.driver.saved.trace_folder"):
         _, out, _ = started(0.5)
     assert len(traces) == 2 and "refused" in caplog.text and "module" in caplog.text
     torch.manual_seed(0)

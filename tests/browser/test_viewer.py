@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from shardc.compiler.program import Program
+from shardc.compiler.analysis.program import Program
 from shardc.tools.page import page
 from tests.browser.chromium import Chromium
 from tests.browser.synthetic import synthetic

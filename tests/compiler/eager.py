@@ -7,8 +7,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from shardc.compiler.signature import InputKind, OutputKind
-from shardc.compiler.trace import Traced, trace
+from shardc.compiler.ir.signature import InputKind, OutputKind, Traced
+from shardc.compiler.trace.trace import trace
 
 SEED = 7
 

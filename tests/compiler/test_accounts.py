@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardc.compiler.accounts import collectives_of
-from shardc.compiler.halves import halves
-from shardc.compiler.memory import peak_bytes
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.verify import Stage
+from shardc.compiler.analysis.bytes_moved import collectives_of
+from shardc.compiler.analysis.memory import peak_bytes
+from shardc.compiler.ir.halves import halves
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
 from tests.build import (
     all_gather,
     all_reduce,

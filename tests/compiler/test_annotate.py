@@ -11,8 +11,8 @@ from torch.distributed.tensor import Shard
 
 import shardc
 from shardc import FullyShard, Mesh, PlanError, Replicated
-from shardc.compiler.annotate import annotated
-from shardc.compiler.resolve import resolve
+from shardc.compiler.plan.annotate import annotated
+from shardc.compiler.plan.resolve import resolve
 
 
 def mlp() -> nn.Sequential:
@@ -36,7 +36,7 @@ def test_a_copy_is_not_annotated():
 
 
 def test_an_annotation_dies_with_its_module():
-    from shardc.compiler import annotate
+    from shardc.compiler.plan import annotate
 
     before = len(annotate._annotations)
     model = shardc.replicate(mlp())

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from shardc.compiler.atoms import Atom, Atoms, unify
-from shardc.compiler.graph import placeholders
-from shardc.compiler.marks import MARK
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.infer.atoms import Atom, Atoms, unify
+from shardc.compiler.ir.graph import placeholders
+from shardc.compiler.ir.marks import MARK
+from shardc.compiler.spec.mesh import Mesh
 from tests.build import build, reshard
 
 aten = torch.ops.aten

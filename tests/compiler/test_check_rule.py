@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
 import shardc
-from shardc.compiler.rules import all_rules  # noqa: F401  filled before any test takes its snapshot
+from shardc.compiler.rules.ops import all_rules  # noqa: F401  filled before any test takes its snapshot
 from shardc.compiler.rules.table import TABLE, overload
 
 aten = torch.ops.aten

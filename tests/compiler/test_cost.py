@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx import Graph, GraphModule
 
-from shardc.compiler import collectives
-from shardc.compiler.cost import Move, ways, wire_bytes
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Part, Spec, canonical
-from shardc.compiler.verify import Stage, verify
+from shardc.compiler.ir import collectives
+from shardc.compiler.pipeline.stages import Stage, verify
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Part, Spec, canonical
+from shardc.compiler.spec.ways import Move, ways, wire_bytes
 from tests.build import parse, simulated
 from tests.compiler.test_spec import specs
 

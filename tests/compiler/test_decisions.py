@@ -13,14 +13,15 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
-from shardc.compiler import infer, lowering
+from shardc.compiler.analysis.program import Program
+from shardc.compiler.driver import lowering
 from shardc.compiler.errors import PlanError, ShardingError
-from shardc.compiler.graph import call_nodes, spec
-from shardc.compiler.infer import Decisions, call_rule, decide_node
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.program import Program
+from shardc.compiler.infer import infer
+from shardc.compiler.infer.infer import Decisions, call_rule, decide_node
+from shardc.compiler.ir.graph import call_nodes, spec
 from shardc.compiler.rules.table import TABLE
 from shardc.compiler.rules.table import parse as rule_line
+from shardc.compiler.spec.mesh import Mesh
 from tests.agree import traced_once
 from tests.build import build, parse
 from tests.draw_plans import ask

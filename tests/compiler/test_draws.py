@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardc.compiler.draws import DISTRIBUTIONS, Draw
-from shardc.compiler.rules.random import DRAW, SEED, mixed, named
+from shardc.compiler.rules.ops.random.bits import DRAW, SEED, mixed, named
+from shardc.compiler.rules.ops.random.distributions import DISTRIBUTIONS, Draw
 
 aten = torch.ops.aten
 N = 2**16

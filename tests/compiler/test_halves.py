@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Interpreter
 
-from shardc.compiler.graph import returned
-from shardc.compiler.halves import Halves, halves
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.signature import Output, OutputKind, Signature
+from shardc.compiler.ir.graph import returned
+from shardc.compiler.ir.halves import Halves, halves
+from shardc.compiler.ir.signature import Output, OutputKind, Signature
+from shardc.compiler.spec.mesh import Mesh
 from tests.build import build, context, on_one_device, random_inputs
 
 aten = torch.ops.aten

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from shardc.compiler.graph import specs
-from shardc.compiler.infer import PENDING, decide, may_be_empty
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.infer.infer import PENDING, decide, may_be_empty
+from shardc.compiler.ir.graph import specs
+from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.rules.table import fit
 from shardc.compiler.rules.table import parse as rule_line
-from shardc.compiler.verify import Stage
+from shardc.compiler.spec.mesh import Mesh
 from tests.build import build, parse
 
 MESH = Mesh(dp=2, tp=4)

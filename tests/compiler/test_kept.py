@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shardc.compiler.driver.kept_gradients import Kept
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.kept import Kept
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Spec
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Spec
 
 MESH = Mesh(dp=2, tp=2)
 WHOLE = Spec.whole((4,))

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from shardc.compiler.match import Index, claims, find, nearest
+from shardc.compiler.plan.match import Index, claims, find, nearest
 
 NAMES = ["", "net1", "net2", "layers", "layers.0", "layers.0.w1", "layers.1", "layers.1.w1", "layers.10.w1"]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.mesh import Mesh, part_of, place
+from shardc.compiler.spec.mesh import Mesh, part_of, place
 
 MESH = Mesh(dp=2, cp=3, tp=4)
 

@@ -9,8 +9,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardc import FullyShard, Layout, Plan, PlanError, Precision, Replicated
-from shardc.compiler.layout import as_layout
-from shardc.compiler.plan import as_plan
+from shardc.compiler.plan.layout import as_layout
+from shardc.compiler.plan.plan import as_plan
 
 
 def refusals(*makers) -> str:

@@ -8,7 +8,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 from shardc import FullyShard, Mesh, Plan, Replicated
-from shardc.compiler.resolve import resolve
+from shardc.compiler.plan.resolve import resolve
 
 
 class MLP(nn.Module):

@@ -16,8 +16,8 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardc import FullyShard, Mesh, Plan, PlanError, Replicated
-from shardc.compiler.resolve import mesh_dims, resolve
-from shardc.compiler.resolved import Resolved
+from shardc.compiler.plan.resolve import mesh_dims, resolve
+from shardc.compiler.plan.resolved import Resolved
 
 TP, DP, BOTH = Mesh(tp=2), Mesh(dp=2), Mesh(dp=2, tp=4)
 

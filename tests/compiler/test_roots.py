@@ -8,7 +8,7 @@ from expecttest import assert_expected_inline
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from shardc import Layout, PlanError
-from shardc.compiler.roots import RootLayouts, parse_path
+from shardc.compiler.plan.roots import RootLayouts, parse_path
 
 Pair = namedtuple("Pair", "left right")
 

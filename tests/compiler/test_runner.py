@@ -9,13 +9,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.fx import GraphModule
 
 import shardc
-from shardc.compiler import pipeline
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import Unrun, call_nodes, copy_graph
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.pipeline import PassResult, Record, Runner
-from shardc.compiler.text import text
-from shardc.compiler.verify import Stage, verify
+from shardc.compiler.ir.graph import Unrun, call_nodes, copy_graph
+from shardc.compiler.ir.text import text
+from shardc.compiler.pipeline import runner as pipeline
+from shardc.compiler.pipeline.runner import PassResult, Record, Runner
+from shardc.compiler.pipeline.stages import Stage, verify
+from shardc.compiler.spec.mesh import Mesh
 from tests.build import all_gather, build, context, parse
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ class Careful(Runner):
 
 
 def test_every_pass_of_a_compilation_is_written_as_the_whole_graph_is(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shardc.compiler.program.Runner", Careful)
+    monkeypatch.setattr("shardc.compiler.analysis.program.Runner", Careful)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(), nn.Linear(16, 8), nn.BatchNorm1d(8))
     plan = shardc.Plan(dp=shardc.FullyShard(), tp={"0": ColwiseParallel(), "3": RowwiseParallel()})
     assert len(shardc.compile(model, plan, mesh=MESH).lower(torch.randn(6, 8)).records) > 10

@@ -12,8 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, _StridedShard
 
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import (
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import (
     DTYPES,
     Dim,
     Part,

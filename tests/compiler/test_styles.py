@@ -16,11 +16,11 @@ from torch.distributed.tensor.parallel import (
 )
 
 from shardc import Mesh, Plan, PlanError
-from shardc.compiler.marks import placement_text
-from shardc.compiler.resolve import resolve
-from shardc.compiler.resolved import Resolved
-from shardc.compiler.styles import REFUSED_STRINGS, STRINGS, read_style
-from shardc.compiler.wording import same_wish, style_text
+from shardc.compiler.ir.marks import placement_text
+from shardc.compiler.plan.resolve import resolve
+from shardc.compiler.plan.resolved import Resolved
+from shardc.compiler.plan.styles import REFUSED_STRINGS, STRINGS, read_style
+from shardc.compiler.plan.wording import same_wish, style_text
 
 TP = Mesh(tp=2)
 

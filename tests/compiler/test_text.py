@@ -6,11 +6,11 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from shardc.compiler.local import Local
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Part
-from shardc.compiler.text import arg_text, excerpt, node_text, text, type_text
-from shardc.compiler.verify import Stage
+from shardc.compiler.ir.text import arg_text, excerpt, node_text, text, type_text
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.rank_numbers import Local
+from shardc.compiler.spec.spec import Part
 from tests.build import build, reduce_scatter, reshard
 
 aten = torch.ops.aten

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from shardc.compiler.signature import InputKind, OutputKind, TensorInfo
-from shardc.compiler.trace import trace
+from shardc.compiler.ir.signature import InputKind, OutputKind, TensorInfo
+from shardc.compiler.trace.trace import trace
 from tests.compiler.eager import check, held
 from tests.compiler.test_trace_zoo import GPT, MLP, Aliasing, Checkpointed, ConvNet, Partial, ScriptedChild
 
@@ -175,7 +175,7 @@ def test_random_operators_stay_though_unused():
 
 SCRIPT = """
 import torch
-from shardc.compiler.trace import trace
+from shardc.compiler.trace.trace import trace
 from tests.compiler.test_trace_zoo import GPT, ConvNet
 for module, x in ((GPT(), torch.zeros(2, 5, dtype=torch.long)), (ConvNet(), torch.zeros(4, 3, 8, 8))):
     marks = [fqn for fqn, _ in module.named_modules()]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.trace import trace
+from shardc.compiler.trace.trace import trace
 
 X = torch.randn(3, 4)
 TABLE = nn.Parameter(torch.ones(4))
@@ -313,7 +313,7 @@ def test_a_lazy_module():
 def test_a_device_that_is_not_there():
     if torch.cuda.is_available():
         pytest.skip("it is there")
-    from shardc.compiler.signature import TensorInfo
+    from shardc.compiler.ir.signature import TensorInfo
 
     params = {"weight": TensorInfo((4, 4), (4, 1), torch.float32, torch.device("cuda:0"), True)}
     assert "on cuda:0, and there is no such device" in refused(nn.Linear(4, 4), params=params).what

@@ -14,10 +14,12 @@ from torch.distributed.tensor import Shard
 from torch.fx import Node
 from torch.utils.checkpoint import checkpoint
 
-from shardc.compiler import trace_layers, trace_repeats
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.marks import constrain
-from shardc.compiler.trace import Traced, trace
+from shardc.compiler.ir.marks import constrain
+from shardc.compiler.ir.signature import Traced
+from shardc.compiler.trace.layers import copy_layers as trace_layers
+from shardc.compiler.trace.layers import repeats as trace_repeats
+from shardc.compiler.trace.trace import trace
 from tests.compiler.eager import compare
 
 N = 3  # layers of a model

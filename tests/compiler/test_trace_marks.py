@@ -7,8 +7,9 @@ from torch import nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from shardc.compiler.marks import MarkKey, constrain, layout_text, parse_key, parse_placement, placement_text
-from shardc.compiler.trace import Traced, trace
+from shardc.compiler.ir.marks import MarkKey, constrain, layout_text, parse_key, parse_placement, placement_text
+from shardc.compiler.ir.signature import Traced
+from shardc.compiler.trace.trace import trace
 from tests.compiler.eager import check
 
 MARK = torch.ops.shardc.mark.default

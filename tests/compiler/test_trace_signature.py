@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardc.compiler.signature import InputKind, OutputKind, TensorInfo
-from shardc.compiler.trace import trace
+from shardc.compiler.ir.signature import InputKind, OutputKind, TensorInfo
+from shardc.compiler.trace.trace import trace
 from tests.compiler.eager import check
 from tests.compiler.test_trace_zoo import Flexible, Partial, Structured
 

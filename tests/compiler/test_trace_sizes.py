@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import tensors
-from shardc.compiler.trace import trace
-from shardc.compiler.trace_sizes import Template
+from shardc.compiler.ir.graph import tensors
+from shardc.compiler.trace.sizes.symbolic import Template
+from shardc.compiler.trace.trace import trace
 
 
 class Scores(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shardc.compiler.signature import InputKind, OutputKind
+from shardc.compiler.ir.signature import InputKind, OutputKind
 from tests.compiler.eager import check
 
 

@@ -7,11 +7,11 @@ import torch
 from expecttest import assert_expected_inline
 from torch.fx import GraphModule
 
-from shardc.compiler import collectives as c
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Spec
-from shardc.compiler.verify import Stage, verify
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.pipeline.stages import Stage, verify
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Spec
 from tests.build import all_gather, all_reduce, all_to_all, build, local_slice, make_partial, parse, reduce_scatter
 
 aten = torch.ops.aten

@@ -10,13 +10,13 @@ import torch
 from expecttest import assert_expected_inline
 from torch.fx import GraphModule
 
-from shardc.compiler.accounts import collectives_of
-from shardc.compiler.collectives import all_reduce as ALL_REDUCE
-from shardc.compiler.collectives import bucket
-from shardc.compiler.graph import returned
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.passes.bucket_collectives import BucketCollectives
+from shardc.compiler.analysis.bytes_moved import collectives_of
+from shardc.compiler.ir.collectives import all_reduce as ALL_REDUCE
+from shardc.compiler.ir.collectives import bucket
+from shardc.compiler.ir.graph import returned
+from shardc.compiler.ir.text import text
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.local.bucket_collectives import BucketCollectives
 from tests.build import all_gather, all_reduce, apply, context, local, random_inputs, reduce_scatter, simulated
 
 aten = torch.ops.aten

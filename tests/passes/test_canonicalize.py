@@ -6,9 +6,9 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.passes.canonicalize import Canonicalize
+from shardc.compiler.ir.text import text
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.layouts.canonicalize import Canonicalize
 from tests.build import apply, build, context, on_one_device, random_inputs
 
 aten = torch.ops.aten

@@ -8,10 +8,10 @@ import torch
 from expecttest import assert_expected_inline
 from torch.distributed.tensor.placement_types import Shard
 
-from shardc.compiler.graph import placeholders, spec
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.passes.choose_factors import ChooseFactors
+from shardc.compiler.ir.graph import placeholders, spec
+from shardc.compiler.ir.text import text
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.layouts.choose_factors import ChooseFactors
 from tests.build import apply, build, context, on_one_device, param, random_inputs, reshard
 
 aten = torch.ops.aten

@@ -8,10 +8,10 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
-from shardc.passes.delay_reductions import DelayReductions
+from shardc.compiler.ir.text import text
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.reshards.delay_reductions import DelayReductions
 from tests.build import all_reduce, apply, build, context, on_one_device, random_inputs, reduce_scatter
 
 aten = torch.ops.aten

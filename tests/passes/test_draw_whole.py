@@ -4,8 +4,8 @@ import expecttest
 import torch
 
 from shardc import Mesh
-from shardc.compiler.text import text
-from shardc.passes.draw_whole import DrawWhole
+from shardc.compiler.ir.text import text
+from shardc.passes.layouts.draw_whole import DrawWhole
 from tests.build import apply, build, context, on_one_device
 
 aten = torch.ops.aten

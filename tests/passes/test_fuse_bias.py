@@ -8,9 +8,9 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.passes.fuse_bias import FuseBias
+from shardc.compiler.ir.text import text
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.local.fuse_bias import FuseBias
 from tests.build import all_reduce, apply, context, local, random_inputs, simulated
 
 aten = torch.ops.aten

@@ -7,8 +7,8 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import shardc
-from shardc.compiler.trace import trace
-from shardc.passes.fuse_cross_entropy import FuseCrossEntropy
+from shardc.compiler.trace.trace import trace
+from shardc.passes.layouts.fuse_cross_entropy import FuseCrossEntropy
 
 aten = torch.ops.aten
 

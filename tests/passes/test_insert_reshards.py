@@ -8,13 +8,13 @@ import torch
 from expecttest import assert_expected_inline
 from torch.distributed.tensor.placement_types import Shard
 
-from shardc.compiler import collectives as c
-from shardc.compiler.marks import MARK
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
-from shardc.passes.insert_reshards import InsertReshards
-from shardc.passes.propagate import Propagate
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir.marks import MARK
+from shardc.compiler.ir.text import text
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.layouts.propagate import Propagate
+from shardc.passes.reshards.insert_reshards import InsertReshards
 from tests.build import apply, build, context, on_one_device, random_inputs
 
 aten = torch.ops.aten

@@ -8,12 +8,12 @@ import torch
 from expecttest import assert_expected_inline
 from torch.fx import GraphModule
 
-from shardc.compiler.graph import call_nodes
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
-from shardc.passes.join_units import JoinUnits
-from shardc.passes.localize import Localize
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.text import text
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.local.join_units import JoinUnits
+from shardc.passes.local.localize import Localize
 from tests.build import (
     all_gather,
     all_reduce,

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx import GraphModule
 
-from shardc.compiler.graph import returned
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Spec
-from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
-from shardc.passes.insert_reshards import InsertReshards
-from shardc.passes.localize import Localize
-from shardc.passes.lower_reshards import LowerReshards
-from shardc.passes.propagate import Propagate
+from shardc.compiler.ir.graph import returned
+from shardc.compiler.ir.text import text
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Spec
+from shardc.passes.layouts.propagate import Propagate
+from shardc.passes.local.localize import Localize
+from shardc.passes.reshards.insert_reshards import InsertReshards
+from shardc.passes.reshards.lower_reshards import LowerReshards
 from tests.build import all_reduce, apply, build, context, local, on_one_device, random_inputs, simulated
 from tests.compiler.test_spec import specs
 

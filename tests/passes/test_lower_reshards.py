@@ -8,11 +8,11 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from shardc.compiler import collectives as c
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
-from shardc.passes.lower_reshards import LowerReshards
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir.text import text
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.reshards.lower_reshards import LowerReshards
 from tests.build import apply, build, context, on_one_device, random_inputs, reshard, simulated
 
 aten = torch.ops.aten

@@ -8,10 +8,10 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.compiler.verify import Stage
-from shardc.passes.merge_equal import MergeEqual
+from shardc.compiler.ir.text import text
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.reshards.merge_equal import MergeEqual
 from tests.build import all_gather, apply, build, context, on_one_device, random_inputs, reshard
 
 aten = torch.ops.aten

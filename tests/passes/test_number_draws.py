@@ -6,9 +6,9 @@ import torch
 
 import shardc
 from shardc import Mesh, ShardingError
-from shardc.compiler.halves import halves
-from shardc.compiler.text import text
-from shardc.passes.number_draws import NumberDraws
+from shardc.compiler.ir.halves import halves
+from shardc.compiler.ir.text import text
+from shardc.passes.layouts.number_draws import NumberDraws
 from tests.build import apply, build, context
 
 aten = torch.ops.aten

@@ -7,14 +7,14 @@ import torch
 from expecttest import assert_expected_inline
 from torch.fx import GraphModule
 
-from shardc.compiler import collectives as c
-from shardc.compiler.accounts import collectives_of
-from shardc.compiler.halves import halves
-from shardc.compiler.memory import peak_bytes
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.pipeline import Context
-from shardc.compiler.text import text
-from shardc.passes.overlap import Overlap
+from shardc.compiler.analysis.bytes_moved import collectives_of
+from shardc.compiler.analysis.memory import peak_bytes
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir.halves import halves
+from shardc.compiler.ir.text import text
+from shardc.compiler.pipeline.runner import Context
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.local.overlap import Overlap
 from tests.build import (
     all_gather,
     all_reduce,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from shardc.compiler.graph import placeholders
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.passes.predivide import Predivide
-from shardc.passes.seed_plan import SeedPlan
+from shardc.compiler.ir.graph import placeholders
+from shardc.compiler.ir.text import text
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.layouts.predivide import Predivide
+from shardc.passes.layouts.seed_plan import SeedPlan
 from tests.build import apply, build, context, on_one_device, param, random_inputs
 
 aten = torch.ops.aten

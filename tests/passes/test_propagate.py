@@ -10,12 +10,12 @@ from expecttest import assert_expected_inline
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.graph import returned, spec, specs
-from shardc.compiler.marks import MARK
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.ir.graph import returned, spec, specs
+from shardc.compiler.ir.marks import MARK
+from shardc.compiler.ir.text import text
 from shardc.compiler.rules.table import overload
-from shardc.compiler.text import text
-from shardc.passes.propagate import Propagate
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.layouts.propagate import Propagate
 from tests.build import apply, build, context, reshard
 
 aten = torch.ops.aten

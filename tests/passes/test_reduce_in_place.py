@@ -8,10 +8,10 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.passes.overlap import Overlap
-from shardc.passes.reduce_in_place import ReduceInPlace
+from shardc.compiler.ir.text import text
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.local.overlap import Overlap
+from shardc.passes.local.reduce_in_place import ReduceInPlace
 from tests.build import all_reduce, apply, context, local, random_inputs, simulated
 
 aten = torch.ops.aten

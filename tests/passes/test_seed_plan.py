@@ -9,16 +9,16 @@ import torch
 from expecttest import assert_expected_inline
 from torch.distributed.tensor.placement_types import Shard
 
-from shardc.compiler import collectives as c
 from shardc.compiler.errors import PlanError
-from shardc.compiler.graph import placeholders, spec
-from shardc.compiler.layout import Layout
-from shardc.compiler.marks import MARK
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.resolved import Boundary
-from shardc.compiler.spec import Spec
-from shardc.compiler.text import text
-from shardc.passes.seed_plan import SeedPlan
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir.graph import placeholders, spec
+from shardc.compiler.ir.marks import MARK
+from shardc.compiler.ir.text import text
+from shardc.compiler.plan.layout import Layout
+from shardc.compiler.plan.resolved import Boundary
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Spec
+from shardc.passes.layouts.seed_plan import SeedPlan
 from tests.build import apply, build, context, on_one_device, param, random_inputs
 
 aten = torch.ops.aten

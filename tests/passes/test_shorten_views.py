@@ -8,9 +8,9 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.text import text
-from shardc.passes.shorten_views import ShortenViews
+from shardc.compiler.ir.text import text
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.local.shorten_views import ShortenViews
 from tests.build import apply, context, local, random_inputs, simulated
 
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from shardc.compiler.rules.random import DRAW
+from shardc.compiler.rules.ops.random.bits import DRAW
 from tests.rules.operands import F64, Case, case, positive, real, whole
 
 aten = torch.ops.aten

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from shardc.compiler.rules.checks import CHECK, CHECK_TRUE
-from shardc.compiler.rules.ctc import CTC, CTC_BACKWARD
-from shardc.compiler.rules.lstsq import LSTSQ
-from shardc.compiler.rules.random import SEED
+from shardc.compiler.rules.ops.losses.ctc import CTC, CTC_BACKWARD
+from shardc.compiler.rules.ops.lstsq import LSTSQ
+from shardc.compiler.rules.ops.random.bits import SEED
 from tests.rules.operands import Case, case, positive, real, whole
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from shardc.compiler.rules.pointwise import POINTWISE, POLYNOMIALS, named
+from shardc.compiler.rules.ops.pointwise import POINTWISE, POLYNOMIALS, named
 from tests.rules.operands import F64, Case, case, mask, real, whole
 
 aten = torch.ops.aten

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from shardc.compiler.infer import Decision
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.infer.infer import Decision
 from shardc.compiler.rules.site import Wanted
 from shardc.compiler.rules.table import OpRule
-from shardc.compiler.spec import axes_of, chunk
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import axes_of, chunk
 from tests.rules.pieces import COMBINE, indices
 
 

@@ -9,8 +9,8 @@ from functools import cache
 
 import torch
 
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Dim, Spec, axes_of
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Dim, Spec, axes_of
 
 COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum, "prod": torch.mul}
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from shardc.compiler.infer import Decision, decide
-from shardc.compiler.mesh import Mesh
+from shardc.compiler.infer.infer import Decision, decide
 from shardc.compiler.rules.table import OpRule, RuleError, fit, tensors_in
-from shardc.compiler.spec import Dim, Part, Spec, axes_of, canonical
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Dim, Part, Spec, axes_of, canonical
 from tests.rules.eager_site import run_ranks
 from tests.rules.pieces import cut, indices, join, same, shares
 

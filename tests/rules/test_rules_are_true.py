@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-import shardc.compiler.rules.all_rules  # noqa: F401
-from shardc.compiler.infer import decide
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.rules.index import _here
-from shardc.compiler.rules.slice import cut
+import shardc.compiler.rules.ops.all_rules  # noqa: F401
+from shardc.compiler.infer.infer import decide
+from shardc.compiler.rules.ops.index import _here
+from shardc.compiler.rules.ops.slice import cut
 from shardc.compiler.rules.table import TABLE, OpRule, parse, rule_of, tensors_in
-from shardc.compiler.spec import Spec
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Spec
 from tests.rules import cases_a, cases_b
 from tests.rules.operands import Case, real, whole
 from tests.rules.prove import prove

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shardc.runtime.launch import launch
+from shardc.runtime.launch.launch import launch
 
 LIMIT = float(os.environ.get("SHARDC_RANKS_LIMIT", "120"))
 START: Any = os.environ.get("SHARDC_RANKS_START", "forkserver")

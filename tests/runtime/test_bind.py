@@ -7,14 +7,14 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler import collectives as c
-from shardc.compiler.local import local_size, local_start
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Part, Spec, canonical
-from shardc.runtime.bind import bind_program
-from shardc.runtime.groups import Groups
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.rank_numbers import local_size, local_start
+from shardc.compiler.spec.spec import Part, Spec, canonical
+from shardc.runtime.run.bind import bind_program
 from shardc.runtime.shards import cut
-from shardc.runtime.wire import AllGather
+from shardc.runtime.wire.groups import Groups
+from shardc.runtime.wire.wire import AllGather
 from tests.runtime.ranks import on_ranks, run_ranks
 
 aten = torch.ops.aten

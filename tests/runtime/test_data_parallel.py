@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from shardc.runtime.replicas import data_parallel
+from shardc.runtime.replicas.replicas import data_parallel
 
 TWO = ["cpu", "cpu"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's own runs on CUDA only")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardc.runtime.direct import DIRECT, direct
+from shardc.runtime.run.direct_calls import DIRECT, direct
 
 aten = torch.ops.aten
 X, POSITIVE, IDS = torch.randn(4, 6), torch.rand(4, 6) + 0.5, torch.tensor([1, 0, 2])

@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.mesh import Mesh
-from shardc.runtime.groups import Groups, default_device_mesh
-from shardc.runtime.launch import launch
+from shardc.compiler.spec.mesh import Mesh
+from shardc.runtime.launch.launch import launch
+from shardc.runtime.wire.groups import Groups, default_device_mesh
 from tests.runtime.ranks import LIMIT, on_ranks, run_ranks
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -11,9 +11,9 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardc.compiler.errors import RankMismatchError
-from shardc.runtime import handshake
-from shardc.runtime.groups import Groups
-from shardc.runtime.handshake import agree
+from shardc.runtime.wire import handshake
+from shardc.runtime.wire.groups import Groups
+from shardc.runtime.wire.handshake import agree
 from tests.runtime.ranks import on_ranks, run_ranks
 
 PROGRAM = "mesh tp=2\n%x: f32[8@tp] = input\n%y: f32[8@tp] = aten.relu(%x)\nreturn %y"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from shardc.compiler.errors import RankFailure
-from shardc.runtime.launch import launch
+from shardc.runtime.launch.launch import launch
 from tests.runtime.ranks import LIMIT, START, on_ranks, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -174,12 +174,12 @@ def python(*command: str, stdin: str | None = None) -> subprocess.CompletedProce
 
 
 FROM_ELSEWHERE = """
-from shardc.runtime.launch import launch
+from shardc.runtime.launch.launch import launch
 from tests.runtime.test_launch import introduce
 print([found["rank"] for found in launch(introduce, 2, (1.0,))])
 """
 ITS_OWN = """
-from shardc.runtime.launch import launch
+from shardc.runtime.launch.launch import launch
 def fn(rank): return rank
 launch(fn, 2)
 """
@@ -210,7 +210,7 @@ GUARDED = """
 import signal
 import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background shells have it ignored
-from shardc.runtime.launch import launch
+from shardc.runtime.launch.launch import launch
 from tests.runtime.test_launch import fail
 if __name__ == "__main__":
     launch(fail, 2, ("hang", sys.argv[1]))

@@ -19,8 +19,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shardc.runtime.devices import _Crossing
-from shardc.runtime.replicas import replicas
+from shardc.runtime.replicas.devices import _Crossing
+from shardc.runtime.replicas.replicas import replicas
 
 TWO = ["cpu", "cpu"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's own replicate runs on CUDA only")

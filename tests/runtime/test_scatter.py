@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
-from shardc.runtime.scatter import gather, scatter
+from shardc.runtime.replicas.scatter import gather, scatter
 
 CPU = torch.device("cpu")
 

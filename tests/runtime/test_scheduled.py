@@ -3,16 +3,16 @@
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from shardc.compiler import collectives as c
-from shardc.compiler.graph import placeholders, returned, spec
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.verify import Stage
-from shardc.passes.bucket_collectives import BucketCollectives
-from shardc.passes.localize import Localize
-from shardc.passes.overlap import Overlap
-from shardc.runtime.bind import bind_program
-from shardc.runtime.groups import Groups
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir.graph import placeholders, returned, spec
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+from shardc.passes.local.bucket_collectives import BucketCollectives
+from shardc.passes.local.localize import Localize
+from shardc.passes.local.overlap import Overlap
+from shardc.runtime.run.bind import bind_program
 from shardc.runtime.shards import cut
+from shardc.runtime.wire.groups import Groups
 from tests.build import all_gather, all_reduce, all_to_all, apply, build, context, on_one_device, reduce_scatter
 from tests.runtime.ranks import on_ranks, run_ranks
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from shardc.compiler.collectives import Cut, cut_of
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Part, Spec, axes_of, size_of
+from shardc.compiler.ir.collectives import Cut, cut_of
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Part, Spec, axes_of, size_of
 from shardc.runtime.shards import combine, cut, deal, join, undeal
 from tests.build import parse
 from tests.compiler.test_spec import held, specs

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardc.compiler.graph import placeholders, returned, spec
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Spec
-from shardc.compiler.verify import Stage
-from shardc.runtime import simulate as simulate_module
+from shardc.compiler.ir.graph import placeholders, returned, spec
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Spec
+from shardc.runtime.run import simulate as simulate_module
+from shardc.runtime.run.simulate import simulate
 from shardc.runtime.shards import cut
-from shardc.runtime.simulate import simulate
 from shardc.runtime.workers import run_on_devices
 from tests.build import (
     all_gather,

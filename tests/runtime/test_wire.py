@@ -13,17 +13,19 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler import collectives as c
-from shardc.compiler.collectives import Cut, cut_of
 from shardc.compiler.errors import RankFailure
-from shardc.compiler.mesh import Mesh
-from shardc.compiler.spec import Part, Spec, canonical, chunk, restrict
-from shardc.runtime import pieces, together, wire
-from shardc.runtime.bind import bind_program
-from shardc.runtime.groups import Groups
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir.collectives import Cut, cut_of
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Part, Spec, canonical, chunk, restrict
+from shardc.runtime.run.bind import bind_program
+from shardc.runtime.run.simulate import simulate
 from shardc.runtime.shards import combine
 from shardc.runtime.shards import cut as cut_tensor
-from shardc.runtime.simulate import simulate
+from shardc.runtime.wire import flat_pieces as pieces
+from shardc.runtime.wire import joint_messages as together
+from shardc.runtime.wire import wire
+from shardc.runtime.wire.groups import Groups
 from tests.runtime.ranks import on_ranks, run_ranks
 
 DTYPES = (

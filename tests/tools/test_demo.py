@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import shardc
-from shardc.tools import demo
+from shardc.tools.demo import demo
 
 
 @pytest.mark.ranks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shardc.compiler.dump import SCHEMA
+from shardc.compiler.analysis.dump import SCHEMA
 from shardc.tools import program_json
 from shardc.tools.program_json import STAGES, explain, load, stage_text
 from tests.tools.programs import program

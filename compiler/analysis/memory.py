@@ -1,0 +1,303 @@
+"""What a rank holds in memory, and when: each half is run on meta tensors of the first rank's sizes.
+
+So what is a view and what a copy is as torch decides it, by strides; a value's memory lives until the last use of
+anything that shows it. What collectives need on the way is counted as the runtime takes it: what is sent, where that
+is a copy, and what is received, from start to wait. Temporaries inside one operator are not seen. A size that data
+decides counts as the most it can be, and what has one as memory of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.analysis.bytes_moved import cut_in
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir.collectives import SMALL
+from shardc.compiler.ir.graph import (
+    Call,
+    Kind,
+    arguments,
+    divides_a_sum,
+    move_of,
+    outlives,
+    output_node,
+    placeholders,
+    specs,
+    tensors,
+)
+from shardc.compiler.ir.halves import Halves
+from shardc.compiler.ir.text import excerpt
+from shardc.compiler.rules.table import tensors_in
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.rank_numbers import bind
+from shardc.compiler.spec.sizes import DataSize, named_shape
+
+
+class Life(NamedTuple):
+    """A piece of memory: its bytes on the first rank, which holds most, and the steps of its half from and to which it
+    lives. Step -1 is before the first node. name: of the first node that shows it."""
+
+    name: str
+    nbytes: int
+    begin: int
+    end: int
+
+
+class Memory(NamedTuple):
+    """One half over time: its nodes in order, the bytes alive while each runs, and what they are made of."""
+
+    order: tuple[str, ...]
+    start: int  # bytes of inputs and saved values, before the first node
+    alive: tuple[int, ...]
+    values: tuple[Life, ...]
+
+    @property
+    def peak(self) -> int:
+        return max(self.start, *self.alive) if self.alive else self.start
+
+
+def peak_bytes(parts: Halves, mesh: Mesh) -> int:
+    """The most bytes alive at once. Parameters, buffers and the batch live throughout, the rest until last use.
+    Raises ShardingError where data decides a size without a bound."""
+    node = _unbounded(parts)
+    if node is not None:
+        raise ShardingError(
+            f"%{node.name} has a size that data decides without a bound, so nobody knows its bytes",
+            where=node.meta.get("where", ""),
+            excerpt=excerpt(node),
+            help="give the size as a Python number where there is one (num_classes= of one_hot)",
+        )
+    return max(memory.peak for memory in memories(parts, mesh).values())
+
+
+def _unbounded(parts: Halves) -> Node | None:
+    """The first value with a size that data decides without a bound."""
+    for half in (parts.forward, parts.backward):
+        for node in half.graph.nodes if half is not None else ():
+            sizes = [n for x in tensors(node) for n in named_shape(x) if isinstance(n, DataSize)]
+            if any(not n.bounded for n in sizes):
+                return node
+    return None
+
+
+def memories(parts: Halves, mesh: Mesh) -> dict[str, Memory]:
+    """What is alive when, in "forward" and, where there is one, in "backward"."""
+    return {name: half.memory() for name, half in _halves(parts, mesh, mesh.coords(0)).items()}
+
+
+def kinds_on(parts: Halves, mesh: Mesh, coords: Mapping[str, int]) -> dict[str, Kind]:
+    """How the rank at `coords` holds each tensor of both halves, by name; nothing where data decides a size without a
+    bound."""
+    if _unbounded(parts) is not None:
+        return {}
+    found: dict[str, Kind] = {}
+    for half in _halves(parts, mesh, coords).values():
+        for node, x in half.env.items():
+            if isinstance(x, Tensor):
+                traced = tensors(node)  # a bucket, say, has no global value
+                device = traced[0].device if traced else found[node.all_input_nodes[0].name].device
+                found[node.name] = Kind(x.shape, x.stride(), x.dtype, device)
+    return found
+
+
+def _halves(parts: Halves, mesh: Mesh, coords: Mapping[str, int]) -> dict[str, _Half]:
+    given = [(n.name, _fresh(n, mesh, coords)) for n in placeholders(parts.forward)]
+    forward = _Half(parts.forward, mesh, coords, given, given)
+    found = {"forward": forward}
+    if parts.backward is not None:
+        count = len(parts.saved)
+        saved = forward.results[len(forward.results) - count :] if count else []
+        late = placeholders(parts.backward)
+        handed = [(n.name, _fresh(n, mesh, coords)) for n in late[count:]]
+        inputs = [*zip(parts.saved, saved, strict=True), *handed]
+        found["backward"] = _Half(parts.backward, mesh, coords, inputs, [*given, *handed])
+    return found
+
+
+class _Half:
+    """One half on meta, as the rank at `coords` runs it. held: what lives throughout."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        mesh: Mesh,
+        coords: Mapping[str, int],
+        inputs: Sequence[tuple[str, Any]],
+        held: Sequence[tuple[str, Any]],
+    ) -> None:
+        self.nodes, self.mesh, self.coords = list(gm.graph.nodes), mesh, coords
+        self.env: dict[Node, Any] = {}
+        self.shown: dict[Node, list[tuple[int, int]]] = {}  # the memory behind each value
+        self.known: set[int] = set()  # ... behind any so far
+        self.extra: list[Life] = []  # what a collective takes for one step
+        for node, (_, value) in zip(placeholders(gm), inputs, strict=True):
+            self._add(node, value)
+        self.held = held
+        for i, node in enumerate(self.nodes):
+            if node.op == "call_function":
+                self._add(node, self._value(node, i))
+            elif node.op == "get_attr":
+                self._add(node, _fresh(node, mesh, coords))
+        self.results = [self.env[x] if isinstance(x, Node) else x for x in output_node(gm).args[0]]  # pyright: ignore
+
+    def _add(self, node: Node, value: Any) -> None:
+        self.env[node], self.shown[node] = value, list(_storages(value))
+        self.known.update(key for key, _ in self.shown[node])
+
+    def memory(self) -> Memory:
+        last, end = self._last_uses(), len(self.nodes) - 1
+        lives: dict[int, Life] = {}
+        for name, value in self.held:
+            for key, nbytes in _storages(value):
+                lives.setdefault(key, Life(name, nbytes, -1, end))
+        for i, node in enumerate(self.nodes):
+            begin = -1 if node.op == "placeholder" else i
+            for key, nbytes in self.shown.get(node, ()):
+                lives.setdefault(key, Life(node.name, nbytes, begin, last[key]))
+        values = [*lives.values(), *self.extra]
+        start = sum(life.nbytes for life in values if life.begin < 0)
+        steps = [0] * (len(self.nodes) + 1)
+        for life in values:
+            if life.begin >= 0:
+                steps[life.begin] += life.nbytes
+            steps[life.end + 1] -= life.nbytes
+        alive = tuple(start + more for more in itertools.accumulate(steps[:-1]))
+        return Memory(tuple(n.name for n in self.nodes), start, alive, tuple(values))
+
+    def _last_uses(self) -> dict[int, int]:
+        """Of each storage the last step that uses a value which shows it."""
+        last: dict[int, int] = {}
+        for i, node in enumerate(self.nodes):
+            for used in (node, *node.all_input_nodes):
+                for key, _ in self.shown.get(used, ()):
+                    last[key] = i
+        return last
+
+    def _value(self, node: Node, i: int) -> Any:
+        if node.target is c.wait:
+            return self._arrived(node, self.env[node.args[0]], i)  # pyright: ignore
+        move = move_of(node)
+        if move is not None and move.target in c.COLLECTIVES:
+            wire = self._wire(move, bool(node.kwargs.get("reuse")))
+            if node.target is c.start:
+                return wire
+            shown = [] if wire.shows else [wire.received]
+            here = sum(x.nbytes for x in [*wire.sent, *shown] if x.untyped_storage()._cdata not in self.known)
+            return self._arrived(node, wire._replace(extra=wire.extra + here), i)
+        if move is not None and move.target is c.local_slice:
+            return self._sliced(node, self.env[move.args[0]])
+        if node.meta.get("data"):
+            return _fresh(node, self.mesh, self.coords)
+        if divides_a_sum(node, self.mesh):
+            return self.env[arguments(node)[0]]
+        args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)
+        try:
+            return node.target(*args, **kwargs)  # pyright: ignore
+        except NotImplementedError:  # meta has no form of it (binomial), tracing ran it on zeros: no such one is a view
+            return _fresh(node, self.mesh, self.coords)
+
+    def _leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, Node):
+            return self.env[leaf]
+        return torch.device("meta") if isinstance(leaf, torch.device) else leaf
+
+    def _sliced(self, node: Node, x: Tensor) -> Any:
+        """One stretch of a dim, made contiguous: a view where it is the leading one, unless it is to be kept."""
+        made = _fresh(node, self.mesh, self.coords)
+        if outlives(node):
+            return made
+        first = x.is_contiguous() and made.shape[1:] == x.shape[1:]
+        return x[: made.shape[0]] if first and x.dim() else made
+
+    def _arrived(self, node: Node, wire: _Wire, i: int) -> Any:
+        made = _fresh(node, self.mesh, self.coords)
+        if wire.extra:
+            self.extra.append(Life(node.name, wire.extra, i, i))
+        if not wire.shows:
+            return made
+        return wire.received[: made.nbytes].view(made.dtype).view(made.shape)
+
+    def _wire(self, move: Call, reuse: bool) -> _Wire:
+        parts = list(move.each())
+        values = [self.env[part.args[0]] for part in parts]
+        ways, nbytes = self.mesh[move.axis], sum(x.nbytes for x in values)
+        if ways == 1:
+            return _Wire([], values[0].contiguous().view(-1).view(torch.uint8), len(values) == 1)
+        if move.target is c.all_reduce:
+            return self._reduced(move, values[0], ways, reuse)
+        if move.target is c.fetch:
+            return _Wire([], _bytes(0), False, 2 * nbytes)
+        size, cuts = values[0].element_size(), [cut_in(part, self.mesh) for part in parts]
+        rows = [sum(numels) * size for numels in zip(*(cut.numels for cut in cuts), strict=True)]
+        leading = len(parts) == 1 and cuts[0].leading
+        if move.target is c.all_gather:
+            sent = values if len(parts) == 1 and values[0].is_contiguous() else [_bytes(max(rows))]
+            filled = [n for n in rows if n]
+            shows = leading and len(set(filled[:-1])) <= 1
+            return _Wire(sent, _bytes(ways * max(rows)), shows)
+        together = len(parts) > 1
+        sent = values if leading and values[0].is_contiguous() else [_bytes(nbytes)]
+        if move.target is c.all_to_all:
+            return _Wire(sent, _bytes(nbytes), False)
+        return _Wire(sent, _bytes(ways * rows[0]), False, rows[0] * (together + (ways > 2)))
+
+    def _reduced(self, move: Call, x: Tensor, ways: int, reuse: bool) -> _Wire:
+        summed = len(move.args) < 3 or move.args[2] == "sum"
+        sent = [x] if x.is_contiguous() else [_bytes(x.nbytes)]
+        if ways == 2 and summed and (x.dtype.is_floating_point or x.dtype in (torch.int32, torch.int64)):
+            if reuse and x.nbytes > SMALL:
+                return _Wire([], x.contiguous().view(-1).view(torch.uint8), True)
+            return _Wire(sent, _bytes(x.nbytes), True)
+        if x.nbytes * ways <= SMALL:
+            return _Wire(sent, _bytes(x.nbytes * ways), False, x.nbytes * (ways > 2))  # the sum before the last one
+        return _Wire(sent, _bytes(x.nbytes), False, -(-x.nbytes // ways))
+
+
+class _Wire(NamedTuple):
+    """A collective under way. shows: the result is a view of what was received; else it is new. extra: bytes that
+    finishing takes besides."""
+
+    sent: list[Tensor]
+    received: Tensor
+    shows: bool
+    extra: int = 0
+
+
+def _bytes(n: int) -> Tensor:
+    return torch.empty(n, dtype=torch.uint8, device="meta")
+
+
+def _fresh(node: Node, mesh: Mesh, coords: Mapping[str, int]) -> Any:
+    """New memory of what a rank holds of a node."""
+    values, layouts = tensors(node), specs(node)
+    if layouts and len(layouts) == len(values):
+        shapes = [s.local_shape(mesh, coords) for s in layouts]
+    else:
+        values = tensors_in(node.meta.get("local"))
+        shapes = [tuple(x.shape) for x in values]
+    made = [_laid(x, shape) for x, shape in zip(values, shapes, strict=True)]
+    return made[0] if len(made) == 1 else made
+
+
+def _laid(x: Tensor, shape: Sequence[int]) -> Tensor:
+    if tuple(x.shape) == tuple(shape) and not any(s == 0 for s in x.stride()):
+        return torch.empty_strided(shape, x.stride(), dtype=x.dtype, device="meta")
+    return torch.empty(tuple(shape), dtype=x.dtype, device="meta")
+
+
+def _storages(value: Any) -> Iterator[tuple[int, int]]:
+    """(key, bytes) of the memory behind a value; the key is good for as long as the value is kept."""
+    if isinstance(value, _Wire):
+        value = [*value.sent, value.received]
+    for x in pytree.tree_leaves(value):
+        if isinstance(x, Tensor):
+            storage = x.untyped_storage()
+            yield storage._cdata, storage.nbytes()

@@ -1,0 +1,167 @@
+"""compile: the one way in. Resolves the plan, takes the module over, and returns what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardc.compiler.analysis.program import Program
+from shardc.compiler.driver.call_keys import held
+from shardc.compiler.driver.compiled_module import CompiledModule
+from shardc.compiler.driver.fill import Filling, check_init
+from shardc.compiler.driver.lowering import Lowering
+from shardc.compiler.driver.precision import with_precision
+from shardc.compiler.errors import PlanError
+from shardc.compiler.plan.layout import Precision, bad_option
+from shardc.compiler.plan.match import did_you_mean, find
+from shardc.compiler.plan.resolve import check_placements, mesh_dims, resolve
+from shardc.compiler.plan.wording import shown
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.user_code import call_site, warn_user
+from shardc.passes.pipeline import OPTIONAL
+from shardc.runtime.run.ranks import Ranks
+from shardc.runtime.wire.distribute import whole
+from shardc.runtime.wire.groups import default_device_mesh
+
+_COMPILED: WeakSet[nn.Module] = WeakSet()  # modules that some compile has taken over
+
+
+def compile(
+    model: nn.Module,
+    plan: Any = None,
+    *,
+    mesh: DeviceMesh | Mesh | None = None,
+    inputs: Any = None,
+    outputs: Any = None,
+    init: Any = None,
+    src_data_rank: int | None = 0,
+    precision: Precision | None = None,
+    recompute: str | Sequence[str] | None = None,
+    rng: str = "counter",
+    backend: str | Callable[..., Any] = "eager",
+    dynamic: bool = False,
+    strict: bool = False,
+    without: str | Sequence[str] = (),
+) -> CompiledModule:
+    """Shard a model over a mesh by a plan. The model is taken over in place: its parameters become the shards.
+
+    model: an nn.Module. plan: a `Plan`, a dict of patterns -> styles for the only mesh dim, a style for the
+    root, or None for the module's own annotations. mesh: a torch DeviceMesh (real ranks), or a `shardc.Mesh`
+    (all ranks simulated in this process; global tensors in and out). inputs, outputs: layouts of the root's
+    inputs and outputs. init: what fills a model on meta: None calls `reset_parameters` of every module that owns
+    tensors there, a function is called per such module, a state_dict or a path (safetensors, or a folder of
+    torch.distributed.checkpoint) is loaded. src_data_rank: whose values win; None: each rank slices its own.
+    precision: the dtypes that are computed with, reduced in and returned.
+    recompute: patterns of modules whose activations are computed again in backward. rng: "counter", random numbers
+    that are the same on any mesh, one device included, or "replay", those that plain eager torch draws on one device.
+    dynamic: sizes of inputs stay symbolic, and one program serves all that take the same path (docs/dynamic.md).
+    backend: "eager" runs the graph's own Python, "inductor" compiles what a rank computes between collectives, a
+    function does so as for `torch.compile`. strict: errors instead of reports. without: names of optimizing passes to
+    leave out, such as "overlap", to see what they do or whether they are at fault (passes/pipeline.py lists them).
+
+    Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
+    the first call or `lower`, for a module that cannot be traced or sharded so.
+    """
+    try:
+        _check_model(model)
+        _check_options(precision, rng, backend, dynamic)
+        check_init(init)
+        integers, device_mesh = _mesh(mesh, plan, model)
+        _check_source(src_data_rank, integers)
+        patterns, left_out = _patterns(recompute, model, strict), _left_out(without)
+        resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
+        if device_mesh is not None:
+            check_placements(resolved)
+        resolved = with_precision(resolved, precision)
+        ranks = Ranks(device_mesh) if device_mesh is not None else None
+        Filling(model, resolved, ranks, src_data_rank).fill(init)
+    except PlanError as error:
+        raise error.at(call_site()) from None
+    _COMPILED.update(model.modules())
+    values = partial(_whole_values, model)
+    options = {"recompute": patterns, "rng": rng, "precision": precision, "dynamic": dynamic, "backend": backend}
+    options["without"] = left_out
+    lowering = Lowering(model, resolved, integers, ranks, values, strict, **options)
+    return CompiledModule(model, lowering)
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise PlanError(f"compile was given the class {model.__name__}", help=f"build it first: {model.__name__}(...)")
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"compile takes an nn.Module, not {shown(model)}", help="write compile(model, plan, mesh=mesh)")
+    for fqn, module in model.named_modules():
+        if module in _COMPILED or isinstance(module, CompiledModule):
+            raise PlanError(
+                f"{fqn or 'this module'} is compiled already",
+                help="compile the outermost module once, with one plan, and call what compile returned",
+            )
+
+
+def _check_source(rank: Any, mesh: Mesh) -> None:
+    if rank is not None and (not isinstance(rank, int) or not 0 <= rank < mesh.size):
+        raise bad_option("src_data_rank", rank, f"a rank of the mesh, below {mesh.size}, or None")
+
+
+def _patterns(recompute: Any, model: nn.Module, strict: bool) -> tuple[str, ...]:
+    """Patterns of the modules to recompute. One that matches nothing is warned of, or with `strict` an error."""
+    found = (recompute,) if isinstance(recompute, str) else () if recompute is None else recompute
+    if not isinstance(found, (tuple, list)) or not all(isinstance(pattern, str) for pattern in found):
+        raise bad_option("recompute", recompute, "a pattern of module names, or several")
+    names = [name for name, _ in model.named_modules()]
+    for pattern in found:
+        if not find(pattern, names):
+            what, help = f'recompute "{pattern}" matches nothing', did_you_mean(pattern, names)
+            if strict:
+                raise PlanError(what, help=help)
+            warn_user(f"{what}; {help}")
+    return tuple(found)
+
+
+def _left_out(without: Any) -> tuple[str, ...]:
+    """The passes to leave out. Raises PlanError for a name that is no such pass."""
+    names = (without,) if isinstance(without, str) else tuple(without)
+    for name in names:
+        if name not in OPTIONAL:
+            raise PlanError(f"{shown(name)} is no pass that can be left out", help=f"one of: {', '.join(OPTIONAL)}")
+    return names
+
+
+def _check_options(precision: Any, rng: Any, backend: Any, dynamic: bool) -> None:
+    if precision is not None and not isinstance(precision, Precision):
+        raise bad_option("precision", precision, "a shardc.Precision, such as Precision(param=torch.bfloat16)")
+    if rng not in ("counter", "replay"):
+        raise bad_option("rng", rng, '"counter" or "replay"')
+    if not isinstance(dynamic, bool):
+        raise bad_option("dynamic", dynamic, "True or False")
+    if backend not in ("eager", "inductor") and not callable(backend):
+        raise bad_option("backend", backend, '"eager", "inductor", or what torch.compile takes as a backend function')
+
+
+def _mesh(mesh: Any, plan: Any, model: nn.Module) -> tuple[Mesh, DeviceMesh | None]:
+    """The mesh as integers, and the real one if there is one."""
+    if isinstance(mesh, Mesh):
+        return mesh, None
+    if mesh is None:
+        names = mesh_dims(plan, model) or ("tp",)
+        mesh = default_device_mesh(names)
+        if mesh is None:
+            return Mesh(**{names[0]: 1}), None
+    if not isinstance(mesh, DeviceMesh):
+        raise PlanError(
+            f"mesh is {shown(mesh)}, which is no mesh",
+            help="pass a torch DeviceMesh (init_device_mesh) or shardc.Mesh(dp=2, tp=2)",
+        )
+    return Mesh.of(mesh), mesh
+
+
+def _whole_values(model: nn.Module) -> Mapping[str, Tensor]:
+    return {fqn: whole(x) for fqn, x in held(model).items()}
+
+
+__all__ = ["CompiledModule", "Program", "compile"]

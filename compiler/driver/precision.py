@@ -1,0 +1,107 @@
+"""Mixed precision: what a module computes with is cast on the way in, what it gives on the way out.
+
+%w: f32[16@dp, 8] = param w
+%cast: bf16[16@dp, 8] = aten._to_copy(%w, dtype=bf16)          before the gather: bf16 travels
+...
+%grad_w: bf16[16, 8]+dp = aten.mm(...)
+%cast_1: f32[16, 8]+dp = aten._to_copy(%grad_w, dtype=f32)     before the reduction, in the plan's reduce_dtype
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.ir.graph import CAST, insert, output_node, placeholders, tensors
+from shardc.compiler.ir.signature import InputKind, OutputKind, TensorInfo, Traced
+from shardc.compiler.plan.layout import Precision
+from shardc.compiler.plan.resolved import Resolved
+from shardc.compiler.spec.sizes import name_shape, named_shape
+
+
+def with_precision(plan: Resolved, precision: Precision | None) -> Resolved:
+    """The plan with gradients reduced in the precision's dtype wherever no entry names one."""
+    wire = precision and (precision.reduce or precision.param)
+    if not wire:
+        return plan
+    return replace(plan, reduce_dtype={a: plan.reduce_dtype.get(a) or wire for a in plan.data_axes})
+
+
+def computed_as(x: Any, precision: Precision | None) -> Any:
+    """A value of a call as the module computes with it: floating-point tensors in the precision's dtype."""
+    wanted = precision and precision.param
+    if not wanted or not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x.detach().to(wanted).requires_grad_(x.requires_grad)
+
+
+def info_as(x: Tensor, precision: Precision | None) -> TensorInfo:
+    """What tracing needs to know of a parameter or buffer. Buffers are computed with as they are."""
+    info, wanted = TensorInfo.of(x), precision and precision.param
+    cast = wanted and isinstance(x, nn.Parameter) and x.is_floating_point()
+    return replace(info, dtype=wanted) if cast else info
+
+
+def add_casts(traced: Traced, given: Mapping[str, torch.dtype], precision: Precision) -> Traced:
+    """The traced graph between the dtypes that its inputs really have and those it was traced with.
+
+    given: dtype of each parameter by name, and of each tensor of the call by its readable path.
+    """
+    gm, signature = traced.gm, traced.signature
+    nodes = {n.name: n for n in placeholders(gm)}
+    for entry in signature.inputs:
+        if entry.kind in (InputKind.PARAMETER, InputKind.BATCH):
+            _cast_input(gm, nodes[entry.node], given[entry.name], "forward")
+    end = output_node(gm)
+    ends: list[Any] = list(end.args[0])  # pyright: ignore[reportArgumentType]
+    for i, entry in enumerate(signature.outputs):
+        if not isinstance(ends[i], Node) or entry.kind is OutputKind.MUTATION:
+            continue
+        if entry.kind is OutputKind.GRADIENT:
+            source = signature.inputs[entry.of or 0]
+            ends[i] = _cast_to(gm, ends[i], given.get(source.name))
+        elif (out := _cast_to(gm, ends[i], precision.output)) is not ends[i]:
+            ends[i] = out
+            for tangent in (e for e in signature.inputs if e.kind is InputKind.TANGENT and e.of == i):
+                assert precision.output is not None
+                _cast_input(gm, nodes[tangent.node], precision.output, "backward")
+    end.args = (tuple(ends),)
+    return traced
+
+
+def _cast_input(gm: GraphModule, node: Node, given: torch.dtype, phase: str) -> None:
+    """An input of this dtype, cast to the one it was traced with."""
+    value = tensors(node)[0]
+    if value.dtype is given:
+        return
+    users = [u for u in node.users if u.op != "output"]
+    with gm.graph.inserting_after(placeholders(gm)[-1]):
+        cast = insert(gm.graph, CAST, (node,), node, phase=phase)
+    cast.kwargs = {"dtype": value.dtype}
+    for user in users:
+        user.replace_input_with(node, cast)
+    node.meta["val"] = name_shape(value.to(given), named_shape(value))
+
+
+def _cast_to(gm: GraphModule, node: Node, wanted: torch.dtype | None) -> Node:
+    """A result in this dtype, cast as soon as it is there, so that its reduction need not wait."""
+    value = tensors(node)[0]
+    if wanted is None or value.dtype is wanted or not value.is_floating_point():
+        return node
+    with gm.graph.inserting_after(placeholders(gm)[-1] if node.op == "placeholder" else node):
+        cast = insert(gm.graph, CAST, (node,), node, val=name_shape(value.to(wanted), named_shape(value)))
+    cast.kwargs = {"dtype": wanted}
+    return cast
+
+
+def call_dtypes(traced: Traced, args: Any, kwargs: Any) -> dict[str, torch.dtype]:
+    """Dtype of each tensor of a call, by the name of the input that stands for it."""
+    values, signature = pytree.tree_leaves((tuple(args), dict(kwargs))), traced.signature
+    pairs = zip(signature.leaves, values, strict=True)
+    return {signature.inputs[leaf.input].name: x.dtype for leaf, x in pairs if leaf.input is not None}

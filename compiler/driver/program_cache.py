@@ -1,0 +1,60 @@
+"""The programs of a module, by the calls they serve: as many as are kept, the last used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from shardc.compiler.analysis.program import Program
+from shardc.compiler.ir.collectives import COLLECTIVES
+from shardc.compiler.ir.graph import move_of
+from shardc.compiler.ir.signature import OutputKind
+from shardc.runtime.run.executable import Executable
+
+PROGRAMS = 64  # kept, of each kind: calls of more shapes than this, in turn, compile again
+
+
+@dataclass
+class Entry:
+    """A program and the function that runs it."""
+
+    program: Program
+    run: Executable
+
+    def __post_init__(self) -> None:
+        moves = (move_of(node) for node in self.program.gm.graph.nodes)
+        self.moves = any(move is not None and move.target in COLLECTIVES for move in moves)
+        signature = self.program.signature
+        self.there = [signature.outputs[i].node is not None for i in signature.indices(OutputKind.OUTPUT)]
+        self.mutated = signature.indices(OutputKind.MUTATION)
+        # a call with nothing but tensors, one after another, which the key of a call has counted
+        self.plain = not signature.keywords and len(signature.leaves) == signature.positional
+        self.plain = self.plain and all(leaf.input is not None for leaf in signature.leaves)
+        self.one = signature.out_spec.is_leaf() and self.there == [True] and not signature.outputs[0].number
+
+    def result(self, values: list[Any]) -> Any:
+        """What the user gets, of the outputs that have a value."""
+        return values[0] if self.one else self.program.signature.unflatten_outputs(values)
+
+
+class Entries:
+    """Entries by the key of a call, the last used last. Those that move something are counted by themselves: all
+    ranks use them in one order, and so forget the same."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Any) -> Entry | None:
+        return self._kept.get(key)
+
+    def use(self, key: Any) -> None:
+        self._kept[key] = self._kept.pop(key)
+
+    def add(self, key: Any, entry: Entry) -> Entry | None:
+        """Keep an entry; the one that goes for it, if there are too many."""
+        self._kept[key] = entry
+        alike = [key for key, kept in self._kept.items() if kept.moves == entry.moves]
+        return self._kept.pop(alike[0]) if len(alike) > PROGRAMS else None

@@ -1,0 +1,62 @@
+"""A folder of traced modules, so that a second start does not trace: `SHARDC_CACHE=folder`.
+
+An entry is a file of saved programs (`saved.py`: JSON, never code or pickle) for one call. It is found by the call,
+mesh, plan and options; what else it was made from (the module's source, versions) stands in it and is compared. A
+stale or damaged entry is refused, which is logged, and written anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardc.compiler.driver.call_keys import text_key
+from shardc.compiler.driver.saved.saved_programs import Traces, load, save
+from shardc.compiler.errors import PlanError, ShardingError
+from shardc.compiler.ir.signature import Traced
+
+log = logging.getLogger(__name__)
+FOLDER = "SHARDC_CACHE"  # environment variable; unset or empty: nothing is kept
+
+
+def find(key: str, about: Mapping[str, Any]) -> Traced | None:
+    """What tracing gave for this call in another process, if it is there and still holds."""
+    path, held = _path(key, about), Traces()
+    if path is None:
+        return None
+    try:
+        load(path, held, about)
+        return held.find(key)
+    except FileNotFoundError:
+        return None
+    except (PlanError, OSError) as error:
+        log.warning("a cached trace is refused, and the module traced again: %s", error)
+        return None
+
+
+def keep(key: str, traced: Traced, about: Mapping[str, Any]) -> None:
+    """Write an entry. What cannot be written (an operator without a name, a full disk) is traced at every start."""
+    path = _path(key, about)
+    if path is None:
+        return
+    held = Traces()
+    held.keep(key, traced)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, held, {}, about)
+    except (ShardingError, OSError) as error:
+        log.warning("a trace is not cached: %s", error)
+
+
+def on() -> bool:
+    return bool(os.environ.get(FOLDER))
+
+
+def _path(key: str, about: Mapping[str, Any]) -> Path | None:
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        return None
+    return Path(folder) / f"{text_key(key, sorted(about['mesh'].items()), about['plan'], about['options'])}.json"

@@ -1,0 +1,50 @@
+"""Which factor of a dim an open split should take: the outermost that nothing behind it needs whole."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from shardc.compiler.infer.atoms import Atom, Atoms
+from shardc.compiler.infer.infer import Decisions
+from shardc.compiler.ir.graph import placeholders
+from shardc.compiler.ir.signature import InputKind, Signature
+from shardc.compiler.plan.resolved import ParamLayout, Resolved
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Part, Spec, canonical
+
+
+def refinements(
+    gm: GraphModule, signature: Signature, plan: Resolved, mesh: Mesh, known: Decisions | None = None
+) -> dict[str, Spec]:
+    """Better layouts to compute with, by parameter; those whose plain split is as good are left out."""
+    open_params = {
+        e.node: plan.params[e.name]
+        for e in signature.inputs
+        if e.kind is InputKind.PARAMETER and plan.params[e.name].open
+    }
+    if not open_params:
+        return {}
+    atoms, out = Atoms(gm, known), {}
+    for node in placeholders(gm):
+        layout = open_params.get(node.name)
+        if layout is not None:
+            plain = layout.compute_spec(mesh)
+            better = _refined(plain, layout, [atoms.of(node, d) for d in range(len(plain.dims))], mesh)
+            if better != plain:
+                out[layout.fqn] = better
+    return out
+
+
+def _refined(spec: Spec, layout: ParamLayout, leaves: list[list[Atom]], mesh: Mesh) -> Spec:
+    for axis in mesh.names:
+        dim = spec.dim_of(axis)
+        if axis in layout.open and dim is not None and spec.dims[dim] == (Part(spec.shape[dim], (axis,)),):
+            spec = spec.with_dim(dim, _on_atom(leaves[dim], axis, mesh))
+    return spec
+
+
+def _on_atom(leaves: list[Atom], axis: str, mesh: Mesh) -> tuple[Part, ...]:
+    """The dim with the outermost leaf that nothing needs whole split; the outermost of all if there is none."""
+    chosen = next((i for i, leaf in enumerate(leaves) if not leaf.whole), 0)
+    parts = tuple(Part(leaf.size, (axis,) if i == chosen else ()) for i, leaf in enumerate(leaves))
+    return canonical(parts or (Part(1, (axis,)),), mesh)

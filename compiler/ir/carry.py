@@ -1,0 +1,35 @@
+"""Gradients kept back at unsynchronised steps come in again as inputs of the next synchronised backward.
+
+%carry_w: f32[24, 16]+dp = carry net1.weight
+%add: f32[24, 16]+dp = aten.add.Tensor(%grad_w, %carry_w)      one reduction serves all steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+
+from shardc.compiler.ir.graph import insert, output_node, placeholders
+from shardc.compiler.ir.signature import Input, InputKind, OutputKind, Traced
+
+
+def add_carries(traced: Traced, names: Collection[str]) -> Traced:
+    """The traced graph with one more input for each of these parameters, added to its gradient."""
+    gm, signature = traced.gm, traced.signature
+    end, entries = output_node(gm), list(signature.inputs)
+    returned = list(end.args[0])  # pyright: ignore[reportArgumentType]
+    for i in signature.indices(OutputKind.GRADIENT):
+        source = signature.inputs[signature.outputs[i].of or 0]
+        gradient = returned[i]
+        if source.kind is not InputKind.PARAMETER or source.name not in names or gradient is None:
+            continue
+        with gm.graph.inserting_after(placeholders(gm)[-1]):
+            carry = gm.graph.placeholder(f"carry_{source.node}")
+        carry.meta = {"val": gradient.meta["val"], "phase": "backward", "path": gradient.meta.get("path", "")}
+        with gm.graph.inserting_before(end):
+            returned[i] = insert(gm.graph, torch.ops.aten.add.Tensor, (gradient, carry), gradient)
+        entries.append(Input(carry.name, InputKind.CARRY, source.name))
+    end.args = (tuple(returned),)
+    return Traced(gm, replace(signature, inputs=tuple(entries)))

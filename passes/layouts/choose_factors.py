@@ -1,0 +1,59 @@
+"""An open split takes the factor that survives the views behind it.
+
+    %w: f32[48@tp, 64] = param wq.weight             tp=2, a style: rows are split, which factor is open
+    %view: f32[8, 5, 3, 16] = aten.view(%q, ...)     three heads of 16
+  ==>
+    %reshard: f32[(3@tp 16), 64] = shardc.reshard(%w, ...)
+
+so that heads stay whole on their ranks and nothing is gathered at the view. Left alone: layouts the user
+closed with a placement, and splits that already lie between heads (4 heads on 2 ranks).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.infer.open_splits import refinements
+from shardc.compiler.ir.collectives import reshard
+from shardc.compiler.ir.graph import insert, placeholders, spec
+from shardc.compiler.pipeline.runner import Context, PassResult
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.spec import Spec
+
+
+@dataclass(frozen=True)
+class ChooseFactors:
+    name = "choose-factors"
+    takes = gives = Stage.TRACED
+    exact = True
+
+    def run(self, gm: GraphModule, ctx: Context) -> PassResult:
+        changes: Counter = Counter()
+        better = refinements(gm, ctx.signature, ctx.plan, ctx.mesh, ctx.decisions)
+        nodes = {n.name: n for n in placeholders(gm)} if better else {}
+        for entry in ctx.signature.inputs:
+            if entry.node in nodes and entry.name in better:
+                changes["refined"] += _compute_with(nodes[entry.node], better[entry.name])
+        return PassResult(changes)
+
+
+def _compute_with(param: Node, layout: Spec) -> int:
+    """Let every use of a parameter see this layout: its gathers change their target, or it gets a reshard."""
+    gathers = [u for u in param.users if u.target is reshard]
+    for gather in gathers:
+        gather.args = (param, layout)  # pyright: ignore[reportAttributeAccessIssue]
+        gather.meta["spec"] = layout
+    if gathers or spec(param) == layout:
+        return len(gathers)
+    order = {n: i for i, n in enumerate(param.graph.nodes)}
+    users = [u for u in param.users if u.op != "output"]
+    if not users:
+        return 0
+    with param.graph.inserting_before(min(users, key=order.__getitem__)):
+        new = insert(param.graph, reshard, (param, layout), param, layout, why="whole heads, not pieces of them")
+    for user in users:
+        user.replace_input_with(param, new)
+    return 1

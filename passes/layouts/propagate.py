@@ -1,0 +1,155 @@
+"""Give every value a layout: seeds flow through the operators' rules in one sweep.
+
+    %x: f32[8@dp, 32] = input                     the plan said dp
+    %w: f32[32, 16@tp] = param w                  the plan said tp
+    %mm: f32[8, 16] = aten.mm(%x, %w)
+  ==>
+    %mm: f32[8@dp, 16@tp] = aten.mm(%x, %w)
+
+An operator without a rule, or with sizes that data decides, gets whole operands: right, and reported. Propagation
+extends what is there and never invents a split. Where operands disagree the node only says what it needs (`wants`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.infer.infer import call_rule, decide_node
+from shardc.compiler.ir.collectives import reshard
+from shardc.compiler.ir.graph import (
+    arguments,
+    call_nodes,
+    nbytes,
+    operands,
+    result_number,
+    set_specs,
+    spec,
+    specs,
+    target_name,
+)
+from shardc.compiler.ir.marks import MARK, UnlessPending
+from shardc.compiler.ir.text import excerpt
+from shardc.compiler.pipeline.runner import Context, PassResult
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import REPLICATE, Spec
+
+
+@dataclass(frozen=True)
+class Propagate:
+    name = "propagate"
+    takes = Stage.TRACED
+    gives = Stage.SHARDED
+    exact = True
+
+    def run(self, gm: GraphModule, ctx: Context) -> PassResult:
+        changes, unknown = Counter(), Counter()
+        forward: dict[str, list[Node]] = {}
+        for node in call_nodes(gm):
+            if node.target is operator.getitem:
+                _pick(node)
+            elif node.target is reshard:
+                node.meta["spec"] = node.args[1]
+            elif node.target is MARK:
+                _mark(node, forward, ctx.mesh)
+            else:
+                _call(node, ctx, unknown)
+            changes["layouts"] += any(not s.is_whole for s in specs(node))
+        notes = tuple(f"{name} {why}: {n} calls run on whole operands" for (name, why), n in unknown.items())
+        return PassResult(changes, notes)
+
+
+def _pick(node: Node) -> None:
+    source, index = arguments(node)
+    node.meta["spec"] = specs(source)[result_number(source, index)]
+
+
+def _call(node: Node, ctx: Context, unknown: Counter) -> None:
+    arriving = [_arriving(n, ctx) for n in operands(node)]
+    decision = decide_node(node, arriving, ctx.mesh, ctx.plan.data_axes, ctx.decisions)
+    if call_rule(node, ctx.decisions) is None and any(not s.is_whole for s in arriving):
+        why = "decides sizes or numbers by data" if node.meta.get("data") else "has no rule"
+        unknown[target_name(node.target), why] += 1
+        if ctx.strict:
+            raise _by_data(node) if node.meta.get("data") else _no_rule(node)
+    node.meta["wants"] = decision.operands
+    set_specs(node, decision.results)
+
+
+def _arriving(value: Node, ctx: Context) -> Spec:
+    """A value's layout as its users meet it: a pending sum travels on only where what is made of it is no larger
+    in all, since each of that would have to be summed instead. Over data-parallel mesh dims it always does, up to
+    the gradients of parameters: there it is put off and put together with others."""
+    layout = spec(value)
+    if not layout.pending or sum(nbytes(user) for user in value.users) <= nbytes(value):
+        return layout
+    return layout.with_pending({a: op for a, op in layout.pending if a in ctx.plan.data_axes}, ctx.mesh)
+
+
+def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:
+    """A module boundary or constraint: forward takes the layout wished for, backward that of what it came from."""
+    x, key = arguments(node)
+    if node.meta.get("data"):
+        node.meta["spec"] = spec(x)  # whole, whatever is wished of it
+        return
+    if key.endswith("|grad"):
+        calls = forward.get(key.removesuffix("|grad"), [])
+        partner = calls.pop() if len(calls) > 1 else calls[0] if calls else None
+        node.meta["spec"] = _transposed(spec(x), partner, mesh) if partner is not None else spec(x)
+        node.meta["wish"] = partner.meta.get("wish", ()) if partner is not None else ()  # the reason, for reports
+        return
+    layout = spec(x)
+    wishes = []
+    for axis, placement, open_split, _ in node.meta.get("wish", ()):
+        if not isinstance(placement, UnlessPending):
+            wishes.append((axis, placement, open_split))
+        elif not layout.reduction(axis):
+            wishes.append((axis, placement.placement, open_split))
+    for axis, placement, open_split in sorted(wishes, key=lambda wish: wish[1] != REPLICATE):
+        layout = layout.place(axis, placement, mesh, open_split)  # what is to be whole is out of the others' way
+    node.meta["spec"] = layout
+    forward.setdefault(key, []).append(node)
+
+
+def _transposed(gradient: Spec, mark: Node, mesh: Mesh) -> Spec:
+    """The gradient of a layout change: split as the value was before it, whole where that was whole or pending.
+
+    A gradient still pending where a value entered a module stays so: it can be summed with its siblings first.
+    """
+    x, key = arguments(mark)
+    before, after, entering = spec(x), spec(mark), "|in|" in key
+    for axis, *_ in mark.meta.get("wish", ()):
+        if before.dim_of(axis) == after.dim_of(axis) and before.reduction(axis) == after.reduction(axis):
+            continue
+        if gradient.reduction(axis) and entering:
+            continue
+        gradient = gradient.without(axis, mesh)
+        at = before.dim_of(axis)
+        if at is not None:
+            gradient = gradient.like(before, at, axis, mesh)
+    return gradient
+
+
+def _no_rule(node: Node) -> ShardingError:
+    name = target_name(node.target)
+    return ShardingError(
+        f"{name} has no sharding rule, and strict=True allows none without",
+        where=node.meta.get("where", ""),
+        excerpt=excerpt(node),
+        help=f'say what its dims mean: shardc.rule(torch.ops.{node.target}, "... -> ...")',
+    )
+
+
+def _by_data(node: Node) -> ShardingError:
+    return ShardingError(
+        f"{target_name(node.target)} decides a size or number by what tensors hold, so it needs them whole, "
+        "and strict=True gathers nothing unasked",
+        where=node.meta.get("where", ""),
+        excerpt=excerpt(node),
+        help="make what it is given whole there (a style's layouts, or shardc.constrain)",
+    )

@@ -1,0 +1,253 @@
+"""The user's wishes become layouts: of inputs and parameters, of marks, and of what the program returns.
+
+    %w: f32[32, 16] = param net1.weight
+    return (%out, %grad_w)
+  ==>
+    %w: f32[32@tp, 16] = param net1.weight                      tp: {"net1": ColwiseParallel()}
+    %reshard: f32[8, 16] = shardc.reshard(%out, [8, 16])        an output leaves as the caller expects it
+    %reshard_1: f32[32@tp, 16] = shardc.reshard(%grad_w, ...)   a gradient lies as its parameter does
+    return (%reshard, %reshard_1)
+
+A parameter stored in one layout and computed with in another gets a reshard right behind it: that is
+FSDP's gather, and the gradient's reshard back is its reduce-scatter. Left alone: marks no plan entry speaks of.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.errors import PlanError
+from shardc.compiler.infer.averages import Averages, divide_tangent
+from shardc.compiler.infer.root_layouts import input_layout, output_layout
+from shardc.compiler.ir.collectives import reshard
+from shardc.compiler.ir.graph import (
+    CAST,
+    arguments,
+    call_nodes,
+    insert,
+    nbytes,
+    output_node,
+    placeholders,
+    returned,
+    shape,
+    spec,
+)
+from shardc.compiler.ir.marks import CONSTRAIN, MARK, MarkKey, UnlessPending, parse_key
+from shardc.compiler.ir.signature import Input, InputKind, OutputKind
+from shardc.compiler.pipeline.runner import Context, PassResult
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.plan.resolved import ParamLayout
+from shardc.compiler.spec.mesh import part_of
+from shardc.compiler.spec.sizes import of_data
+from shardc.compiler.spec.spec import REPLICATE, Spec, from_placements
+
+
+@dataclass(frozen=True)
+class SeedPlan:
+    name = "seed-plan"
+    takes = gives = Stage.TRACED
+    exact = True
+
+    def run(self, gm: GraphModule, ctx: Context) -> PassResult:
+        changes: Counter = Counter()
+        nodes = {n.name: n for n in placeholders(gm)}
+        for mark in call_nodes(gm, MARK):
+            changes["marks"] += _wish(mark, ctx)
+        for entry in ctx.signature.inputs:
+            nodes[entry.node].meta["spec"] = _input_spec(nodes[entry.node], entry, ctx)
+            nodes[entry.node].meta["why"] = _reason(entry, ctx)
+        outputs = _output_specs(gm, ctx)
+        for entry in ctx.signature.inputs:
+            if entry.kind is InputKind.TANGENT:
+                # Each rank's summand of a pending output has the whole gradient.
+                nodes[entry.node].meta["spec"] = Spec(outputs[entry.of or 0].dims)
+            elif entry.kind is InputKind.CARRY:
+                nodes[entry.node].meta["spec"] = ctx.carries[entry.name]
+        _fix_outputs(gm, outputs, ctx)
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        for entry in ctx.signature.inputs:
+            if entry.kind is InputKind.PARAMETER:
+                changes["gathers"] += _compute_layout(nodes[entry.node], entry.name, order, ctx)
+        return PassResult(changes)
+
+
+def _wish(mark: Node, ctx: Context) -> bool:
+    """What the plan or the user's `constrain` says of a mark: (mesh dim, placement, open, reason) entries."""
+    text: str = arguments(mark)[1]
+    key = parse_key(text)
+    if key.grad:
+        return False
+    if key.kind == CONSTRAIN:
+        try:
+            layout = ctx.plan.constraint(key.text)
+        except PlanError as error:
+            raise error.at(mark.meta.get("where", "")) from None
+        wishes = tuple((axis, p, False, "constrain") for axis, p in layout.items())
+        if mark.meta.get("data") and any(p != REPLICATE for p in layout.values()):
+            raise _by_data("the value given to constrain", mark)
+    else:
+        said = ctx.plan.at(text)
+        wishes = tuple((b.axis, b.desired, b.open, b.key) for b in said if b.desired is not None)
+    for axis, placement, _, said in wishes:
+        _fits(mark, key, axis, placement, said, ctx)
+    mark.meta["wish"] = wishes
+    return bool(wishes)
+
+
+def _fits(mark: Node, key: MarkKey, axis: str, placement: Any, said: str, ctx: Context) -> None:
+    try:
+        Spec.whole(shape(mark)).place(axis, placement, ctx.mesh)
+    except ValueError as error:
+        place = {"in": "what enters", "out": "what leaves"}.get(key.kind)
+        what = f"{place} {key.fqn or 'the model'}" if place else "the value given to constrain"
+        raise PlanError(
+            f"{what} has shape {shape(mark)}: {error}",
+            where=mark.meta.get("where", ""),
+            excerpt=said if place else "",
+            help="name a dim that the tensor has",
+        ) from None
+
+
+def _by_data(what: str, node: Node) -> PlanError:
+    return PlanError(
+        f"{what} has shape {list(shape(node))}, of which data decides a size: it lies whole on every rank",
+        where=node.meta.get("where", ""),
+        help="give it no layout that splits it",
+    )
+
+
+def _input_spec(node: Node, entry: Input, ctx: Context) -> Spec | None:
+    dims = shape(node)
+    if entry.kind is InputKind.PARAMETER:
+        return ctx.plan.params[entry.name].stored_spec(ctx.mesh)
+    if entry.kind is InputKind.BUFFER:
+        layout = ctx.plan.buffers.get(entry.name)
+        return layout.stored_spec(ctx.mesh) if layout is not None else Spec.whole(dims)
+    if entry.kind is not InputKind.BATCH:
+        return Spec.whole(dims)
+    return _placed(dims, input_layout(node, entry.name, ctx.plan), ctx, f"input {entry.name}")
+
+
+def _reason(entry: Input, ctx: Context) -> str:
+    """The plan entry behind an input's layout, in words."""
+    layout = ctx.plan.params.get(entry.name) if entry.kind is InputKind.PARAMETER else None
+    if layout is not None:
+        return "; ".join(layout.keys.values())
+    given = entry.kind is InputKind.BATCH and ctx.plan.roots.says_input(entry.name)
+    return "inputs=" if given else ""
+
+
+def _placed(dims: tuple[int, ...], layout: Mapping[str, Any], ctx: Context, what: str) -> Spec:
+    ordered = {axis: layout[axis] for axis in ctx.mesh.names if axis in layout}
+    try:
+        return from_placements(dims, ordered, ctx.mesh)
+    except ValueError as error:
+        raise PlanError(f"{what} has shape {dims}: {error}", help="name a dim that the tensor has") from None
+
+
+def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
+    """The layout each user output leaves with, by position among the outputs."""
+    ends = returned(gm)
+    out: dict[int, Spec] = {}
+    for i, (node, entry) in enumerate(zip(ends, ctx.signature.outputs, strict=True)):
+        if entry.kind is not OutputKind.OUTPUT or not isinstance(node, Node):
+            continue
+        layout = output_layout(node, entry, ctx.plan)
+        if of_data(shape(node)):
+            if ctx.plan.roots.says_output(entry.name) and layout:
+                raise _by_data(f"output {entry.name or i}", node)
+            layout = {}
+        out[i] = _placed(shape(node), layout, ctx, f"output {entry.name or i}")
+    return out
+
+
+def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> None:
+    """Every returned value leaves in its own layout: a reshard, or for gradients a mark that fixes mesh dims."""
+    nodes = {n.name: n for n in placeholders(gm)}
+    end = output_node(gm)
+    averages = Averages.of(outputs, ctx.signature, ctx.plan, ctx.mesh) if ctx.average else Averages()
+    ends = returned(gm)
+    for i, entry in enumerate(ctx.signature.outputs):
+        node = ends[i]
+        if not isinstance(node, Node):
+            continue
+        with gm.graph.inserting_before(end):
+            if entry.kind is OutputKind.OUTPUT:
+                ends[i] = insert(gm.graph, reshard, (node, outputs[i]), node, why="the layout of an output")
+                continue
+            source = ctx.signature.inputs[entry.of or 0]
+            if entry.kind is OutputKind.MUTATION or source.kind is not InputKind.PARAMETER:
+                target = Spec(spec(nodes[source.node]).dims)  # ... and so does each summand of a pending input
+                ends[i] = insert(gm.graph, reshard, (node, target), node, why=f"the layout of {source.name}")
+            else:
+                ends[i] = _gradient(gm, node, source, averages, ctx)
+    end.args = (tuple(ends),)
+    for i, ways in averages.tangents.items():
+        entry = next(e for e in ctx.signature.inputs if e.kind is InputKind.TANGENT and e.of == i)
+        divide_tangent(nodes[entry.node], ways)
+
+
+def _gradient(gm: GraphModule, node: Node, source: Input, averages: Averages, ctx: Context) -> Node:
+    """A parameter's gradient in the parameter's stored layout; left pending where no reduction is wanted."""
+    layout = ctx.plan.params[source.name]
+    local = {a for a in ctx.plan.data_axes if source.name in ctx.plan.ignored.get(a, ())} if ctx.average else set()
+    kept = local | (set(ctx.plan.data_axes) if source.name in ctx.keep else set())
+    order = [*layout.stored, *(a for a in ctx.mesh.names if a not in layout.stored)]
+    why = f"gradient of {source.name}"
+    places = {a: layout.stored.get(a, REPLICATE) for a in order}
+    wish = tuple((a, UnlessPending(p) if a in kept else p, False, why) for a, p in places.items())
+    unit = ctx.plan.gather_unit(source.name)
+    new = insert(gm.graph, MARK, (node, f"|gradient|{source.name}|"), node, wish=wish, unit=unit)
+    ways = averages.divisor(source.name, ctx.plan, ctx.mesh)
+    if ways == 1 or source.name in ctx.keep:  # what is kept back is divided when it is reduced
+        return new
+    return insert(gm.graph, torch.ops.aten.div.Tensor, (new, ways), node)
+
+
+def _narrowed(node: Node) -> Node:
+    """What a parameter is gathered as: its cast to a narrower dtype, where that is its only use."""
+    if len(node.users) == 1:
+        (user,) = node.users
+        if user.target is CAST and nbytes(user) < nbytes(node):
+            return user
+    return node
+
+
+def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) -> int:
+    """The gather of a parameter stored in one layout and computed with in another."""
+    layout = ctx.plan.params[fqn]
+    if layout.stored == layout.compute:
+        return 0
+    node = _narrowed(node)
+    users = [u for u in node.users if u.op != "output"]
+    if not users:
+        return 0
+    compute, kept = layout.compute_spec(ctx.mesh), _kept(layout, ctx)
+    with node.graph.inserting_before(min(users, key=order.__getitem__)):
+        gather = insert(
+            node.graph, reshard, (node, compute), node, phase="forward", regather=kept != compute,
+            unit=ctx.plan.gather_unit(fqn), why="; ".join(layout.keys.values()),
+        )  # fmt: skip
+        if kept not in (compute, layout.stored_spec(ctx.mesh)):
+            gather.meta["kept"] = kept
+    for user in users:
+        user.replace_input_with(node, gather)
+    return 1
+
+
+def _kept(layout: ParamLayout, ctx: Context) -> Spec:
+    """The layout a parameter has between forward and backward: as computed with, stored, or in between."""
+    spec = layout.compute_spec(ctx.mesh)
+    for axis, placement in layout.stored.items():
+        if axis in layout.compute:
+            continue
+        ways = ctx.plan.reshards(axis, layout.unit[axis])
+        if ways:
+            spec = spec.place(axis if ways is True else part_of(axis, ways), placement, ctx.mesh)
+    return spec

@@ -1,0 +1,95 @@
+"""An all_reduce whose operand nothing needs any more leaves the sum where the operand lay.
+
+    %bucket: f32[160] = shardc.bucket([%mm, %mm_1])
+    %start_all_reduce: f32[160] = shardc.start(%bucket, all_reduce, dp)
+  ==>
+    %start_all_reduce: f32[160] = shardc.start(%bucket, all_reduce, dp, reuse=True)
+
+It spares a copy of the operand, in time and in memory. Left alone: operands that are inputs, or results of anything
+but an operator or collective that makes memory of its own, or views of such; those that are used afterwards, in
+backward or by the caller, themselves or as another view of the same memory; what backward computes again; a mesh dim
+of one rank.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.ir.collectives import COLLECTIVES, all_reduce, bucket, start, wait
+from shardc.compiler.ir.graph import arguments, call_nodes, move_of
+from shardc.compiler.pipeline.runner import Context, PassResult
+from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class ReduceInPlace:
+    name = "reduce-in-place"
+    takes = gives = Stage.SCHEDULED
+    exact = True
+
+    def run(self, gm: GraphModule, ctx: Context) -> PassResult:
+        changes: Counter = Counter()
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        for node in call_nodes(gm):
+            move = move_of(node)
+            if move is None or move.target is not all_reduce or ctx.mesh[move.axis] == 1:
+                continue
+            if not node.meta.get("recompute") and _is_dead_after(move.args[0], node, order, ctx.mesh):
+                node.kwargs = {**node.kwargs, "reuse": True}
+                changes["reused"] += 1
+        return PassResult(changes)
+
+
+def _is_dead_after(value: Node, reduction: Node, order: dict[Node, int], mesh: Mesh) -> bool:
+    """Whether no node behind the reduction sees the memory that a value lies in."""
+    source = value
+    while _shows(source):
+        source = arguments(source)[0]
+    if not (_makes(source) or _arrives(source, mesh)):
+        return False
+    seen, stack = {source}, [source]
+    while stack:
+        node = stack.pop()
+        if node.meta.get("recompute"):
+            return False
+        for user in node.users:
+            if user is reduction or user in seen:
+                continue
+            if order[user] > order[reduction] or user.meta.get("recompute"):  # which backward does once more
+                return False
+            if _shows(user):
+                seen.add(user)
+                stack.append(user)
+            elif not _makes(user):
+                return False
+    return True
+
+
+def _shows(node: Node) -> bool:
+    """Whether a result may share memory with the first operand, as operators say of themselves."""
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    if node.target is operator.getitem:
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and _aliases(node.target)
+
+
+def _makes(node: Node) -> bool:
+    """Whether a result is memory of its own."""
+    return node.target is bucket or (isinstance(node.target, torch._ops.OpOverload) and not _aliases(node.target))
+
+
+def _arrives(node: Node, mesh: Mesh) -> bool:
+    """Whether a value is what a collective gave: memory of its own but over one rank, where it is the operand."""
+    move = move_of(arguments(node)[0] if node.target is wait else node)
+    return move is not None and move.target in COLLECTIVES and node.target is not start and mesh[move.axis] > 1
+
+
+def _aliases(op: torch._ops.OpOverload) -> bool:
+    return op.is_view or any(result.alias_info is not None for result in op._schema.returns)

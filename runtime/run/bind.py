@@ -1,0 +1,196 @@
+"""A program becomes one rank's: sizes become its numbers, collectives become calls on its process groups.
+
+    %view: f32[8@dp, 4@tp, 16] = aten.view(%mm, [8@dp, 4@tp, 16])        view = aten.view(mm, [4, 2, 16])
+    %all_gather: f32[8@dp, 64] = shardc.all_gather(%x, 1, tp)       ==>  all_gather = AllGather(...)(x)
+
+The result is a plain function of local tensors: it knows no layout and no mesh.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.fx import Graph, GraphModule, Node
+
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir.collectives import Cut, cut_of
+from shardc.compiler.ir.graph import divides_a_sum, move_of, outlives, spec
+from shardc.compiler.spec.mesh import Mesh, place
+from shardc.compiler.spec.rank_numbers import bind
+from shardc.runtime.run.direct_calls import direct
+from shardc.runtime.wire.joint_messages import GatherTogether, ScatterTogether
+from shardc.runtime.wire.wire import AllGather, AllReduce, AllToAll, Fetch, Line, ReduceScatter
+
+aten = torch.ops.aten
+Bound = tuple[Callable[..., Tensor], tuple]  # what to call, and with what beside the operand
+KEPT = ("where", "path", "phase", "made_by", "data")  # small texts; values and layouts stay behind
+
+
+def bind_program(
+    gm: GraphModule,
+    mesh: Mesh,
+    coords: Mapping[str, int],
+    groups: Mapping[str, ProcessGroup],
+    look: Callable[[], None] | None = None,
+    reuse: bool = True,
+) -> GraphModule:
+    """A LOCAL or SCHEDULED program as the rank at `coords` runs it: local tensors in, local tensors out.
+
+    groups: this rank's process group along each mesh dim that has more than one rank. look: see `wire.Line`.
+    reuse: whether dead operands may be reduced where they lie; not where others decide what shares memory.
+    Nodes keep their names. No gradient flows through collectives.
+    Raises ValueError for a call that has no place in such a program.
+    """
+    moved = [move.axis for node in gm.graph.nodes if (move := move_of(node)) is not None]
+    names = dict.fromkeys([*mesh.names, *moved])  # parts of mesh dims too
+    lines = {a: Line(a, mesh[a], place(coords, a), groups.get(a), look) for a in names}
+    return _Binder(gm, mesh, coords, lines, reuse).bound()
+
+
+class _Binder:
+    def __init__(
+        self, gm: GraphModule, mesh: Mesh, coords: Mapping[str, int], lines: Mapping[str, Line], reuse: bool = True
+    ) -> None:
+        self.reuse = reuse
+        self.gm, self.mesh, self.coords, self.lines = gm, mesh, dict(coords), lines
+        self.graph = Graph()
+        self.env: dict[Node, Node] = {}
+        self.started: dict[Node, Any] = {}  # the collective behind each start
+        self.divided: set[Node] = set()  # divisions that a joint reduction makes at once
+
+    def bound(self) -> GraphModule:
+        for node in self.gm.graph.nodes:
+            target, args, kwargs = self._here(node)
+            here = self.graph.create_node(node.op, target, args, kwargs, node.name)
+            here.meta = {k: node.meta[k] for k in KEPT if k in node.meta}
+            self.env[node] = here
+        self.graph.lint()
+        return GraphModule(self.gm, self.graph, class_name="RankProgram")
+
+    def _here(self, node: Node) -> tuple[Any, tuple, dict[str, Any]]:
+        """(target, args, kwargs) of the node on this rank."""
+        if node.target in MOVES:
+            options = {k: v for k, v in node.kwargs.items() if k != "reuse"}
+            x, *rest = inspect.signature(node.target).bind(*node.args, **options).arguments.values()  # pyright: ignore
+            target, args = MOVES[node.target](self, node, x, *rest)
+            return target, (self.env[x] if isinstance(x, Node) else [self.env[value] for value in x], *args), {}
+        ours = node.target in c.SYMBOLIC and node.target not in c.LOCAL_STEPS
+        if ours or node.op not in ("placeholder", "get_attr", "call_function", "output"):
+            raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
+        args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)
+        if self.reuse and divides_a_sum(node, self.mesh):
+            return (given if node in self.divided else torch.Tensor.div_), args, kwargs
+        return direct(node.target, args, kwargs), args, kwargs
+
+    def _leaf(self, leaf: Any) -> Any:
+        return self.env[leaf] if isinstance(leaf, Node) else leaf
+
+    def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> Bound:
+        reuse = self.reuse and bool(node.kwargs.get("reuse"))
+        return AllReduce(op, self.lines[axis], f"%{node.name}", reuse), ()
+
+    def all_gather(self, node: Node, x: Any, dim: Any, axis: str) -> Bound:
+        if not isinstance(x, Node):
+            return GatherTogether(*self._cuts(node), self.lines[axis], f"%{node.name}"), ()
+        cut = cut_of(spec(x), dim, axis, self.mesh, self.coords, spec(x))
+        return AllGather(cut, self._shape(node), self.lines[axis], f"%{node.name}"), ()
+
+    def reduce_scatter(self, node: Node, x: Any, dim: Any, axis: str, op: str = "sum") -> Bound:
+        if not isinstance(x, Node):
+            return ScatterTogether(*self._cuts(node), op, self.lines[axis], f"%{node.name}", self._divisor(node)), ()
+        cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
+        return ReduceScatter(cut, self._shape(node), op, self.lines[axis], f"%{node.name}"), ()
+
+    def _divisor(self, node: Node) -> float | None:
+        """By what all that a joint reduction gives is divided, each where it lies; None where they differ."""
+        arrived = next(iter(node.users)) if node.target is c.start else node
+        divisions = [user for item in arrived.users for user in item.users]
+        if not self.reuse or not all(divides_a_sum(n, self.mesh) for n in divisions):
+            return None
+        numbers = [n.args[1] for n in divisions]
+        if numbers != numbers[:1] * len(node.args[0]):  # pyright: ignore[reportArgumentType]
+            return None
+        self.divided.update(divisions)
+        return numbers[0]  # pyright: ignore[reportReturnType]
+
+    def all_to_all(self, node: Node, x: Node, source: int, dim: int, axis: str) -> Bound:
+        before, after = spec(x), spec(node)
+        send = cut_of(after, dim, axis, self.mesh, self.coords, before)
+        receive = cut_of(before, source, axis, self.mesh, self.coords, after)
+        line = self.lines[axis]
+        along = [{**self.coords, axis: i} for i in range(line.size)]
+        moves = any(math.prod(before.local_shape(self.mesh, at)) for at in along)
+        return AllToAll(send, receive, self._shape(node), moves, line, f"%{node.name}"), ()
+
+    def fetch(
+        self, node: Node, x: Node, dim: int, axis: str, held: Sequence[int], wanted: Sequence[c.Runs], *fill: float
+    ) -> Bound:
+        return Fetch(dim, held, wanted, self.lines[axis], f"%{node.name}", *fill), ()
+
+    def local_slice(self, node: Node, x: Node, dim: int, axis: str) -> Bound:
+        cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
+        index = place(self.coords, axis)
+        start = sum(cut.sizes[:index])
+        taken = copied if outlives(node) else piece
+        return taken, (list(cut.view), cut.dim, start, cut.sizes[index], list(self._shape(node)))
+
+    def make_partial(self, node: Node, x: Node, axis: str) -> Bound:
+        return aten.zeros_like.default if self.coords[axis] else aten.alias.default, ()
+
+    def start(self, node: Node, x: Node, kind: str, args: tuple) -> Bound:
+        self.started[node], rest = MOVES[c.NAMED[kind]](self, node, x, *args)
+        return self.started[node].start, rest
+
+    def wait(self, node: Node, x: Node) -> Bound:
+        return self.started[x].wait, ()
+
+    def _cuts(self, node: Node) -> tuple[list[Cut], list[tuple[int, ...]]]:
+        """How each value that moves here is dealt, and the shape of what this rank gets of it."""
+        move = move_of(node)
+        assert move is not None
+        cuts, shapes = [], []
+        for part in move.each():
+            after = part.meta["spec"]
+            split = spec(part.args[0]) if part.target is c.all_gather else after
+            cuts.append(cut_of(split, part.args[1], part.axis, self.mesh, self.coords, split))
+            shapes.append(after.local_shape(self.mesh, self.coords))
+        return cuts, shapes
+
+    def _shape(self, node: Node) -> tuple[int, ...]:
+        return spec(node).local_shape(self.mesh, self.coords)
+
+
+MOVES: dict[Any, Callable[..., Bound]] = {
+    c.all_reduce: _Binder.all_reduce,
+    c.all_gather: _Binder.all_gather,
+    c.reduce_scatter: _Binder.reduce_scatter,
+    c.all_to_all: _Binder.all_to_all,
+    c.fetch: _Binder.fetch,
+    c.local_slice: _Binder.local_slice,
+    c.make_partial: _Binder.make_partial,
+    c.start: _Binder.start,
+    c.wait: _Binder.wait,
+}
+
+
+def given(x: Tensor, divisor: float) -> Tensor:
+    """A division that is made already."""
+    return x
+
+
+def piece(x: Tensor, view: Sequence[int], dim: int, start: int, length: int, shape: Sequence[int]) -> Tensor:
+    """A stretch of one dim of `x` seen as `view`, as a tensor of `shape`. Contiguous, as the result of a
+    collective is: what follows was traced on the whole value and may take a view of it."""
+    return x.reshape(view).narrow(dim, start, length).reshape(shape).contiguous()
+
+
+def copied(x: Tensor, *args: Any) -> Tensor:
+    """`piece`, in memory of its own: the whole is freed before it."""
+    taken = piece(x, *args)
+    return taken.clone() if taken.untyped_storage()._cdata == x.untyped_storage()._cdata else taken

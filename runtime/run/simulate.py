@@ -1,0 +1,223 @@
+"""All ranks of a program in this process, in lockstep: every node runs on each rank's own piece.
+
+A collective sees the pieces of all ranks at once, so nothing is sent and nothing can hang. It computes
+what real ranks compute, so a test on one process proves the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir.collectives import cut_of
+from shardc.compiler.ir.graph import Call, is_random, move_of
+from shardc.compiler.spec.mesh import Mesh, place
+from shardc.compiler.spec.rank_numbers import bind
+from shardc.compiler.spec.spec import Spec
+from shardc.runtime.run.error_lines import blaming
+from shardc.runtime.shards import combine, deal, undeal
+from shardc.runtime.workers import run_on_devices
+
+Pieces = list[Any]  # one value per rank
+Env = dict[Node, Pieces]
+
+
+def simulate(
+    gm: GraphModule,
+    mesh: Mesh,
+    inputs: Sequence[Pieces],
+    watch: Callable[[Node, Pieces], None] | None = None,
+) -> list[Pieces]:
+    """Run a LOCAL graph on all ranks. inputs: per placeholder, each rank's piece; result: per output likewise.
+
+    Between collectives each rank runs by itself, by the executor that replicas have (`workers`): on the device its
+    pieces are on. watch, if given, sees every node's pieces as they are made; then all ranks go node by node.
+    Values are dropped after their last use.
+    """
+    env: Env = {}
+    feed, last = iter(inputs), _last_uses(gm)
+    ranks = [_Rank(rank, mesh, mesh.coords(rank), env, last) for rank in range(mesh.size)]
+    places = [_device(inputs, rank) for rank in range(mesh.size)]
+    *body, output = gm.graph.nodes
+    for stretch in _stretches(body, watch is None):
+        first = stretch[0]
+        if first.op == "placeholder":
+            env[first] = list(next(feed))
+        elif (move := move_of(first)) is not None:
+            with blaming(first):
+                env[first] = _move(move, env, mesh, [rank.coords for rank in ranks])
+        elif len(stretch) == 1:
+            env[first] = [rank.value(first) for rank in ranks]
+        else:
+            env |= {node: [None] * mesh.size for node in stretch}
+            run_on_devices([partial(rank.run, stretch) for rank in ranks], places, kind="")
+        if watch is not None:
+            watch(first, env[first])
+        for node in stretch:
+            for dead in last.get(node, ()):
+                del env[dead]
+    return [env[v] if isinstance(v, Node) else [v] * mesh.size for v in output.args[0]]
+
+
+def _move(move: Call, env: Env, mesh: Mesh, coords: list[dict[str, int]]) -> Pieces:
+    found = [COLLECT[move.target](part, env[part.args[0]], mesh, coords) for part in move.each()]
+    return found[0] if isinstance(move.args[0], Node) else [list(values) for values in zip(*found, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Rank:
+    number: int
+    mesh: Mesh
+    coords: dict[str, int]
+    env: Env  # every rank writes at its own place only
+    last: dict[Node, list[Node]]
+
+    def run(self, stretch: Sequence[Node]) -> None:
+        for node in stretch:
+            self.env[node][self.number] = self.value(node)
+            for dead in self.last.get(node, ()):
+                self.env[dead][self.number] = None
+
+    def value(self, node: Node) -> Any:
+        args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._piece)
+        # Every rank draws the same numbers; the generator moves on once.
+        draws = is_random(node) and self.number < self.mesh.size - 1
+        with blaming(node), torch.random.fork_rng(enabled=draws):
+            return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def _piece(self, leaf: Any) -> Any:
+        return self.env[leaf][self.number] if isinstance(leaf, Node) else leaf
+
+
+def _stretches(nodes: Sequence[Node], long: bool) -> Iterator[list[Node]]:
+    """The nodes in order, in stretches that a rank can run without the others. One generator serves all ranks."""
+    stretch: list[Node] = []
+    for node in nodes:
+        alone = not long or node.op == "placeholder" or move_of(node) is not None or is_random(node)
+        if alone and stretch:
+            yield stretch
+            stretch = []
+        stretch.append(node)
+        if alone:
+            yield stretch
+            stretch = []
+    if stretch:
+        yield stretch
+
+
+def _device(inputs: Sequence[Pieces], rank: int) -> torch.device:
+    return next((pieces[rank].device for pieces in inputs if isinstance(pieces[rank], Tensor)), torch.device("cpu"))
+
+
+def _last_uses(gm: GraphModule) -> dict[Node, list[Node]]:
+    last: dict[Node, Node] = {}
+    for node in gm.graph.nodes:
+        for used in node.all_input_nodes:
+            last[used] = node
+    out: dict[Node, list[Node]] = {}
+    for used, user in last.items():
+        if user.op != "output":
+            out.setdefault(user, []).append(used)
+    return out
+
+
+def _groups(mesh: Mesh, axis: str) -> list[tuple[int, ...]]:
+    return mesh.groups(axis)
+
+
+def _layouts(move: Call) -> tuple[Spec, Spec]:
+    return move.args[0].meta["spec"], move.meta["spec"]
+
+
+def _all_reduce(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    axis, op = move.args[1], (*move.args, "sum")[2]
+    out: Pieces = [None] * mesh.size
+    for group in _groups(mesh, axis):
+        total = combine(op, [pieces[r] for r in group])
+        for r in group:
+            out[r] = total
+    return out
+
+
+def _all_gather(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    before, after = _layouts(move)
+    dim, axis = move.args[1], move.args[2]
+    out: Pieces = [None] * mesh.size
+    for group in _groups(mesh, axis):
+        for r in group:
+            deal_ = cut_of(before, dim, axis, mesh, coords[r], before)
+            whole = undeal([pieces[g] for g in group], deal_)
+            out[r] = whole.reshape(after.local_shape(mesh, coords[r]))
+    return out
+
+
+def _reduce_scatter(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    _, after = _layouts(move)
+    dim, axis, *rest = move.args[1:]
+    op = rest[0] if rest else "sum"
+    out: Pieces = [None] * mesh.size
+    for group in _groups(mesh, axis):
+        total = combine(op, [pieces[r] for r in group])
+        for i, r in enumerate(group):
+            out[r] = _piece(total, after, dim, axis, mesh, coords[r], i)
+    return out
+
+
+def _local_slice(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    _, after = _layouts(move)
+    dim, axis = move.args[1], move.args[2]
+    return [_piece(x, after, dim, axis, mesh, at, place(at, axis)) for x, at in zip(pieces, coords, strict=True)]
+
+
+def _piece(x: Tensor, after: Spec, dim: int, axis: str, mesh: Mesh, at: dict[str, int], i: int) -> Tensor:
+    dealt = deal(x, cut_of(after, dim, axis, mesh, at, after))
+    return dealt[i].reshape(after.local_shape(mesh, at))
+
+
+def _all_to_all(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    before, after = _layouts(move)
+    source, dim, axis = move.args[1:]
+    out: Pieces = [None] * mesh.size
+    for group in _groups(mesh, axis):
+        dealt = [deal(pieces[r], cut_of(after, dim, axis, mesh, coords[r], before)) for r in group]
+        for i, r in enumerate(group):
+            mine = undeal([d[i] for d in dealt], cut_of(before, source, axis, mesh, coords[r], after))
+            out[r] = mine.reshape(after.local_shape(mesh, coords[r]))
+    return out
+
+
+def _fetch(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    dim, axis, _, wanted, *fill = move.args[1:]
+    out: Pieces = [None] * mesh.size
+    for group in _groups(mesh, axis):
+        whole = torch.cat([pieces[r] for r in group], dim)
+        n = whole.shape[dim]
+        beside = whole.new_full((*whole.shape[:dim], 1, *whole.shape[dim + 1 :]), *fill) if fill else whole
+        for r in group:
+            at = [i if 0 <= i < n else n for i in c.indices_of(wanted[coords[r][axis]])]
+            source = torch.cat([whole, beside], dim) if fill else whole
+            out[r] = source.index_select(dim, torch.tensor(at, dtype=torch.int64, device=whole.device))
+    return out
+
+
+def _make_partial(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
+    axis = move.args[1]
+    return [torch.zeros_like(x) if at[axis] else x for x, at in zip(pieces, coords, strict=True)]
+
+
+COLLECT = {
+    c.all_reduce: _all_reduce,
+    c.all_gather: _all_gather,
+    c.reduce_scatter: _reduce_scatter,
+    c.all_to_all: _all_to_all,
+    c.fetch: _fetch,
+    c.local_slice: _local_slice,
+    c.make_partial: _make_partial,
+}
