@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser check sweep zoo bench soak fuzz clean
+.PHONY: help demo test test-browser check house sweep zoo bench soak fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,8 +33,11 @@ check: $(READY) ## lint, format, types and the fast tests: all but acceptance an
 	$(BIN)/pyright
 	$(BIN)/pytest -n 2 -m "not slow and not ranks" --ignore=tests/acceptance
 
+house: $(READY) ## the rooms in figures: files, lines, circles, imports upward; fails where one is over
+	$(BIN)/python tests/house.py
+
 sweep: $(READY) ## every operator of torch's test database, sharded every way, beside DTensor (an hour)
-	$(BIN)/python benchmarks/op_coverage.py --dtensor --json build/op_coverage
+	$(BIN)/python benchmarks/operators/op_coverage.py --dtensor --json build/op_coverage
 
 zoo: $(READY) ## published models, their source unmodified, data parallel, sharded and tensor parallel (half an hour)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[hf]'

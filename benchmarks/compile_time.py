@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpt import GPT, Shape, tensor_parallel
-from llama import Config, Llama, plan
+from models.gpt import GPT, Shape, tensor_parallel
+from models.llama import Config, Llama, plan
 
 import shardc
 from shardc import Mesh, Plan

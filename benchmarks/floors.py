@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from gpt import GPT, Block, loss_of
+from models.gpt import GPT, Block, loss_of
 from torch import Tensor, nn
 
 Step = Callable[[Tensor, Tensor], Tensor]

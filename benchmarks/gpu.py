@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpt import GPT, Shape, batch_of
+from models.gpt import GPT, Shape, batch_of
 from torch.distributed.device_mesh import init_device_mesh
 from ways import FSDP, step_of
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from models.zoo_models import MODELS, Missing
 from torch import Tensor, nn
-from zoo_models import MODELS, Missing
 
 import shardc
 from shardc import Mesh, PlanError, ShardingError

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpt import GPT, SHAPES, batch_of
+from models.gpt import GPT, SHAPES, batch_of
 from ways import given, make
 
 from shardc import launch

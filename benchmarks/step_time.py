@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from gpt import GPT, SHAPES, batch_of
+from models.gpt import GPT, SHAPES, batch_of
 from ways import WAYS, given, make
 
 from shardc import launch

@@ -12,7 +12,7 @@ from typing import Any
 
 import floors
 import torch
-from gpt import GPT, loss_of, tensor_parallel
+from models.gpt import GPT, loss_of, tensor_parallel
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard

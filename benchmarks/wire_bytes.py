@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from counting import NAME, Counting, register
-from gpt import GPT, SHAPES, Shape, batch_of
+from models.gpt import GPT, SHAPES, Shape, batch_of
 from torch import nn
 from ways import given, make
 

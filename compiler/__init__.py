@@ -1,1 +1,1 @@
-"""The compiler: types, rules and the walk from a traced module to a sharded program."""
+"""The compiler: types, rules, and the walk from a traced module to a sharded program."""

@@ -1,1 +1,1 @@
-"""Passes over the graph, one file each; `pipeline` is the list."""
+"""The passes, one rewriting step per file; `pipeline.py` lists them."""

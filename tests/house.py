@@ -16,41 +16,51 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("compiler", "passes", "runtime", "tools")
 COUNTED = (*PARTS, "shardc")
 
-# Reading order, lowest first. A module belongs to the longest name that it is or lies under.
-ROOMS = (
-    "compiler.errors",
-    "compiler.user_code",
-    "compiler.spec",
-    "compiler.rules",
-    "compiler.rules.ops",
-    "compiler.ir",
-    "compiler.plan",
-    "compiler.infer",
-    "compiler.trace",
-    "compiler.pipeline",
-    "passes",
-    "runtime.workers",
-    "runtime.shards",
-    "runtime.wire",
-    "runtime.run",
-    "runtime.checkpoint",
-    "runtime.values",
-    "runtime.replicas",
-    "runtime.launch",
-    "compiler.analysis",
-    "compiler.proof",
-    "compiler.driver",
-    "tools",
-)
-BLIND = (("passes", "runtime"), ("compiler.analysis", "runtime"), ("compiler.analysis", "passes"))
+# What a finished program has left behind.
+FINISHED = "compiler.rules compiler.plan compiler.infer compiler.trace compiler.pipeline passes"
+# Reading order, lowest first, and what a room is blind to although it lies below. A module belongs to the longest
+# name that it is or lies under.
+ROOMS = {
+    "compiler.errors": "",
+    "compiler.user_code": "",
+    "compiler.spec": "",
+    "compiler.rules": "compiler.spec",
+    "compiler.rules.ops": "compiler.spec",
+    "compiler.ir": "compiler.rules.ops",
+    "compiler.plan": "compiler.rules compiler.ir.graph",
+    "compiler.infer": "compiler.rules.ops",
+    "compiler.trace": "compiler.plan compiler.infer",
+    "compiler.pipeline": "compiler.rules",
+    "passes": "compiler.rules.table compiler.rules.notation compiler.rules.site compiler.rules.steps compiler.trace",
+    **dict.fromkeys(["runtime", "runtime.wire", "runtime.run"], FINISHED),
+    **dict.fromkeys(["runtime.checkpoint", "runtime.values"], f"{FINISHED} compiler.ir"),
+    "runtime.replicas": "compiler passes",
+    "runtime.launch": "compiler.spec compiler.ir compiler.plan compiler.rules compiler.trace passes",
+    "compiler.analysis": "passes runtime",
+    "compiler.proof": "",
+    "compiler.driver": "passes.layouts passes.reshards passes.local",
+    **{f"tools.{m}": "compiler passes runtime" for m in "links timeline pack page program_json measured".split()},
+    "tools": "passes runtime",
+}
+ALONE = ("passes",)  # rooms whose files do not know each other, but for the list of them
+# Who may use what of torch's that is watched: rooms, and single names for others.
+WATCHED = {
+    "torch.fx": "compiler.rules compiler.ir compiler.infer compiler.trace compiler.pipeline passes runtime.run "
+    "compiler.analysis compiler.proof compiler.driver",
+    "torch.distributed": "runtime compiler.driver tools",
+}
+BORDER = ("torch.distributed.device_mesh.DeviceMesh", "torch.distributed.tensor")  # torch's vocabulary of layouts
+BORDERS = ("compiler.spec", "compiler.plan", "compiler.ir.marks")
 DOORS = {  # (file, what it may reach although that lies further down)
     ("compiler.analysis.program", "compiler.proof.prove"),  # Program.verify
     ("compiler.analysis.program", "tools.page"),  # Program.view
 }
-META = ("compiler/ir/", "compiler/trace/")  # who may subscript node.meta
-ANNEX = "compiler/trace/torch_internals.py"  # the one file that names what is private in torch
+META = ("compiler.ir", "compiler.trace")  # who may subscript node.meta
+ANNEX = "compiler.trace.torch_internals"  # the one file that names what is private in torch
 # Spelled with an underscore, yet in the manual or without any other spelling.
 OPEN = ("torch._check", "torch._foreach_", "torch._ops.OpOverload", "torch.utils._pytree", "torch.ops.")
+# torch has no other name for the placement of a split inside a dim.
+STRIDED = ("torch.distributed.tensor.placement_types._StridedShard",)
 MOST_FILES, MOST_LINES, LONGEST_FUNCTION = 15, 400, 60
 
 
@@ -63,42 +73,99 @@ def sources(*parts: str) -> dict[str, Path]:
     return out
 
 
+def under(name: str, other: str) -> bool:
+    return name == other or name.startswith(other + ".")
+
+
 def room_of(module: str) -> str:
-    rooms = [r for r in ROOMS if module == r or module.startswith(r + ".")]
+    rooms = [r for r in ROOMS if under(module, r)]
     return max(rooms, key=len, default=module.split(".")[0])
 
 
-def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of this package that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shardc."):
-            base = (node.module or "").removeprefix("shardc.")
-            found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("shardc.") for a in node.names if a.name.startswith("shardc.")}
-    return {name for name in found if name in known}
+def uses(source: str) -> Iterator[tuple[int, str]]:
+    """(line, full dotted name) of every import, and of every attribute reached through one."""
+    tree = ast.parse(source)
+    bound: dict[str, str] = {}
+    inner: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                bound[alias.asname or top] = alias.name if alias.asname else top
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            for alias in node.names:
+                bound[alias.asname or alias.name] = f"{base}.{alias.name}"
+                yield node.lineno, f"{base}.{alias.name}"
+    for node in ast.walk(tree):  # outer attributes come before the inner ones that they hold
+        if isinstance(node, ast.Attribute):
+            inner.add(node.value)
+            if node not in inner and (name := dotted(node, bound)):
+                yield node.lineno, name
+
+
+def dotted(node: ast.expr, bound: dict[str, str]) -> str:
+    """The full name that `a.b.c` stands for; empty where `a` was not imported."""
+    if isinstance(node, ast.Name):
+        return bound.get(node.id, "")
+    base = dotted(node.value, bound) if isinstance(node, ast.Attribute) else ""
+    return f"{base}.{node.attr}" if base and isinstance(node, ast.Attribute) else ""
+
+
+def offences(module: str, source: str) -> list[tuple[str, int, str]]:
+    """(kind, line, name) of what a module, named without `shardc.`, uses though its room may not."""
+    wrong = []
+    for line, full in uses(source):
+        name = full.removeprefix("shardc.")
+        if full.startswith(".") or full.split(".")[0] in (*PARTS, "tests", "benchmarks"):
+            wrong.append(("not written shardc.* in full", line, full))
+        elif full.startswith("shardc") and (full == name or name.split(".")[0] not in PARTS):
+            if not under(module, "tools"):
+                wrong.append(("up", line, full))
+        elif full.startswith("shardc"):
+            wrong += [("up", line, name)] if is_up(module, name) else []
+        elif not outside_allowed(module, full):
+            wrong.append(("watched", line, full))
+        elif is_private(full) and module != ANNEX and full not in STRIDED:
+            wrong.append(("private torch", line, full))
+    return wrong
+
+
+def is_up(module: str, name: str) -> bool:
+    """Whether a room knows, by this name, one that comes later or that it is blind to."""
+    if any(module == a and under(name, b) for a, b in DOORS):
+        return False
+    order, low, high = list(ROOMS), room_of(module), room_of(name)
+    blind = any(under(name, other) for other in ROOMS[low].split())
+    beside = low == high and low in ALONE and module != f"{low}.pipeline"
+    return blind or beside or order.index(low) < order.index(high)
+
+
+def outside_allowed(module: str, name: str) -> bool:
+    if any(under(name, b) for b in BORDER) and any(under(module, r) for r in BORDERS):
+        return True
+    return all(
+        any(under(module, room) for room in rooms.split()) for what, rooms in WATCHED.items() if under(name, what)
+    )
 
 
 def arrows() -> nx.DiGraph:
+    """Which module imports which."""
     known = sources(*PARTS)
-    edges = ((m, to) for m, path in known.items() for to in imports(path, known) if to != m)
-    return nx.DiGraph(edge for edge in edges)
+    graph = nx.DiGraph()
+    for module, path in known.items():
+        for _, full in uses(path.read_text()):
+            parts = full.removeprefix("shardc.").split(".")
+            found = (".".join(parts[:k]) for k in range(len(parts), 1, -1))
+            to = next((name for name in found if name in known), None) if full.startswith("shardc.") else None
+            if to is not None and to != module:
+                graph.add_edge(module, to)
+    return graph
 
 
 def circles(graph: nx.DiGraph) -> list[list[str]]:
     return [sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1]
-
-
-def upward(graph: nx.DiGraph) -> list[tuple[str, str]]:
-    """Imports of a room that comes later, or that is blind to this one; the doors are left out."""
-    wrong = []
-    for a, b in graph.edges:
-        low, high = room_of(a), room_of(b)
-        blind = any(a.startswith(x) and b.startswith(y) or a.startswith(y) and b.startswith(x) for x, y in BLIND)
-        if (blind or ROOMS.index(low) < ROOMS.index(high)) and (a, b) not in DOORS:
-            wrong.append((a, b))
-    return sorted(wrong)
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
@@ -113,28 +180,9 @@ def meta_uses(path: Path) -> list[int]:
     return [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "meta"]
 
 
-def private_torch(path: Path) -> list[tuple[int, str]]:
-    """(line, name) of each private name of torch that a file imports or reaches."""
-    tree = ast.parse(path.read_text())
-    found: list[tuple[int, str]] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
-            found += [(node.lineno, f"{node.module}.{a.name}") for a in node.names]
-        elif isinstance(node, ast.Import):
-            found += [(node.lineno, a.name) for a in node.names if a.name.split(".")[0] == "torch"]
-        elif isinstance(node, ast.Attribute) and (name := dotted(node)).startswith("torch."):
-            found.append((node.lineno, name))
-    return sorted({(line, name) for line, name in found if is_private(name)})
-
-
-def dotted(node: ast.expr) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else "?"
-
-
 def is_private(name: str) -> bool:
-    if any(name.startswith(o) or name == o.removesuffix(".") for o in OPEN):
+    """Whether a name of torch has a component with a leading underscore, `__version__` and OPEN apart."""
+    if not under(name, "torch") or any(name.startswith(o) or name == o.removesuffix(".") for o in OPEN):
         return False
     return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
 
@@ -153,13 +201,11 @@ def over() -> list[str]:
     wrong += [f"{p.relative_to(ROOT)}: {n} lines" for p, n in lines.items() if n > MOST_LINES]
     wrong += [f"{p}: {f} has {n} lines" for p in lines for f, n in functions(p) if n > LONGEST_FUNCTION]
     wrong += [f"circle: {', '.join(c)}" for c in circles(graph)]
-    wrong += [f"up: {a} -> {b}" for a, b in upward(graph)]
-    for path in lines:
-        name = path.relative_to(ROOT).as_posix()
-        if not name.startswith(META):
-            wrong += [f"meta: {name}:{line}" for line in meta_uses(path)]
-        if name != ANNEX:
-            wrong += [f"private torch: {name}:{line} {what}" for line, what in private_torch(path)]
+    for module, path in files.items():
+        if not any(under(module, room) for room in META):
+            wrong += [f"meta: {path.relative_to(ROOT)}:{line}" for line in meta_uses(path)]
+        if not under(module, "shardc"):
+            wrong += [f"{kind}: {module}:{line} {what}" for kind, line, what in offences(module, path.read_text())]
     return wrong
 
 
@@ -172,7 +218,8 @@ def report() -> str:
         inside = [n for name, n in lines.items() if room_of(name) == room]
         if inside:
             rows.append(f"{room:22} {len(inside):4} files {sum(inside):6} lines, longest {max(inside)}")
-    ups, rings = upward(graph), circles(graph)
+    rings = circles(graph)
+    ups = [o for m, path in sources(*PARTS).items() for o in offences(m, path.read_text()) if o[0] == "up"]
     return "\n".join(
         [
             *rows,

@@ -41,17 +41,18 @@ def pass_classes(path: Path) -> Iterator[tuple[str, str | None]]:
 
 def misnamed_passes(root: Path) -> list[str]:
     wrong = []
-    for path in sorted((root / "passes").glob("*.py")):
+    for path in sorted((root / "passes").rglob("*.py")):
         if path.stem in NOT_PASSES:
             continue
+        folder = path.parent.relative_to(root).as_posix()
         words = path.stem.split("_")
         expected = ("".join(word.capitalize() for word in words), "-".join(words))
         found = list(pass_classes(path))
         if found != [expected]:
-            wrong.append(f"passes/{path.name}: expected one pass (class, name) {expected}, found {found}")
-        test = f"tests/passes/test_{path.stem}.py"
+            wrong.append(f"{folder}/{path.name}: expected one pass (class, name) {expected}, found {found}")
+        test = f"tests/{folder}/test_{path.stem}.py"
         if not (root / test).exists():
-            wrong.append(f"passes/{path.name}: has no {test}")
+            wrong.append(f"{folder}/{path.name}: has no {test}")
     return wrong
 
 

@@ -20,7 +20,7 @@ SLICE = ("add", "gather", "istft", "linalg.inv", "linalg.solve", "mm", "nn.funct
 
 @pytest.mark.slow
 def test_a_slice_of_the_sweep_is_right(tmp_path: Path):
-    command = [sys.executable, str(ROOT / "benchmarks/op_coverage.py"), "--samples", "2", "--layouts", "4"]
+    command = [sys.executable, str(ROOT / "benchmarks/operators/op_coverage.py"), "--samples", "2", "--layouts", "4"]
     command += ["--ops", ",".join(SLICE), "--json", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -30,7 +30,7 @@ def test_a_slice_of_the_sweep_is_right(tmp_path: Path):
 
 
 def _sharded_op() -> Any:
-    spec = importlib.util.spec_from_file_location("sharded_op", ROOT / "benchmarks/sharded_op.py")
+    spec = importlib.util.spec_from_file_location("sharded_op", ROOT / "benchmarks/operators/sharded_op.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where its dataclasses look

@@ -1,1 +1,1 @@
-"""TODO."""
+"""A finished program looked at: what it moves, holds and computes, and why."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Factors meet mesh dims: layouts of operands decide layouts of results."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""A program, or a rule, proved against one device."""

@@ -1,1 +1,1 @@
-"""What operators mean, in factors. Importing `shardc.compiler.rules.ops.all_rules` fills the table."""
+"""The language of operator rules, in factors. Importing `shardc.compiler.rules.ops.all_rules` fills the table."""

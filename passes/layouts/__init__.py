@@ -1,1 +1,1 @@
-"""TODO."""
+"""From a traced graph to layouts on every value."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""From global shapes to what each rank runs, and when."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Disagreements become explicit, then collectives."""

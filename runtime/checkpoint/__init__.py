@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checkpoints and files of weights."""

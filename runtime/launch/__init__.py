@@ -1,1 +1,1 @@
-"""TODO."""
+"""Local ranks, one process each."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Replicas of a module in one process."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""A finished program runs: bound to one rank, or all ranks simulated here."""

@@ -1,8 +1,8 @@
 """Operators as torch's own Python functions call them: the same kernel with a third of the way to it.
 
 `torch.ops.aten.mm.default(a, b)` fits its arguments to a schema at every call; `torch.mm(a, b)` has that compiled in.
-Only what is listed here is replaced, and only in calls by position; tests/runtime/test_direct.py shows of each that
-it calls exactly the operator it stands for.
+Only what is listed here is replaced, and only in calls by position; tests/runtime/run/test_direct_calls.py shows of
+each that it calls exactly the operator it stands for.
 """
 
 from __future__ import annotations

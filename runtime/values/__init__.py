@@ -1,1 +1,1 @@
-"""TODO."""
+"""How parameters come to their values."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Ranks talk: groups, agreement, collectives on real tensors."""

@@ -20,7 +20,7 @@ from shardc import FullyShard, Layout, Mesh, Plan, Program, Replicated, Sharding
 from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.graph import copy_graph
 from tests.acceptance.models import MLP, MLP_TP, TRANSFORMER_TP, Block, Transformer
-from tests.acceptance.test_sequence_parallel import BLOCK_SP
+from tests.acceptance.plans.test_sequence_parallel import BLOCK_SP
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Part, Spec, axes_of, size_of
 from shardc.runtime.shards import combine, cut, deal, join, undeal
 from tests.build import parse
-from tests.compiler.test_spec import held, specs
+from tests.spec.test_spec import held, specs
 
 MESH = Mesh(dp=2, tp=3)
 SMALL = Mesh(a=2, b=2, c=3)

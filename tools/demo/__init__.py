@@ -1,1 +1,1 @@
-"""TODO."""
+"""`shardc demo`."""

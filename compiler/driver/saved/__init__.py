@@ -1,1 +1,1 @@
-"""TODO."""
+"""Programs and traces in files."""

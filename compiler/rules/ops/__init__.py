@@ -1,1 +1,1 @@
-"""TODO."""
+"""What operators mean, one file a family."""

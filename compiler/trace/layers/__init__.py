@@ -1,1 +1,1 @@
-"""TODO."""
+"""Layers that repeat are traced once."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Sizes that are symbols, and sizes that data decides."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Operators over windows of images: convolution, pooling, resampling."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Normalisations: of batches, groups and layers."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Random numbers that do not depend on the layout."""

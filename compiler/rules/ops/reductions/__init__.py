@@ -1,1 +1,1 @@
-"""TODO."""
+"""Sums, extremes, moments and softmax."""

@@ -20,7 +20,7 @@ from shardc.compiler.ir.signature import Traced
 from shardc.compiler.trace.layers import copy_layers as trace_layers
 from shardc.compiler.trace.layers import repeats as trace_repeats
 from shardc.compiler.trace.trace import trace
-from tests.compiler.eager import compare
+from tests.trace.eager import compare
 
 N = 3  # layers of a model
 
@@ -491,4 +491,4 @@ def test_an_error_inside_a_layer_is_the_same(monkeypatch):
         with pytest.raises(ShardingError) as caught:
             trace(Stack(*(Counting(scale=2.0) for _ in range(N))), (batch(),))
         errors.append(str(caught.value))
-    assert errors[0] == errors[1] and "test_trace_layers.py:" in errors[0]
+    assert errors[0] == errors[1] and "test_layers.py:" in errors[0]

@@ -25,7 +25,7 @@ import shardc
 from shardc import FullyShard, Plan, PlanError, Precision, Replicated
 from shardc.runtime.wire.wire import AllReduce
 from tests.acceptance.models import MLP, Deep, Transformer
-from tests.acceptance.test_fully_shard import Framed
+from tests.acceptance.plans.test_fully_shard import Framed
 from tests.runtime.ranks import on_ranks, run_ranks
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -367,5 +367,5 @@ def test_norms_over_two_mesh_dims_and_pieces_that_torch_cannot_name(tmp_path: Pa
     assert lines[0] == (
         "plan error: net1.weight would be stored as [7@tp.dp, 8], and torch has no placements for such uneven pieces"
     )
-    assert lines[1].startswith("  --> test_real_ranks_fsdp.py:")
+    assert lines[1].startswith("  --> test_fully_shard.py:")
     assert lines[-1].startswith("   = help: list the mesh dims as tp, dp, or shard another dim")

@@ -22,7 +22,7 @@ import shardc
 from shardc import FullyShard, Mesh, Replicated
 from shardc.runtime.values.deferred import tensors
 from tests.acceptance.models import MLP, MLP_TP, ConvNet, Llama, rotary
-from tests.acceptance.test_deferred_init import poisoned, same_bits
+from tests.acceptance.starts.test_deferred_init import poisoned, same_bits
 from tests.acceptance.test_mistakes import said
 from tests.runtime.ranks import on_ranks, run_ranks
 

@@ -18,7 +18,7 @@ from shardc import FullyShard, Layout, Mesh, Plan, Program, Replicated
 from shardc.compiler.ir.views import last_uses
 from tests.acceptance.compare import ADAM, SGD, compare, counts, held_numel
 from tests.acceptance.models import MLP, Block, Deep, Transformer
-from tests.acceptance.test_sequence_parallel import BLOCK_SP
+from tests.acceptance.plans.test_sequence_parallel import BLOCK_SP
 
 GATHER, AGAIN, SCATTER = (
     ("all_gather", "dp", "forward"),
@@ -214,7 +214,7 @@ def test_a_loss_of_one_output_leaves_the_rest_without_gradients_of_their_own():
 
 
 def test_a_child_by_itself_after_a_step_of_the_root():
-    """54: nothing that was gathered for the root's step is still in use. Real ranks: test_real_ranks_fsdp.py."""
+    """54: nothing that was gathered for the root's step is still in use. Real ranks: test_fully_shard.py."""
     model, x = Framed().double(), rows()
     alone = copy.deepcopy(model)
     compiled = shardc.compile(model, Plan(dp=FullyShard("layers.*")), mesh=Mesh(dp=2))

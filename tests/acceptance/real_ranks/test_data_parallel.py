@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import shardc
 from shardc import Plan, Replicated
 from tests.acceptance.models import MLP
-from tests.acceptance.test_data_sizes import Answers, Experts
+from tests.acceptance.sizes.test_data_sizes import Answers, Experts
 from tests.runtime.ranks import on_ranks, run_ranks
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

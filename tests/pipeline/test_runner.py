@@ -46,7 +46,7 @@ class Careful(Runner):
 
 
 def test_every_pass_of_a_compilation_is_written_as_the_whole_graph_is(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shardc.compiler.analysis.program.Runner", Careful)
+    monkeypatch.setattr("shardc.compiler.driver.decide.Runner", Careful)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(), nn.Linear(16, 8), nn.BatchNorm1d(8))
     plan = shardc.Plan(dp=shardc.FullyShard(), tp={"0": ColwiseParallel(), "3": RowwiseParallel()})
     assert len(shardc.compile(model, plan, mesh=MESH).lower(torch.randn(6, 8)).records) > 10

@@ -15,7 +15,7 @@ from torch.func import functional_call
 import shardc
 from shardc import FullyShard, Layout, Mesh, Plan, Precision, Replicated
 from tests.acceptance.models import Block
-from tests.acceptance.test_sequence_parallel import BLOCK_SP
+from tests.acceptance.plans.test_sequence_parallel import BLOCK_SP
 
 pytestmark = pytest.mark.slow
 

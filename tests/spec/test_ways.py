@@ -14,7 +14,7 @@ from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Part, Spec, canonical
 from shardc.compiler.spec.ways import Move, ways, wire_bytes
 from tests.build import parse, simulated
-from tests.compiler.test_spec import specs
+from tests.spec.test_spec import specs
 
 MESH = Mesh(dp=2, tp=4)
 SMALL = Mesh(a=2, b=2, c=3)

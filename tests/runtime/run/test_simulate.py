@@ -32,7 +32,7 @@ from tests.build import (
     reduce_scatter,
     simulated,
 )
-from tests.compiler.test_spec import specs
+from tests.spec.test_spec import specs
 
 aten = torch.ops.aten
 MESH, SMALL = Mesh(dp=2, tp=3), Mesh(a=2, b=3)

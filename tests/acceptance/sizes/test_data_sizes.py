@@ -1,6 +1,6 @@
 """Sizes and numbers that data decides: whole on every rank, and right, whatever the data turns out to be.
 
-Real ranks: test_real_ranks_dp.py.
+Real ranks: test_data_parallel.py.
 """
 
 # ruff: noqa: E501  (what is printed is not wrapped)

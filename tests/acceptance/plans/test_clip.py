@@ -1,4 +1,4 @@
-"""ACCEPTANCE 60 and 211 on simulated ranks: the norm is that of one device. Real ranks: test_real_ranks_fsdp.py."""
+"""ACCEPTANCE 60 and 211 on simulated ranks: the norm is that of one device. Real ranks: test_fully_shard.py."""
 
 from __future__ import annotations
 

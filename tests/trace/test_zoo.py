@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shardc.compiler.ir.signature import InputKind, OutputKind
-from tests.compiler.eager import check
+from tests.trace.eager import check
 
 
 class MLP(nn.Module):

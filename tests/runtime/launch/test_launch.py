@@ -16,7 +16,7 @@ from shardc.compiler.errors import RankFailure
 from shardc.runtime.launch.launch import launch
 from tests.runtime.ranks import LIMIT, START, on_ranks, run_ranks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def introduce(rank: int, scale: float) -> dict:
@@ -175,7 +175,7 @@ def python(*command: str, stdin: str | None = None) -> subprocess.CompletedProce
 
 FROM_ELSEWHERE = """
 from shardc.runtime.launch.launch import launch
-from tests.runtime.test_launch import introduce
+from tests.runtime.launch.test_launch import introduce
 print([found["rank"] for found in launch(introduce, 2, (1.0,))])
 """
 ITS_OWN = """
@@ -211,7 +211,7 @@ import signal
 import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background shells have it ignored
 from shardc.runtime.launch.launch import launch
-from tests.runtime.test_launch import fail
+from tests.runtime.launch.test_launch import fail
 if __name__ == "__main__":
     launch(fail, 2, ("hang", sys.argv[1]))
 """

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from shardc.compiler.ir.signature import InputKind, OutputKind, TensorInfo
 from shardc.compiler.trace.trace import trace
-from tests.compiler.eager import check, held
-from tests.compiler.test_trace_zoo import GPT, MLP, Aliasing, Checkpointed, ConvNet, Partial, ScriptedChild
+from tests.trace.eager import check, held
+from tests.trace.test_zoo import GPT, MLP, Aliasing, Checkpointed, ConvNet, Partial, ScriptedChild
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).name
@@ -176,7 +176,7 @@ def test_random_operators_stay_though_unused():
 SCRIPT = """
 import torch
 from shardc.compiler.trace.trace import trace
-from tests.compiler.test_trace_zoo import GPT, ConvNet
+from tests.trace.test_zoo import GPT, ConvNet
 for module, x in ((GPT(), torch.zeros(2, 5, dtype=torch.long)), (ConvNet(), torch.zeros(4, 3, 8, 8))):
     marks = [fqn for fqn, _ in module.named_modules()]
     traced = trace(module, (x,), marks=marks)

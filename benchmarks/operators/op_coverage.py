@@ -1,6 +1,6 @@
 """Every operator of torch's own test database, sharded every way: right, refused or wrong, for shardc and for DTensor.
 
-    python benchmarks/op_coverage.py [--ops PATTERN] [--shard I/N] [--samples 3] [--layouts 6] [--uneven]
+    python benchmarks/operators/op_coverage.py [--ops PATTERN] [--shard I/N] [--samples 3] [--layouts 6] [--uneven]
                                      [--dtensor] [--json FOLDER] [--table PATH]
 
 For every OpInfo of `torch.testing._internal.common_methods_invocations.op_db`: a few of its samples, in float32

@@ -47,7 +47,7 @@ def test_the_whole_text_for_a_branch_on_a_tensor():
     error = refused(nn.Sequential(Branch()))
     assert str(error) == (
         "sharding error: forward depends on the value of a tensor, which is not known when tracing\n"
-        f"  --> test_trace_errors.py:{line_of('branch')} in forward\n"
+        f"  --> test_errors.py:{line_of('branch')} in forward\n"
         "   |           y = self.fc(x)\n"
         "   | >         if y.sum() > 0:  # branch\n"
         "   |               y = -y\n"
@@ -118,7 +118,7 @@ class Spoils(Base):
 def test_the_user_s_line_is_named(kind, where, what):
     error = refused(kind())
     assert what in error.what and error.help
-    assert error.where == f"test_trace_errors.py:{line_of(where)} in forward"
+    assert error.where == f"test_errors.py:{line_of(where)} in forward"
     assert f"> {'        '}" in error.excerpt and f"# {where}" in error.excerpt
 
 

@@ -22,7 +22,7 @@ from shardc.passes.local.localize import Localize
 from shardc.passes.reshards.insert_reshards import InsertReshards
 from shardc.passes.reshards.lower_reshards import LowerReshards
 from tests.build import all_reduce, apply, build, context, local, on_one_device, random_inputs, simulated
-from tests.compiler.test_spec import specs
+from tests.spec.test_spec import specs
 
 aten = torch.ops.aten
 MESH = Mesh(dp=2, tp=4)

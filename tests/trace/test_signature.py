@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from shardc.compiler.ir.signature import InputKind, OutputKind, TensorInfo
 from shardc.compiler.trace.trace import trace
-from tests.compiler.eager import check
-from tests.compiler.test_trace_zoo import Flexible, Partial, Structured
+from tests.trace.eager import check
+from tests.trace.test_zoo import Flexible, Partial, Structured
 
 X = torch.randn(3, 4)
 

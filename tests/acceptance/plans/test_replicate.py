@@ -171,7 +171,7 @@ def test_options_of_distributed_data_parallel_change_nothing():
 
 
 def test_an_ignored_child_keeps_its_own_gradient_on_simulated_ranks_too():
-    """Case 34: the sum of what the ranks have; real ranks keep their summands apart (test_real_ranks_dp.py)."""
+    """Case 34: the sum of what the ranks have; real ranks keep their summands apart (test_data_parallel.py)."""
     model = Nested()
     program = compare(model, Replicated(ignored_modules="encoder"), Mesh(dp=2), torch.randn(6, 16))
     names = [f"encoder.{child}.{p}" for child in ("net1", "net2") for p in ("bias", "weight")]

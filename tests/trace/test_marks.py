@@ -10,7 +10,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from shardc.compiler.ir.marks import MarkKey, constrain, layout_text, parse_key, parse_placement, placement_text
 from shardc.compiler.ir.signature import Traced
 from shardc.compiler.trace.trace import trace
-from tests.compiler.eager import check
+from tests.trace.eager import check
 
 MARK = torch.ops.shardc.mark.default
 
@@ -55,7 +55,7 @@ def test_a_mark_belongs_to_the_module_whose_border_it_is():
     traced = trace(Model(), (torch.randn(3, 4), torch.randn(4)), marks=["layer"])
     for node in traced.gm.graph.find_nodes(op="call_function", target=MARK):
         assert node.meta["path"] == "layer"
-        assert node.meta["where"].startswith("test_trace_marks.py:")
+        assert node.meta["where"].startswith("test_marks.py:")
 
 
 def test_the_root_has_a_border():
