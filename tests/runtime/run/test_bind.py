@@ -101,7 +101,7 @@ def test_generated_code_is_plain_python():
     assert gathers[0].shape == (5, 6) and gathers[1].shape == (7, 6)
     lines = [line.strip() for line in gm.code.splitlines()]
     assert "all_gather = shardc_runtime_wire_wire_all_gather(view_default_1);  view_default_1 = None" in lines
-    assert "all_gather_1 = shardc_runtime_wire_all_gather_1(w);  w = None" in lines
+    assert "all_gather_1 = shardc_runtime_wire_wire_all_gather_1(w);  w = None" in lines
     assert not {"spec", "Local", "mesh"} & set(gm.code.replace("(", " ").split())
     assert gm.constant is not None and type(gm).__name__ == "RankProgram"
 
