@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
-from shardc.compiler.ir.graph import specs, tensors
+from shardc.compiler.ir.graph import specs, tensors, val
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.mesh import Mesh
 
@@ -24,11 +24,15 @@ def flops(node: Node, mesh: Mesh) -> int:
 
 
 def _local(node: Node, mesh: Mesh) -> Any:
-    """What rank 0 holds of a value, on meta."""
-    values, layouts = tensors(node), specs(node)
-    if not layouts or len(layouts) != len(values):
-        values = tensors_in(node.meta.get("local"))
-        return values[0] if len(values) == 1 else tuple(values)
-    shapes = [s.local_shape(mesh, mesh.coords(0)) for s in layouts]
-    found = tuple(torch.empty(n, dtype=t.dtype, device="meta") for n, t in zip(shapes, values, strict=True))
-    return found[0] if len(found) == 1 else found
+    """What rank 0 holds of a value, on meta; of several results those that are None keep their place."""
+    whole, values, layouts = val(node), tensors(node), specs(node)
+    if layouts and len(layouts) == len(values):
+        shapes = [s.local_shape(mesh, mesh.coords(0)) for s in layouts]
+        values = [torch.empty(n, dtype=t.dtype, device="meta") for n, t in zip(shapes, values, strict=True)]
+    else:
+        whole = node.meta.get("local")
+        values = tensors_in(whole)
+    if not isinstance(whole, (tuple, list)):
+        return values[0] if values else None
+    found = iter(values)
+    return tuple(next(found) if isinstance(x, torch.Tensor) else None for x in whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
+import shardc
 from shardc import Layout, Mesh, Program
 from tests.acceptance.compare import compare
 
@@ -158,3 +160,27 @@ def test_pieces_of_a_dim_cut_out_and_padded_are_fetched():
     x = torch.randn(ROWS, COLUMNS, dtype=torch.float64)
     program = compare(Along(cut), {"weight": Shard(0)}, Mesh(tp=3), x, inputs=Shard(1), outputs=Shard(1))
     assert {kind for kind, *_ in moved(program)} <= {"fetch", "all_reduce"}, moved(program)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_transposed_windows_of_any_stride_reach_and_added_rows(seed: int):
+    """What is added to the result may hold windows of its own, which belong to no row of the input."""
+    draw = random.Random(seed)
+    for _ in range(4):
+        kernel, stride, dilation = ([draw.randint(1, 4) for _ in "hw"] for _ in range(3))
+        added = [draw.randint(0, max(s, d) - 1) for s, d in zip(stride, dilation, strict=True)]
+        padding = [draw.randint(0, (k - 1) * d) for k, d in zip(kernel, dilation, strict=True)]
+        torch.manual_seed(seed)
+        layer = nn.ConvTranspose2d(2, 4, kernel, stride, padding, added, groups=2, dilation=dilation).double()
+        x = torch.randn(2, 2, draw.randint(2, 6), 4, dtype=torch.float64, requires_grad=True)
+        try:
+            want = layer(x)
+        except RuntimeError:  # padded to nothing
+            continue
+        (expected,) = torch.autograd.grad(want.sin().sum(), x)
+        split = Layout(tp=Shard(2))
+        compiled = shardc.compile(layer, {"weight": Replicate()}, mesh=Mesh(tp=3), inputs=split, outputs=split)
+        have = compiled(x)
+        (gradient,) = torch.autograd.grad(have.sin().sum(), x)
+        torch.testing.assert_close(have, want)
+        torch.testing.assert_close(gradient, expected)

@@ -100,6 +100,9 @@ def _(
         if mask[0] and transposed:
             forward = [*how[:3], False, [0]]
             whole = site.call(aten.convolution.default, near, w, None, *forward, many)
+            for d, size in enumerate(sizes[1]):
+                if d not in rows and how[4][d] >= windows.stride[d]:  # further windows fit into what was added
+                    whole = site.call(aten.slice.Tensor, whole, 2 + d, 0, size)
             made[0] = windows.without_spare(site, whole, 2, rows)
         elif mask[0]:
             made[0] = windows.spread(site, g, w, None, many, rows, sizes)
