@@ -8,7 +8,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from torch import nn
 
+import shardc
 from shardc.compiler.analysis.program import Program
 from shardc.tools.page import page
 from tests.browser.chromium import Chromium
@@ -180,6 +183,18 @@ def test_the_peak_is_the_programs(view: Chromium, shown: Program):
     view.js("document.querySelector('#panel .more')?.click()")  # at first the largest values only
     alive = [int(row[1].replace(",", "")) for row in cells(view, "#panel")]
     assert sum(alive) == shown.peak_bytes()
+
+
+def test_the_curve_falls_when_what_a_half_found_there_is_freed(browser: Chromium, tmp_path: Path):
+    """Backward is long here, and most of what it starts with is freed before the end."""
+    model = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.ReLU())], nn.Linear(64, 512))
+    lowered = shardc.compile(model, shardc.Replicated(), mesh=shardc.Mesh(dp=2)).lower(torch.zeros(1024, 64))
+    lowered.view(tmp_path / "deep.html")
+    browser.open(tmp_path / "deep.html")
+    halves = lowered.data()["memory"]["halves"]
+    assert browser.js(f"{APP}.program.data.memory.halves.map(h => h.alive)") == [half["alive"] for half in halves]
+    browser.js("document.getElementById('tab-memory').click()")
+    assert text(browser, "#panel .peak") == text(browser, "#peak") == f"{lowered.peak_bytes():,}"
 
 
 def test_every_stage_is_the_programs(view: Chromium, shown: Program):

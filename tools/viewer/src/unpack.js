@@ -138,8 +138,7 @@ function unpackHalf(half, names) {
   const order = sums(half.order).map((n) => names[n]);
   const steps = new Array(order.length + 1).fill(0);
   for (const [, bytes, from, to] of values) {
-    if (from < 0) continue;
-    steps[from] += bytes;
+    if (from >= 0) steps[from] += bytes; // else it is in `start` already
     steps[to + 1] -= bytes;
   }
   let held = half.start;
