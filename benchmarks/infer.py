@@ -22,7 +22,7 @@ from torch.fx import Node
 import shardc
 from shardc import Mesh
 from shardc.compiler.infer.infer import Decisions, call_rule, decide_node
-from shardc.compiler.ir.graph import operands, spec
+from shardc.compiler.ir.node import operands, spec
 
 
 def main() -> None:

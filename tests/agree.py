@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import shardc
 from shardc import Mesh, PlanError, Program, ShardingError
 from shardc.compiler.driver import lowering
-from shardc.compiler.ir.graph import copy_graph, returned, spec
+from shardc.compiler.ir.graph import copy_graph, returned
+from shardc.compiler.ir.node import spec
 from shardc.compiler.ir.signature import OutputKind, Traced
 from shardc.compiler.pipeline.runner import Context
 from shardc.compiler.trace.trace import trace

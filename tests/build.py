@@ -26,7 +26,8 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from shardc.compiler.infer.infer import decide_node
 from shardc.compiler.ir import collectives
-from shardc.compiler.ir.graph import arguments, operands, placeholders, returned, set_specs, spec, specs, tensors, val
+from shardc.compiler.ir.graph import placeholders, returned
+from shardc.compiler.ir.node import arguments, operands, set_specs, spec, specs, tensors, val
 from shardc.compiler.ir.signature import Input, InputKind, Output, OutputKind, Signature
 from shardc.compiler.ir.text import text
 from shardc.compiler.pipeline.runner import Context, Record, Runner

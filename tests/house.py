@@ -27,7 +27,7 @@ ROOMS = {
     "compiler.rules": "compiler.spec",
     "compiler.rules.ops": "compiler.spec",
     "compiler.ir": "compiler.rules.ops",
-    "compiler.plan": "compiler.rules compiler.ir.graph",
+    "compiler.plan": "compiler.rules compiler.ir.node compiler.ir.graph",
     "compiler.infer": "compiler.rules.ops",
     "compiler.trace": "compiler.plan compiler.infer",
     "compiler.pipeline": "compiler.rules",

@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.collectives import Cut, cut_of
-from shardc.compiler.ir.graph import Call, move_of, specs, tensors
+from shardc.compiler.ir.moves import Call, move_of
+from shardc.compiler.ir.node import specs, tensors
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.mesh import Mesh
 

@@ -15,7 +15,8 @@ from shardc.compiler.analysis.flops import flops
 from shardc.compiler.analysis.lowered import Lowered
 from shardc.compiler.analysis.memory import memories
 from shardc.compiler.analysis.pass_changes import changes, lines
-from shardc.compiler.ir.graph import local_nbytes, move_of, specs, target_name, tensors
+from shardc.compiler.ir.moves import move_of
+from shardc.compiler.ir.node import local_nbytes, specs, target_name, tensors
 from shardc.compiler.ir.signature import InputKind
 from shardc.compiler.ir.text import arg_text, type_text
 from shardc.compiler.ir.views import is_view
@@ -69,7 +70,7 @@ def _node(node: Node, mesh: Mesh, names: Mapping[str, str]) -> dict[str, Any]:
         "file": _shown(meta.get("file") or ""),
         "line": int(meta.get("line") or 0),
         "made_by": meta.get("made_by") or "",
-        "recompute": meta.get("recompute") or "",
+        "recompute": meta.get("region") or "",
         "origin": meta.get("origin") or "",
         "view": is_view(node),
         "bytes": local_nbytes(node, mesh),

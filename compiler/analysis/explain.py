@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.ir.graph import specs, target_name
+from shardc.compiler.ir.node import specs, target_name
 from shardc.compiler.ir.text import node_text
 from shardc.compiler.plan.match import nearest
 

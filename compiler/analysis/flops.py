@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
-from shardc.compiler.ir.graph import specs, tensors, val
+from shardc.compiler.ir.node import specs, tensors, val
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.mesh import Mesh
 

@@ -21,20 +21,12 @@ from shardc.compiler.analysis.bytes_moved import cut_in
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.collectives import SMALL
-from shardc.compiler.ir.graph import (
-    Call,
-    Kind,
-    arguments,
-    divides_a_sum,
-    move_of,
-    outlives,
-    output_node,
-    placeholders,
-    specs,
-    tensors,
-)
+from shardc.compiler.ir.graph import output_node, placeholders
 from shardc.compiler.ir.halves import Halves
+from shardc.compiler.ir.moves import Call, divides_a_sum, move_of
+from shardc.compiler.ir.node import arguments, specs, tensors
 from shardc.compiler.ir.text import excerpt
+from shardc.compiler.ir.views import Kind, outlives
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.rank_numbers import bind

@@ -10,7 +10,8 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.analysis.lowered import input_names
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.infer.averages import Averages
-from shardc.compiler.ir.graph import copy_graph, returned, spec
+from shardc.compiler.ir.graph import copy_graph, returned
+from shardc.compiler.ir.node import spec
 from shardc.compiler.ir.signature import OutputKind, Traced
 from shardc.compiler.pipeline.runner import Context, Runner
 from shardc.compiler.pipeline.stages import Stage

@@ -31,7 +31,8 @@ from shardc.compiler.infer.infer import Decisions
 from shardc.compiler.infer.open_splits import refinements
 from shardc.compiler.infer.root_layouts import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.ir.carry import add_carries
-from shardc.compiler.ir.graph import copy_graph, is_random, placeholders, returned
+from shardc.compiler.ir.graph import copy_graph, placeholders, returned
+from shardc.compiler.ir.node import is_random
 from shardc.compiler.ir.signature import InputKind, OutputKind, Signature, Traced
 from shardc.compiler.pipeline.runner import Context, collecting_nothing
 from shardc.compiler.plan.layout import Precision
@@ -347,7 +348,7 @@ class Lowering:
         check_counts(traced.gm, self.plan)
         for node in traced.gm.graph.nodes:
             if node.op == "call_function" and node.meta.get("phase") == "forward":
-                node.meta["recompute"] = node.meta.get("recompute") or self._recomputed_as(node.meta.get("path", ""))
+                node.meta["region"] = node.meta.get("region") or self._recomputed_as(node.meta.get("path", ""))
         return traced
 
     def _recomputed_as(self, path: str) -> str:

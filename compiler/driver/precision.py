@@ -18,7 +18,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import CAST, insert, output_node, placeholders, tensors
+from shardc.compiler.ir.graph import output_node, placeholders
+from shardc.compiler.ir.node import tensors
+from shardc.compiler.ir.rewrite import CAST, insert
 from shardc.compiler.ir.signature import InputKind, OutputKind, TensorInfo, Traced
 from shardc.compiler.plan.layout import Precision
 from shardc.compiler.plan.resolved import Resolved

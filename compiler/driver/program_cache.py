@@ -7,7 +7,7 @@ from typing import Any
 
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.ir.collectives import COLLECTIVES
-from shardc.compiler.ir.graph import move_of
+from shardc.compiler.ir.moves import move_of
 from shardc.compiler.ir.signature import OutputKind
 from shardc.runtime.run.executable import Executable
 

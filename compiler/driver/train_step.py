@@ -21,7 +21,8 @@ from shardc.compiler.analysis.program import Program
 from shardc.compiler.driver.compile import compile
 from shardc.compiler.driver.compiled_module import CompiledModule
 from shardc.compiler.errors import PlanError, ShardingError
-from shardc.compiler.ir.graph import returned, shape
+from shardc.compiler.ir.graph import returned
+from shardc.compiler.ir.node import shape
 from shardc.compiler.ir.signature import InputKind, OutputKind
 from shardc.compiler.plan.annotate import annotate_alike
 from shardc.compiler.plan.layout import bad_option

@@ -15,8 +15,8 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.infer.infer import Decisions, call_rule
 from shardc.compiler.ir.collectives import reshard
-from shardc.compiler.ir.graph import operands, result_number, tensors
 from shardc.compiler.ir.marks import MARK
+from shardc.compiler.ir.node import operands, result_number, tensors
 
 
 class Atom:

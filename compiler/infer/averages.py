@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from shardc.compiler.ir.graph import insert
+from shardc.compiler.ir.rewrite import insert
 from shardc.compiler.ir.signature import Signature
 from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.spec.mesh import Mesh

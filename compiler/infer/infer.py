@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.ir.graph import nbytes, operands, tensors, val
+from shardc.compiler.ir.node import nbytes, operands, tensors, val
 from shardc.compiler.rules.table import TABLE, OpRule, RuleError, rule_of
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.sizes import named_shape

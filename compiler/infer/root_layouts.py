@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import call_nodes, placeholders, shape
+from shardc.compiler.ir.graph import call_nodes, placeholders
 from shardc.compiler.ir.marks import MARK, parse_key
+from shardc.compiler.ir.node import shape
 from shardc.compiler.ir.signature import InputKind, Output, Signature
 
 if TYPE_CHECKING:

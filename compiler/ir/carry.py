@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from shardc.compiler.ir.graph import insert, output_node, placeholders
+from shardc.compiler.ir.graph import output_node, placeholders
+from shardc.compiler.ir.rewrite import insert
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind, Traced
 
 

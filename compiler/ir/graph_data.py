@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.ir.graph import INHERITED
+from shardc.compiler.ir.node import INHERITED
 from shardc.compiler.ir.signature import Input, InputKind, Leaf, Output, OutputKind, Signature, Traced
 from shardc.compiler.spec.sizes import DataSize, Number, name_shape, named_shape, of_data
 

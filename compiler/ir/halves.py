@@ -16,7 +16,9 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.ir.graph import Unrun, early, is_random, move_of, returned
+from shardc.compiler.ir.graph import Unrun, early, returned
+from shardc.compiler.ir.moves import move_of
+from shardc.compiler.ir.node import is_random
 from shardc.compiler.ir.signature import InputKind, OutputKind, Signature
 
 
@@ -111,7 +113,7 @@ def _may_run_again(node: Node, changed: set[str]) -> bool:
     """Whether a forward value is recomputed in backward; a result of a call, where the call is."""
     if node.target is operator.getitem:
         node = node.args[0]  # pyright: ignore[reportAssignmentType]
-    if not node.meta.get("recompute") or is_random(node):
+    if not node.meta.get("region") or is_random(node):
         return False
     return not any(_reads(used, changed) for used in node.all_input_nodes)
 
@@ -119,8 +121,8 @@ def _may_run_again(node: Node, changed: set[str]) -> bool:
 def _leaves_region(node: Node, forward: set[Node]) -> bool:
     """Whether forward uses a value outside of the region that is recomputed with it: regions begin with what is
     saved, else the last one would have to wait for all before it."""
-    region = node.meta.get("recompute")
-    return any(user in forward and user.meta.get("recompute") != region for user in node.users)
+    region = node.meta.get("region")
+    return any(user in forward and user.meta.get("region") != region for user in node.users)
 
 
 def _reads(node: Node, changed: set[str]) -> bool:

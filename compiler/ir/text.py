@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import specs, target_name, tensors, val
+from shardc.compiler.ir.node import specs, target_name, tensors, val
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.sizes import Number, named_shape

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch.fx import Node
 
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.graph import move_of
+from shardc.compiler.ir.moves import move_of
 
 ALIASES = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
            "alias", "detach", "getitem", "split", "split_with_sizes", "unbind",
@@ -46,3 +48,22 @@ def last_uses(nodes: Sequence[Node]) -> dict[Node, int]:
         for used in node.all_input_nodes:
             last[_owner(used)] = i
     return last
+
+
+class Kind(NamedTuple):
+    """How a tensor lies in memory, and where."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def is_kept(node: Node) -> bool:
+    """Whether a node is what forward keeps of a gathered parameter for backward: memory of its own."""
+    return node.target is c.local_slice and bool(node.meta.get("kept"))
+
+
+def outlives(node: Node) -> bool:
+    """Whether a slice is to have memory of its own, lest it hold that of the whole: what is kept, and a gradient."""
+    return is_kept(node) or (node.meta.get("phase") == "backward" and any(user.op == "output" for user in node.users))

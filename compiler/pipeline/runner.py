@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.infer.infer import Decisions
-from shardc.compiler.ir.graph import stays
+from shardc.compiler.ir.node import stays
 from shardc.compiler.ir.signature import Signature
 from shardc.compiler.ir.text import node_text
 from shardc.compiler.pipeline.stages import Stage, verify

@@ -18,7 +18,8 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.graph import Call, move_of, operands, spec, specs, tensors, val
+from shardc.compiler.ir.moves import Call, move_of
+from shardc.compiler.ir.node import operands, spec, specs, tensors, val
 from shardc.compiler.ir.text import excerpt
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.sizes import Number, named_shape, of_data

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.infer.infer import decide_node
-from shardc.compiler.ir.graph import operands, set_specs
+from shardc.compiler.ir.node import operands, set_specs
 from shardc.compiler.rules.ops import all_rules as _rules  # noqa: F401  fills the rule table
 from shardc.compiler.rules.table import OpRule, overload, rule_of, tensors_in
 from shardc.compiler.spec.mesh import Mesh

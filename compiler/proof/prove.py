@@ -17,7 +17,9 @@ from torch.fx import Interpreter, Node
 from shardc.compiler.analysis.lowered import Lowered
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.graph import move_of, placeholders, returned, specs, target_name, val
+from shardc.compiler.ir.graph import placeholders, returned
+from shardc.compiler.ir.moves import move_of
+from shardc.compiler.ir.node import specs, target_name, val
 from shardc.compiler.ir.signature import InputKind, Output, OutputKind
 from shardc.compiler.ir.text import excerpt
 from shardc.compiler.pipeline.stages import Stage, verify

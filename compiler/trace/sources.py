@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.ir.graph import stays
+from shardc.compiler.ir.node import stays
 from shardc.compiler.ir.signature import InputKind, OutputKind, Signature
 from shardc.compiler.user_code import is_users
 
@@ -47,7 +47,7 @@ def innermost(stack_trace: str) -> Source | None:
 
 
 def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
-    """Sets where, file, line, path, phase, recompute and custom on every node; torch's own such keys are dropped."""
+    """Sets where, file, line, path, phase, region and custom on every node; torch's own such keys are dropped."""
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     owners = dict(module.named_modules())
     fqns = {str(id(owner)): fqn for fqn, owner in owners.items()}
@@ -60,7 +60,6 @@ def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
     for node in nodes:
         path = inherited_paths[node] or ""
         source = inherited_sources[node] or _definition(owners[path])
-        recompute = _region(node)
         custom = node.meta.get("custom") or _origin(node, forward).meta.get("custom")
         node.meta = {
             "val": node.meta["val"],
@@ -69,7 +68,7 @@ def annotate(graph: Graph, signature: Signature, module: nn.Module) -> None:
             "line": source.line,
             "path": path,
             "phase": "backward" if node in backward else "forward",
-            "recompute": recompute,
+            "region": _region(node),
         } | {key: value for key, value in (("custom", custom), ("data", node.meta.get("data"))) if value}
     for node, entry in zip(graph.nodes, signature.inputs, strict=False):
         held = entry.kind in (InputKind.PARAMETER, InputKind.BUFFER)

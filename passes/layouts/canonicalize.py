@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import arguments, call_nodes, insert, tensors
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import arguments, tensors
+from shardc.compiler.ir.rewrite import insert
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 

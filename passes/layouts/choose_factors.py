@@ -18,7 +18,9 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.infer.open_splits import refinements
 from shardc.compiler.ir.collectives import reshard
-from shardc.compiler.ir.graph import insert, placeholders, spec
+from shardc.compiler.ir.graph import placeholders
+from shardc.compiler.ir.node import spec
+from shardc.compiler.ir.rewrite import insert
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.spec import Spec

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import call_nodes, insert, tensors, val
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import tensors, val
+from shardc.compiler.ir.rewrite import insert
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import INHERITED, arguments, call_nodes, shape, val
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import INHERITED, arguments, shape, val
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 

@@ -24,7 +24,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.ir.graph import INHERITED, call_nodes, insert, target_name, tensors, val
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import INHERITED, target_name, tensors, val
+from shardc.compiler.ir.rewrite import insert
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.rules.ops.random.distributions import DISTRIBUTIONS, SEED, Draw, like_of
@@ -92,7 +94,7 @@ def _unseen(node: Node) -> ShardingError:
 
 def _seed(node: Node, out: torch.Tensor) -> Node:
     seed = insert(node.graph, SEED, (out.device,), node, val=out.new_empty([2], dtype=torch.int64))
-    seed.meta["recompute"] = ""  # backward draws from what forward saved
+    seed.meta["region"] = ""  # backward draws from what forward saved
     return seed
 
 

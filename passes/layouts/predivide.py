@@ -24,16 +24,9 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.infer.averages import divide_tangent
 from shardc.compiler.infer.infer import call_rule
-from shardc.compiler.ir.graph import (
-    arguments,
-    call_nodes,
-    local_nbytes,
-    operands,
-    placeholders,
-    returned,
-    tensors,
-)
+from shardc.compiler.ir.graph import call_nodes, placeholders, returned
 from shardc.compiler.ir.marks import MARK
+from shardc.compiler.ir.node import arguments, local_nbytes, operands, tensors
 from shardc.compiler.ir.signature import InputKind, OutputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage

@@ -21,18 +21,9 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.infer.infer import call_rule, decide_node
 from shardc.compiler.ir.collectives import reshard
-from shardc.compiler.ir.graph import (
-    arguments,
-    call_nodes,
-    nbytes,
-    operands,
-    result_number,
-    set_specs,
-    spec,
-    specs,
-    target_name,
-)
+from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.marks import MARK, UnlessPending
+from shardc.compiler.ir.node import arguments, nbytes, operands, result_number, set_specs, spec, specs, target_name
 from shardc.compiler.ir.text import excerpt
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage

@@ -34,7 +34,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import reshard
-from shardc.compiler.ir.graph import arguments, call_nodes, insert
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import arguments
+from shardc.compiler.ir.rewrite import insert
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.spec import Spec
@@ -61,7 +63,7 @@ class RegatherInBackward:
         for gather in gathers:
             region, kept = _region(gather), gather.meta.pop("kept", None)
             if gather.meta.get("regather") and region:
-                gather.meta["recompute"] = region
+                gather.meta["region"] = region
                 if kept is not None:
                     notes[f"{region}: computed again in backward, so gathered again over all ranks"] = None
                 changes["gathers"] += 1
@@ -75,7 +77,7 @@ class RegatherInBackward:
 def _region(gather: Node) -> str:
     """The region that backward computes again, if all uses in forward lie in it: the gather is made again with it."""
     early = [u for u in gather.users if u.op != "output" and u.meta.get("phase") != "backward"]
-    regions = {u.meta.get("recompute") or "" for u in early}
+    regions = {u.meta.get("region") or "" for u in early}
     return regions.pop() if len(regions) == 1 else ""
 
 

@@ -26,19 +26,10 @@ from shardc.compiler.errors import PlanError
 from shardc.compiler.infer.averages import Averages, divide_tangent
 from shardc.compiler.infer.root_layouts import input_layout, output_layout
 from shardc.compiler.ir.collectives import reshard
-from shardc.compiler.ir.graph import (
-    CAST,
-    arguments,
-    call_nodes,
-    insert,
-    nbytes,
-    output_node,
-    placeholders,
-    returned,
-    shape,
-    spec,
-)
+from shardc.compiler.ir.graph import call_nodes, output_node, placeholders, returned
 from shardc.compiler.ir.marks import CONSTRAIN, MARK, MarkKey, UnlessPending, parse_key
+from shardc.compiler.ir.node import arguments, nbytes, shape, spec
+from shardc.compiler.ir.rewrite import CAST, insert
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage

@@ -32,7 +32,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.ir.collectives import all_reduce, bucket, reduce_scatter, unbucket
-from shardc.compiler.ir.graph import local_nbytes, returned, spec, tensors
+from shardc.compiler.ir.graph import returned
+from shardc.compiler.ir.node import local_nbytes, spec, tensors
 from shardc.compiler.ir.signature import InputKind, OutputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage

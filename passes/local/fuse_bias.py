@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import arguments, call_nodes, operands, specs, tensors
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import arguments, operands, specs, tensors
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -50,7 +51,7 @@ class FuseBias:
 def _fits(node: Node, product: Node, bias: Node) -> bool:
     if product.target is not aten.mm.default or len(product.users) != 1:
         return False
-    if any(product.meta.get(k) != node.meta.get(k) for k in ("phase", "recompute", "data")):
+    if any(product.meta.get(k) != node.meta.get(k) for k in ("phase", "region", "data")):
         return False
     whole, row = specs(product), specs(bias)
     if len(whole) != 1 or len(row) != 1 or whole[0].pending or row[0].pending or specs(node) != whole:

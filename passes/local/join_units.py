@@ -25,7 +25,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import all_gather, reduce_scatter
-from shardc.compiler.ir.graph import INHERITED, call_nodes, cast, is_kept, output_node, placeholders, spec, tensors
+from shardc.compiler.ir.graph import call_nodes, output_node, placeholders
+from shardc.compiler.ir.node import INHERITED, spec, tensors
+from shardc.compiler.ir.rewrite import cast
+from shardc.compiler.ir.views import is_kept
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -60,7 +63,7 @@ def _groups(gm: GraphModule, kind: Any, ctx: Context) -> list[list[Node]]:
         if kind is all_gather and not _is_given(value):
             continue
         like = tensors(value)[0]
-        where = (node.meta.get(key) for key in ("unit", "phase", "recompute"))
+        where = (node.meta.get(key) for key in ("unit", "phase", "region"))
         found.setdefault((axis, *rest, like.dtype, like.device, *where), []).append(node)
     return [members for members in found.values() if len(members) > 1]
 

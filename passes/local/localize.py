@@ -23,7 +23,8 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.infer.infer import Decision, Decisions, OpRule, call_rule, decide_node
 from shardc.compiler.ir.collectives import all_reduce, fetch, indices_of, make_partial
-from shardc.compiler.ir.graph import INHERITED, call_nodes, operands, specs, tensors
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import INHERITED, operands, specs, tensors
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.mesh import Mesh

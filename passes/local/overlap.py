@@ -29,9 +29,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import COLLECTIVES, all_gather, reduce_scatter, start, wait
-from shardc.compiler.ir.graph import call_nodes, early, is_kept, local_nbytes, move_of, returned
+from shardc.compiler.ir.graph import call_nodes, early, returned
+from shardc.compiler.ir.moves import move_of
+from shardc.compiler.ir.node import local_nbytes
 from shardc.compiler.ir.signature import OutputKind, Signature
-from shardc.compiler.ir.views import last_uses
+from shardc.compiler.ir.views import is_kept, last_uses
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.mesh import Mesh

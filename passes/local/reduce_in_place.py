@@ -21,7 +21,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import COLLECTIVES, all_reduce, bucket, start, wait
-from shardc.compiler.ir.graph import arguments, call_nodes, move_of
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.moves import move_of
+from shardc.compiler.ir.node import arguments
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.mesh import Mesh
@@ -40,7 +42,7 @@ class ReduceInPlace:
             move = move_of(node)
             if move is None or move.target is not all_reduce or ctx.mesh[move.axis] == 1:
                 continue
-            if not node.meta.get("recompute") and _is_dead_after(move.args[0], node, order, ctx.mesh):
+            if not node.meta.get("region") and _is_dead_after(move.args[0], node, order, ctx.mesh):
                 node.kwargs = {**node.kwargs, "reuse": True}
                 changes["reused"] += 1
         return PassResult(changes)
@@ -56,12 +58,12 @@ def _is_dead_after(value: Node, reduction: Node, order: dict[Node, int], mesh: M
     seen, stack = {source}, [source]
     while stack:
         node = stack.pop()
-        if node.meta.get("recompute"):
+        if node.meta.get("region"):
             return False
         for user in node.users:
             if user is reduction or user in seen:
                 continue
-            if order[user] > order[reduction] or user.meta.get("recompute"):  # which backward does once more
+            if order[user] > order[reduction] or user.meta.get("region"):  # which backward does once more
                 return False
             if _shows(user):
                 seen.add(user)

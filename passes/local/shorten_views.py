@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import arguments, call_nodes, specs, tensors
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import arguments, specs, tensors
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -86,7 +87,7 @@ def _without_kept_dims(node: Node) -> bool:
     left = tuple(dim for d, dim in enumerate(layout[0].dims) if d not in gone) if layout else None
     if not gone or not specs(node) or specs(node)[0].dims != left or specs(node)[0].pending != layout[0].pending:
         return False
-    if any(total.meta.get(k) != node.meta.get(k) for k in ("phase", "recompute", "data")):
+    if any(total.meta.get(k) != node.meta.get(k) for k in ("phase", "region", "data")):
         return False
     node.target, node.args = SUM, total.args[:2]
     node.meta = {k: v for k, v in node.meta.items() if k != "rule"} | {"made_by": "shorten-views"}
@@ -111,7 +112,7 @@ def _may_use(node: Node, source: Node) -> bool:
     """A recomputed region begins with what it is given, and a result is no input."""
     if source.op == "placeholder":
         return not any(user.op == "output" for user in node.users)
-    return len({n.meta.get("recompute") for n in (node, arguments(node)[0], source)}) == 1
+    return len({n.meta.get("region") for n in (node, arguments(node)[0], source)}) == 1
 
 
 SHORTER: dict[str, Callable[[Node], Node | None]] = {

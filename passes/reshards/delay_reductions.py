@@ -27,7 +27,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import all_reduce, reduce_scatter
-from shardc.compiler.ir.graph import arguments, call_nodes, insert, spec, tensors
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import arguments, spec, tensors
+from shardc.compiler.ir.rewrite import insert
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -63,7 +65,7 @@ def _goes_on(node: Node) -> bool:
 
 def _belongs(node: Node, user: Node) -> bool:
     same = node.meta.get("phase") == user.meta.get("phase")
-    same = same and node.meta.get("recompute") == user.meta.get("recompute")
+    same = same and node.meta.get("region") == user.meta.get("region")
     return same and user.target is ADD and _is_plain(user) and user.args[0] is not user.args[1]
 
 
@@ -110,7 +112,7 @@ def _is_sum(x: Node) -> bool:
 
 
 def _shares(x: Node, inside: Node) -> bool:
-    return all(x.meta.get(k) == inside.meta.get(k) for k in ("phase", "recompute")) and not x.meta.get("unit")
+    return all(x.meta.get(k) == inside.meta.get(k) for k in ("phase", "region")) and not x.meta.get("unit")
 
 
 def _add(a: Node, b: Node, like: Node) -> Node:

@@ -18,8 +18,10 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir.collectives import reshard
-from shardc.compiler.ir.graph import arguments, call_nodes, insert, map_operands, operands, spec
+from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.marks import MARK
+from shardc.compiler.ir.node import arguments, map_operands, operands, spec
+from shardc.compiler.ir.rewrite import insert
 from shardc.compiler.ir.text import excerpt
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage

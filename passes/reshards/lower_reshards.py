@@ -14,7 +14,9 @@ from torch.fx import GraphModule
 
 from shardc.compiler.ir import collectives
 from shardc.compiler.ir.collectives import reshard
-from shardc.compiler.ir.graph import arguments, call_nodes, insert, spec, tensors
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import arguments, spec, tensors
+from shardc.compiler.ir.rewrite import insert
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.ways import ways

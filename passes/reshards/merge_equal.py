@@ -17,7 +17,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import call_nodes, is_random
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import is_random
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -53,7 +54,7 @@ class MergeEqual:
 
 
 def _key(node: Node) -> Any:
-    phase = node.meta.get("phase") if node.meta.get("regather") or node.meta.get("recompute") else None
+    phase = node.meta.get("phase") if node.meta.get("regather") or node.meta.get("region") else None
     return node.target, _frozen(node.args), _frozen(node.kwargs), node.meta.get("spec"), phase
 
 

@@ -20,7 +20,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.collectives import Cut, cut_of
-from shardc.compiler.ir.graph import divides_a_sum, move_of, outlives, spec
+from shardc.compiler.ir.moves import divides_a_sum, move_of
+from shardc.compiler.ir.node import spec
+from shardc.compiler.ir.views import outlives
 from shardc.compiler.spec.mesh import Mesh, place
 from shardc.compiler.spec.rank_numbers import bind
 from shardc.runtime.run.direct_calls import direct

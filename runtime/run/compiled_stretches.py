@@ -30,7 +30,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from shardc.compiler.ir.collectives import LOCAL_STEPS
-from shardc.compiler.ir.graph import Kind, is_random
+from shardc.compiler.ir.node import is_random
+from shardc.compiler.ir.views import Kind
 from shardc.runtime.run.bind import piece
 from shardc.runtime.run.direct_calls import DIRECT
 

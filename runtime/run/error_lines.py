@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import target_name
+from shardc.compiler.ir.node import target_name
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.collectives import cut_of
-from shardc.compiler.ir.graph import Call, is_random, move_of
+from shardc.compiler.ir.moves import Call, move_of
+from shardc.compiler.ir.node import is_random
 from shardc.compiler.spec.mesh import Mesh, place
 from shardc.compiler.spec.rank_numbers import bind
 from shardc.compiler.spec.spec import Spec

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
 from shardc import FullyShard, Plan
-from shardc.compiler.ir.graph import Kind
+from shardc.compiler.ir.views import Kind
 from shardc.runtime.run.compiled_stretches import Stretches, _Compiled
 from tests.runtime.ranks import on_ranks, run_ranks
 

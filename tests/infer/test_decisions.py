@@ -18,7 +18,8 @@ from shardc.compiler.driver import lowering
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.infer import infer
 from shardc.compiler.infer.infer import Decisions, call_rule, decide_node
-from shardc.compiler.ir.graph import call_nodes, spec
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.node import spec
 from shardc.compiler.rules.table import TABLE
 from shardc.compiler.rules.table import parse as rule_line
 from shardc.compiler.spec.mesh import Mesh

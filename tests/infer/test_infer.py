@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shardc.compiler.infer.infer import PENDING, decide, may_be_empty
-from shardc.compiler.ir.graph import specs
+from shardc.compiler.ir.node import specs
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.rules.table import fit
 from shardc.compiler.rules.table import parse as rule_line

@@ -27,7 +27,7 @@ def parts(fn=layer, gradients: tuple[str, ...] = ("w", "x"), recompute: dict[str
     gm = build(fn, MESH, **types)
     for node in gm.graph.nodes:
         if node.name in (recompute or {}):
-            node.meta["recompute"] = (recompute or {})[node.name]
+            node.meta["region"] = (recompute or {})[node.name]
     signature = context(gm, MESH, gradients).signature
     return gm, halves(gm, signature)
 
@@ -126,7 +126,7 @@ def test_what_is_made_from_a_buffer_that_forward_changes_is_saved():
 
     gm = build(fn, MESH, **TYPES)
     for node in gm.graph.nodes:
-        node.meta["recompute"] = "net" if node.name in ("mul", "mm") else None
+        node.meta["region"] = "net" if node.name in ("mul", "mm") else None
     plain = context(gm, MESH, ("x",)).signature
     first, _, last = plain.outputs
     changed = Output(None, OutputKind.MUTATION, "w", of=1)

@@ -37,8 +37,8 @@ def lines(traced: Traced) -> list[str]:
 
     def line(node: Any) -> str:
         meta = {key: value for key, value in node.meta.items() if key != "val"}
-        if region := meta.get("recompute"):  # numbered as met, in this process
-            meta["recompute"] = regions.setdefault(region, f"region {len(regions)}")
+        if region := meta.get("region"):  # numbered as met, in this process
+            meta["region"] = regions.setdefault(region, f"region {len(regions)}")
         made = [
             (tuple(t.shape), t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t
             for t in pytree.tree_leaves(node.meta.get("val"))
@@ -441,7 +441,7 @@ def test_checkpointed_layers_are_regions_of_their_own(monkeypatch):
     marks = [f"blocks.{i}.up" for i in range(N)]
     found, traces = both(monkeypatch, Checkpointed(*blocks(drop=0.5)), batch(), marks=marks)
     assert reused(traces, layers=1)
-    assert len({n.meta["recompute"] for n in found.gm.graph.nodes if n.meta.get("recompute")}) == N
+    assert len({n.meta["region"] for n in found.gm.graph.nodes if n.meta.get("region")}) == N
 
 
 def test_layers_within_stages(monkeypatch):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.ir.graph import tensors
+from shardc.compiler.ir.node import tensors
 from shardc.compiler.trace.sizes.symbolic import Template
 from shardc.compiler.trace.trace import trace
 

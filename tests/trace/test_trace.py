@@ -81,7 +81,7 @@ def test_every_node_says_where_it_comes_from(name):
     for node in calls(traced):
         assert node.meta["path"] in fqns, node
         assert node.meta["phase"] in ("forward", "backward")
-        assert isinstance(node.meta["recompute"], str)
+        assert isinstance(node.meta["region"], str)
         assert node.meta["line"] > 0 and Path(node.meta["file"]).is_absolute()
         assert node.meta["where"].startswith(f"{Path(node.meta['file']).name}:{node.meta['line']} in ")
     for node in traced.gm.graph.nodes:
@@ -161,7 +161,7 @@ def test_recomputed_nodes_are_those_of_the_checkpoint():
     _, traced = traced_sample("checkpoint")
     for node in calls(traced):
         inside = node.meta["path"].startswith("inner") and node.meta["phase"] == "forward"
-        assert bool(node.meta["recompute"]) == inside
+        assert bool(node.meta["region"]) == inside
 
 
 def test_random_operators_stay_though_unused():

@@ -340,7 +340,7 @@ def test_nested_inputs_and_outputs():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_child(reentrant):
     traced = check(Checkpointed(reentrant), torch.randn(3, 6, requires_grad=True))
-    again = {n.meta["path"] for n in traced.gm.graph.nodes if n.meta.get("recompute")}
+    again = {n.meta["path"] for n in traced.gm.graph.nodes if n.meta.get("region")}
     assert again == {"inner", "inner.up", "inner.down"}
 
 

@@ -26,7 +26,7 @@ from shardc.compiler.ir.graph_data import from_data, to_data
 from shardc.compiler.ir.signature import Traced
 from shardc.compiler.spec.mesh import Mesh
 
-FORMAT = "shardc programs 1"
+FORMAT = "shardc programs 2"
 MADE = 128  # traces that are kept; a program may need two
 REBUILD = "compile and save again, or leave load_programs out: the module is then traced at its first call"
 

@@ -130,7 +130,7 @@ def train_plainly(rank: int) -> list[Any]:
         trains(rank, mesh, Checkpointed, Replicated(), recompute="second"),
     ]
     recomputed = [
-        {n.meta["path"].split(".")[0] for n in m.programs[-1].halves.backward.graph.nodes if n.meta.get("recompute")}
+        {n.meta["path"].split(".")[0] for n in m.programs[-1].halves.backward.graph.nodes if n.meta.get("region")}
         for m in again
     ]
     moved = [[(c.kind, c.phase) for c in m.programs[-1].collectives()] for m in (whole, small, children)]

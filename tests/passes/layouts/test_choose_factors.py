@@ -8,7 +8,8 @@ import torch
 from expecttest import assert_expected_inline
 from torch.distributed.tensor.placement_types import Shard
 
-from shardc.compiler.ir.graph import placeholders, spec
+from shardc.compiler.ir.graph import placeholders
+from shardc.compiler.ir.node import spec
 from shardc.compiler.ir.text import text
 from shardc.compiler.spec.mesh import Mesh
 from shardc.passes.layouts.choose_factors import ChooseFactors

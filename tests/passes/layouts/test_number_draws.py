@@ -87,7 +87,7 @@ def test_recomputed_masks_are_drawn_again_from_the_saved_seed():
 
     gm = build(fn, MESH, x="f32[8, 16]", tangent="f32[8, 16]")
     for node in gm.graph.nodes:
-        node.meta["recompute"] = "net" if node.name in ("bernoulli", "mul") else None
+        node.meta["region"] = "net" if node.name in ("bernoulli", "mul") else None
     ctx = context(gm, MESH, ("x",), params={})
     apply(NumberDraws(), gm, ctx)
     found = halves(gm, ctx.signature)

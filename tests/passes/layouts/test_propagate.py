@@ -10,8 +10,9 @@ from expecttest import assert_expected_inline
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.ir.graph import returned, spec, specs
+from shardc.compiler.ir.graph import returned
 from shardc.compiler.ir.marks import MARK
+from shardc.compiler.ir.node import spec, specs
 from shardc.compiler.ir.text import text
 from shardc.compiler.rules.table import overload
 from shardc.compiler.spec.mesh import Mesh

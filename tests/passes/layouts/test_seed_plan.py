@@ -11,8 +11,9 @@ from torch.distributed.tensor.placement_types import Shard
 
 from shardc.compiler.errors import PlanError
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.graph import placeholders, spec
+from shardc.compiler.ir.graph import placeholders
 from shardc.compiler.ir.marks import MARK
+from shardc.compiler.ir.node import spec
 from shardc.compiler.ir.text import text
 from shardc.compiler.plan.layout import Layout
 from shardc.compiler.plan.resolved import Boundary

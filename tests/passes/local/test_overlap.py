@@ -227,7 +227,7 @@ def test_what_is_computed_again_in_backward_is_started_there_too():
     types = dict(x="f32[8, 4@dp]", w="f32[4@dp, 4]", tangent="f32[8, 4]")
     gm = local(fn, DP, **types)
     for node in gm.graph.nodes:
-        node.meta["recompute"] = node.op == "call_function" and node.meta["phase"] == "forward"
+        node.meta["region"] = node.op == "call_function" and node.meta["phase"] == "forward"
     ctx = context(gm, DP, ("w",))
     apply(Overlap(), gm, ctx)
     parts = halves(gm, ctx.signature)

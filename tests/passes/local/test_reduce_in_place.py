@@ -119,7 +119,7 @@ def test_left_alone_where_it_is_an_input(fn):
 
 
 def test_left_alone_where_backward_computes_it_again():
-    assert not reduced(dead_operand, DP, {"recompute": "layers.0"})[1]
+    assert not reduced(dead_operand, DP, {"region": "layers.0"})[1]
 
 
 def test_left_alone_on_a_mesh_dim_of_one_rank():

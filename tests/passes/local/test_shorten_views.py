@@ -103,5 +103,5 @@ def test_left_alone_in_backward_of_a_reshape_in_forward():
 def test_left_alone_at_the_border_of_a_recomputed_region():
     gm = local(two_reshapes, DP, **TYPES)
     first = next(n for n in gm.graph.nodes if n.target is aten.reshape.default)
-    first.meta["recompute"] = "layers.0"
+    first.meta["region"] = "layers.0"
     assert not +Counter(apply(ShortenViews(), gm, context(gm, DP)).changes)

@@ -4,7 +4,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.graph import placeholders, returned, spec
+from shardc.compiler.ir.graph import placeholders, returned
+from shardc.compiler.ir.node import spec
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.mesh import Mesh
 from shardc.passes.local.bucket_collectives import BucketCollectives

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardc.compiler.ir.graph import placeholders, returned, spec
+from shardc.compiler.ir.graph import placeholders, returned
+from shardc.compiler.ir.node import spec
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec
