@@ -1,9 +1,9 @@
 """The factors that the dims of a whole graph are made of, found by unifying what every rule says is equal.
 
     %w: f32[144, 48]        rows feed a product, the product is cut in three, a third is viewed as 3 heads of 16
-    atoms of %w's dim 0:    3 (whole: the thirds are taken apart), 3, 16
+    atoms of %w's dim 0:    3 (fetched: the thirds are taken apart), 3, 16
 
-An open split of those 144 rows then goes to the heads, the outermost atom that nothing needs whole.
+An open split of those 144 rows then goes to the heads, the outermost atom of which nothing needs other pieces.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.marks import MARK
 from shardc.compiler.ir.node import operands, result_number, tensors
 
+FREE, FETCHED, WHOLE = range(3)
+
 
 class Atom:
-    """A set of equal dims (or parts of dims): a size, or a product of further atoms once some view splits it."""
+    """A set of equal dims (or parts of dims): a size, or a product of further atoms once some view splits it.
 
-    __slots__ = ("_parent", "parts", "size", "whole")
+    needs: FREE where every rank goes on with its own piece, FETCHED where some operator asks others for theirs,
+    WHOLE where one takes it whole only.
+    """
+
+    __slots__ = ("_parent", "needs", "parts", "size")
 
     def __init__(self, size: int) -> None:
-        self.size, self.whole = size, False
+        self.size, self.needs = size, FREE
         self.parts: list[Atom] = []
         self._parent: Atom | None = None
 
@@ -43,13 +49,13 @@ class Atom:
         """This leaf becomes (size, rest)."""
         self.parts = [Atom(size), Atom(self.size // size)]
         for part in self.parts:
-            part.whole = self.whole
+            part.needs = self.needs
 
     def join(self, other: Atom) -> None:
         """These two leaves are one."""
         if self is not other:
             other._parent = self
-            self.whole = self.whole or other.whole
+            self.needs = max(self.needs, other.needs)
 
 
 def unify(left: Sequence[Atom], right: Sequence[Atom]) -> bool:
@@ -100,9 +106,9 @@ class Atoms:
                     _keep_whole(dim)
             return fresh
         factors = {name: Atom(size) for name, size in rule.sizes}
-        for name in rule.whole:
-            if name in factors:
-                factors[name].whole = True
+        for need, names in ((FETCHED, rule.joined & rule.plain), (WHOLE, rule.whole)):
+            for name in names & factors.keys():
+                factors[name].needs = need
         for names, operand in zip(rule.operands, operands(node), strict=True):
             for dim_names, dim in zip(names, self._dims[operand][0], strict=True):
                 if dim_names:
@@ -113,4 +119,4 @@ class Atoms:
 def _keep_whole(dim: list[Atom]) -> None:
     for atom in dim:
         for leaf in atom.leaves():
-            leaf.whole = True
+            leaf.needs = WHOLE

@@ -1,4 +1,4 @@
-"""Which factor of a dim an open split should take: the outermost that nothing behind it needs whole."""
+"""Which factor of a dim an open split should take: the outermost that nothing behind it needs other pieces of."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _refined(spec: Spec, layout: ParamLayout, leaves: list[list[Atom]], mesh: Me
 
 
 def _on_atom(leaves: list[Atom], axis: str, mesh: Mesh) -> tuple[Part, ...]:
-    """The dim with the outermost leaf that nothing needs whole split; the outermost of all if there is none."""
-    chosen = next((i for i, leaf in enumerate(leaves) if not leaf.whole), 0)
+    """The dim with that leaf split which least is needed of, and the outermost of those."""
+    chosen = min(range(len(leaves)), key=lambda i: leaves[i].needs, default=0)
     parts = tuple(Part(leaf.size, (axis,) if i == chosen else ()) for i, leaf in enumerate(leaves))
     return canonical(parts or (Part(1, (axis,)),), mesh)

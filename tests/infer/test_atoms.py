@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from shardc.compiler.infer.atoms import Atom, Atoms, unify
+from shardc.compiler.infer.atoms import WHOLE, Atom, Atoms, unify
 from shardc.compiler.ir.graph import placeholders
 from shardc.compiler.ir.marks import MARK
 from shardc.compiler.spec.mesh import Mesh
@@ -25,7 +25,7 @@ def of(fn, name: str, dim: int, **types: str) -> list[str]:
     """The atoms of one dim of an input: sizes, with ! where something needs the atom whole."""
     gm, found = atoms(fn, **types)
     node = next(n for n in placeholders(gm) if n.name == name)
-    return [f"{leaf.root().size}{'!' if leaf.root().whole else ''}" for leaf in found.of(node, dim)]
+    return [f"{leaf.root().size}{'!' if leaf.root().needs else ''}" for leaf in found.of(node, dim)]
 
 
 # ---- unify
@@ -66,9 +66,9 @@ def test_a_split_reaches_everything_that_was_joined_before():
 
 def test_what_is_needed_whole_is_needed_whole_by_all_that_is_joined_and_by_its_parts():
     a, b = Atom(12), Atom(12)
-    b.whole = True
+    b.needs = WHOLE
     assert unify([a], [b]) and unify([a], [Atom(3), Atom(4)])
-    assert [leaf.root().whole for leaf in a.leaves()] == [True, True]
+    assert [leaf.root().needs for leaf in a.leaves()] == [WHOLE, WHOLE]
 
 
 # ---- graphs

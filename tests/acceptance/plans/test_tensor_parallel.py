@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -552,3 +553,37 @@ def test_a_style_of_a_module_that_cannot_take_it_is_refused_by_name():
     """Cases 13 and 14: an error, not a silent skip."""
     with pytest.raises(PlanError, match="encoder"):
         shardc.compile(Nested(), {"encoder": ColwiseParallel()}, mesh=Mesh(tp=2))
+
+
+FUSED = {
+    "unpacked": lambda y, b, t, h: y.view(b, t, 3, h, -1).permute(2, 0, 3, 1, 4),
+    "selected": lambda y, b, t, h: (y.view(b, t, 3, h, -1).transpose(1, 3)[:, :, i] for i in range(3)),
+    "unbound": lambda y, b, t, h: y.view(b, t, 3, h, -1).transpose(1, 3).unbind(2),
+    "in chunks": lambda y, b, t, h: (x.view(b, t, h, -1).transpose(1, 2) for x in y.chunk(3, -1)),
+    "split": lambda y, b, t, h: (x.view(b, t, h, -1).transpose(1, 2) for x in y.split(y.shape[-1] // 3, -1)),
+}
+
+
+class FusedAttention(nn.Module):
+    def __init__(self, taken_apart: str) -> None:
+        super().__init__()
+        self.taken_apart = FUSED[taken_apart]
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.taken_apart(self.qkv(x), b, t, 4)
+        return x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("taken_apart", FUSED)
+def test_heads_stay_split_where_no_gradient_flows_into_fused_projections(taken_apart: str, learns: bool):
+    """The first block, whose input needs no gradient, and every block in inference."""
+    model, x = nn.Sequential(FusedAttention(taken_apart), FusedAttention(taken_apart)), torch.randn(2, 5, 16)
+    model.requires_grad_(learns)
+    want = copy.deepcopy(model)(x)
+    compiled = shardc.compile(model, {"*.qkv": ColwiseParallel(), "*.proj": RowwiseParallel()}, mesh=Mesh(tp=2))
+    torch.testing.assert_close(compiled(x), want)
+    kinds = Counter((c.kind, c.phase) for c in compiled.programs[-1].collectives())
+    assert kinds == Counter({("all_reduce", "forward"): 2, **({("all_reduce", "backward"): 1} if learns else {})})
