@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.graph import output_node, placeholders
-from shardc.compiler.ir.node import tensors
-from shardc.compiler.ir.rewrite import CAST, insert
+from shardc.compiler.ir.node import set_val, tensors
+from shardc.compiler.ir.rewrite import CAST, emit
 from shardc.compiler.ir.signature import InputKind, OutputKind, TensorInfo, Traced
 from shardc.compiler.plan.layout import Precision
 from shardc.compiler.plan.resolved import Resolved
@@ -84,11 +84,10 @@ def _cast_input(gm: GraphModule, node: Node, given: torch.dtype, phase: str) -> 
         return
     users = [u for u in node.users if u.op != "output"]
     with gm.graph.inserting_after(placeholders(gm)[-1]):
-        cast = insert(gm.graph, CAST, (node,), node, phase=phase)
-    cast.kwargs = {"dtype": value.dtype}
+        cast = emit(CAST, (node,), node, {"dtype": value.dtype}, value=value, phase=phase)
     for user in users:
         user.replace_input_with(node, cast)
-    node.meta["val"] = name_shape(value.to(given), named_shape(value))
+    set_val(node, name_shape(value.to(given), named_shape(value)))
 
 
 def _cast_to(gm: GraphModule, node: Node, wanted: torch.dtype | None) -> Node:
@@ -97,9 +96,8 @@ def _cast_to(gm: GraphModule, node: Node, wanted: torch.dtype | None) -> Node:
     if wanted is None or value.dtype is wanted or not value.is_floating_point():
         return node
     with gm.graph.inserting_after(placeholders(gm)[-1] if node.op == "placeholder" else node):
-        cast = insert(gm.graph, CAST, (node,), node, val=name_shape(value.to(wanted), named_shape(value)))
-    cast.kwargs = {"dtype": wanted}
-    return cast
+        made = name_shape(value.to(wanted), named_shape(value))
+        return emit(CAST, (node,), node, {"dtype": wanted}, value=made)
 
 
 def call_dtypes(traced: Traced, args: Any, kwargs: Any) -> dict[str, torch.dtype]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from shardc.compiler.ir.rewrite import insert
+from shardc.compiler.ir.node import val
+from shardc.compiler.ir.rewrite import emit
 from shardc.compiler.ir.signature import Signature
 from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.spec.mesh import Mesh
@@ -53,6 +54,6 @@ def divide_tangent(tangent: Node, ways: int) -> None:
     """Divide what comes in for backward, for all that uses it."""
     users = list(tangent.users)
     with tangent.graph.inserting_after(tangent):
-        divided = insert(tangent.graph, torch.ops.aten.div.Tensor, (tangent, ways), tangent, phase="backward")
+        divided = emit(torch.ops.aten.div.Tensor, (tangent, ways), tangent, value=val(tangent), phase="backward")
     for user in users:
         user.replace_input_with(tangent, divided)

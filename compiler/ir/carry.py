@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from shardc.compiler.ir.graph import output_node, placeholders
-from shardc.compiler.ir.rewrite import insert
+from shardc.compiler.ir.node import of, val
+from shardc.compiler.ir.rewrite import emit, inherit
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind, Traced
 
 
@@ -28,9 +29,10 @@ def add_carries(traced: Traced, names: Collection[str]) -> Traced:
             continue
         with gm.graph.inserting_after(placeholders(gm)[-1]):
             carry = gm.graph.placeholder(f"carry_{source.node}")
-        carry.meta = {"val": gradient.meta["val"], "phase": "backward", "path": gradient.meta.get("path", "")}
+        inherit(carry, gradient, ("val", "path"))
+        of(carry).phase = "backward"
         with gm.graph.inserting_before(end):
-            returned[i] = insert(gm.graph, torch.ops.aten.add.Tensor, (gradient, carry), gradient)
+            returned[i] = emit(torch.ops.aten.add.Tensor, (gradient, carry), gradient, value=val(gradient))
         entries.append(Input(carry.name, InputKind.CARRY, source.name))
     end.args = (tuple(returned),)
     return Traced(gm, replace(signature, inputs=tuple(entries)))

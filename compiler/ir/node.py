@@ -85,6 +85,10 @@ def val(node: Node) -> Any:
     return node.meta.get("val")
 
 
+def set_val(node: Node, value: Any) -> None:
+    node.meta["val"] = value
+
+
 def tensors(node: Node) -> list[torch.Tensor]:
     return tensors_in(val(node))
 
@@ -98,6 +102,10 @@ def specs(node: Node) -> tuple[Spec, ...]:
 def spec(node: Node) -> Spec:
     """The layout of a node with one result."""
     return node.meta["spec"]
+
+
+def set_spec(node: Node, layout: Spec) -> None:
+    node.meta["spec"] = layout
 
 
 def set_specs(node: Node, results: tuple[Spec, ...]) -> None:

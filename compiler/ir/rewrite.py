@@ -1,26 +1,93 @@
-"""How passes edit a graph: new calls that inherit what they should, calls that take another one's place."""
+"""How passes edit a graph: calls that inherit what they should, and drop what is stale. The runner says who made them.
+
+emit(target, args, like)        a new call at the graph's insert point, which comes from where `like` does
+become(new, old)                a node says all that another one says of its value, too
+replace(node, by)               another node in a node's place
+retarget(node, target, args)    another call in a node, of the same value
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
+from torch.fx.node import map_arg
 
-from shardc.compiler.ir.node import INHERITED, tensors
+from shardc.compiler.ir.node import INHERITED, of, set_spec, set_val, spec, specs, tensors, val
 from shardc.compiler.spec.sizes import name_shape, named_shape
 from shardc.compiler.spec.spec import Spec
 
 CAST = torch.ops.aten._to_copy.default
+COMPUTED = object()
+STALE = ("rule", "wants", "made_by")  # what is said of a call, not of its value
 
 
-def insert(graph: Graph, target: Any, args: tuple, like: Node, result: Spec | None = None, **meta: Any) -> Node:
-    """A new node at the graph's insert point, with `like`'s value and source; the caller names its layout."""
-    node = graph.call_function(target, args)
-    node.meta = {k: like.meta[k] for k in ("val", *INHERITED) if k in like.meta} | meta
-    if result is not None:
-        node.meta["spec"] = result
+def emit(
+    target: Any,
+    args: tuple,
+    like: Node,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    value: Any = COMPUTED,
+    layout: Spec | None = None,
+    **said: Any,
+) -> Node:
+    """A new call at the graph's insert point. value: where its operands' do not give it, or at some cost. said: what
+    `of(node)` is to hold beside what is inherited from `like`."""
+    node = like.graph.call_function(target, args, dict(kwargs or {}))
+    inherit(node, like)
+    value = compute(target, args, kwargs or {}) if value is COMPUTED else value
+    if value is not None:
+        set_val(node, value)
+    if layout is not None:
+        set_spec(node, layout)
+    _say(node, said)
     return node
+
+
+def compute(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What a call gives on the values of its operands."""
+    args, kwargs = map_arg((args, dict(kwargs)), val)
+    with torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def inherit(new: Node, old: Node, names: Iterable[str] = INHERITED) -> None:
+    """Let a node say this of what another one says, and nothing else."""
+    new.meta = {name: old.meta[name] for name in names if name in old.meta}
+
+
+def become(new: Node, old: Node, **said: Any) -> Node:
+    """Let a node say of its value all that another one says, and this."""
+    inherit(new, old, [name for name in old.meta if name not in STALE])
+    _say(new, said)
+    return new
+
+
+def _say(node: Node, said: Mapping[str, Any]) -> None:
+    view = of(node)
+    for name, held in said.items():
+        setattr(view, name, held)
+
+
+def replace(node: Node, by: Node) -> None:
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def retarget(node: Node, target: Any, args: tuple) -> None:
+    """Another call in a node, of the same value and name."""
+    if node.target is not target:
+        of(node).made_by = ""
+    node.target, node.args = target, args
+    forget(node, "rule", "wants")
+
+
+def forget(node: Node, *names: str) -> None:
+    for name in names:
+        node.meta.pop(name, None)
 
 
 def cast(value: Node, dtype: torch.dtype) -> Node:
@@ -32,11 +99,12 @@ def cast(value: Node, dtype: torch.dtype) -> Node:
         source = value.all_input_nodes[0]
         if tensors(source)[0].dtype is dtype:
             return source
-    node = value.graph.call_function(CAST, (value,), {"dtype": dtype})
-    kept = ("spec", "origin", "why", *INHERITED)
-    node.meta = {k: value.meta[k] for k in kept if k in value.meta} | {"wire": have.dtype}
-    node.meta["val"] = name_shape(have.to(dtype), named_shape(have))
-    return node
+    made = name_shape(have.to(dtype), named_shape(have))
+    view, layout = of(value), spec(value) if specs(value) else None
+    return emit(
+        CAST, (value,), value, {"dtype": dtype}, value=made, layout=layout,
+        origin=view.origin, why=view.why, wire=have.dtype,
+    )  # fmt: skip
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -25,8 +25,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import arguments, tensors
-from shardc.compiler.ir.rewrite import insert
+from shardc.compiler.ir.node import arguments, tensors, val
+from shardc.compiler.ir.rewrite import emit, replace
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -68,7 +68,6 @@ def _alike(a: Any, b: Any) -> bool:
 def _split_bias(node: Node) -> None:
     bias, left, right = node.args[:3]
     with node.graph.inserting_before(node):
-        product = insert(node.graph, PRODUCTS[node.target], (left, right), node)
-        total = insert(node.graph, aten.add.Tensor, (product, bias), node)
-    node.replace_all_uses_with(total)
-    node.graph.erase_node(node)
+        product = emit(PRODUCTS[node.target], (left, right), node, value=val(node))
+        total = emit(aten.add.Tensor, (product, bias), node, value=val(node))
+    replace(node, total)

@@ -19,8 +19,8 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.infer.open_splits import refinements
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import placeholders
-from shardc.compiler.ir.node import spec
-from shardc.compiler.ir.rewrite import insert
+from shardc.compiler.ir.node import set_spec, spec
+from shardc.compiler.ir.rewrite import emit
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.spec import Spec
@@ -47,7 +47,7 @@ def _compute_with(param: Node, layout: Spec) -> int:
     gathers = [u for u in param.users if u.target is reshard]
     for gather in gathers:
         gather.args = (param, layout)  # pyright: ignore[reportAttributeAccessIssue]
-        gather.meta["spec"] = layout
+        set_spec(gather, layout)
     if gathers or spec(param) == layout:
         return len(gathers)
     order = {n: i for i, n in enumerate(param.graph.nodes)}
@@ -55,7 +55,7 @@ def _compute_with(param: Node, layout: Spec) -> int:
     if not users:
         return 0
     with param.graph.inserting_before(min(users, key=order.__getitem__)):
-        new = insert(param.graph, reshard, (param, layout), param, layout, why="whole heads, not pieces of them")
+        new = emit(reshard, (param, layout), param, layout=layout, why="whole heads, not pieces of them")
     for user in users:
         user.replace_input_with(param, new)
     return 1

@@ -20,8 +20,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import tensors, val
-from shardc.compiler.ir.rewrite import insert
+from shardc.compiler.ir.node import of, tensors, val
+from shardc.compiler.ir.rewrite import emit
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -43,7 +43,7 @@ class DrawWhole:
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()
         for node in call_nodes(gm):
-            if node.meta.get("data"):
+            if of(node).data:
                 continue
             dropout = node.target is aten.native_dropout.default
             if dropout or node.target in LIKE:
@@ -64,12 +64,12 @@ def _canvas(x: Node, node: Node) -> Node:
     value = val(x)
     order = sorted(range(value.dim()), key=lambda d: -value.stride(d))
     shape = [value.shape[d] for d in order]
-    zeros = insert(node.graph, aten.zeros.default, (shape,), node, val=value.new_zeros(shape))
-    zeros.kwargs = {"dtype": value.dtype, "device": value.device}
+    given = {"dtype": value.dtype, "device": value.device}
+    zeros = emit(aten.zeros.default, (shape,), node, given, value=value.new_zeros(shape))
     if order == sorted(order):
         return zeros
     back = [order.index(d) for d in range(value.dim())]
-    return insert(node.graph, aten.permute.default, (zeros, back), node, val=zeros.meta["val"].permute(back))
+    return emit(aten.permute.default, (zeros, back), node)
 
 
 def _mask(node: Node) -> None:
@@ -77,14 +77,14 @@ def _mask(node: Node) -> None:
     x, p, train = (*node.args, None)[:3]
     assert isinstance(x, Node) and isinstance(p, float)
     _stand_in(node)
-    out, mask = tensors(node)
+    out, _ = tensors(node)
     with node.graph.inserting_after(node):
-        drawn = insert(node.graph, operator.getitem, (node, 1), node, val=mask)
+        drawn = emit(operator.getitem, (node, 1), node)
     scale = 1.0 if train is False else 1 / (1 - p) if p < 1 else 0.0
     with node.graph.inserting_after(drawn):
-        kept = insert(node.graph, aten.mul.Tensor, (x, drawn), node, val=out)
+        kept = emit(aten.mul.Tensor, (x, drawn), node, value=out)
     with node.graph.inserting_after(kept):
-        result = insert(node.graph, aten.mul.Scalar, (kept, scale), node, val=out)
+        result = emit(aten.mul.Scalar, (kept, scale), node, value=out)
     for user in [u for u in node.users if u is not drawn]:
         user.replace_all_uses_with(result if user.args[1] == 0 else drawn)
         node.graph.erase_node(user)

@@ -21,7 +21,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import INHERITED, arguments, shape, val
+from shardc.compiler.ir.node import arguments, of, shape, val
+from shardc.compiler.ir.rewrite import emit, replace
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -42,7 +43,7 @@ class FuseCrossEntropy:
         for node in call_nodes(gm, aten._log_softmax_backward_data.default):
             gradient, _, dim, dtype = arguments(node)
             views, loss = _through_views(gradient)
-            if node.meta.get("data") or loss.meta.get("data"):
+            if of(node).data or of(loss).data:
                 continue
             if loss.target in LOSSES and _is_class_dim(node, loss, dim) and val(node).dtype == dtype:
                 _rewrite(node, loss, views, dim % len(shape(node)))
@@ -77,47 +78,27 @@ def _count(sizes: tuple[int, ...]) -> int:
 
 def _rewrite(node: Node, loss: Node, views: list[Node], dim: int) -> None:
     go, _, target, weight, reduction, ignored, total = arguments(loss)
-    emit = _Emitter(node)
-    kept = emit(aten.ne.Scalar, target, ignored)
-    safe = emit(aten.mul.Tensor, target, kept)
-    if weight is None:
-        scale = emit(aten._to_copy.default, kept, dtype=val(loss).dtype)
-    else:
-        picked = emit(aten.index.Tensor, weight, [safe])
-        scale = emit(aten.mul.Tensor, picked, kept)
-    scale = emit(aten.mul.Tensor, scale, emit(aten.div.Tensor, go, total) if reduction == MEAN else go)
-    # Not by the product alone: where all targets are ignored, total is zero and 0 * inf is no zero.
-    dropped = emit(aten.logical_not.default, kept)
-    row = emit(aten.neg.default, emit(aten.masked_fill.Scalar, scale, dropped, 0))
-    if views:
-        sizes = list(shape(node))
-        sizes[dim] = 1
-        row = emit(aten.view.default, row, sizes)
-    else:
-        row = emit(aten.unsqueeze.default, row, dim)
-    share = emit(aten.mul.Tensor, emit(aten.exp.default, node.args[1]), row)
-    new = emit(aten.sub.Tensor, node.args[0], share)
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
 
+    def call(op: Any, *args: Any, **kwargs: Any) -> Node:
+        return emit(op, args, node, kwargs)
 
-class _Emitter:
-    """Adds calls before a node, with its place in the source and the value each has."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
-    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Node:
-        graph = self._node.graph
-        with graph.inserting_before(self._node):
-            new = graph.call_function(op, args, kwargs)
-        new.meta = {k: self._node.meta[k] for k in INHERITED if k in self._node.meta}
-
-        def meta(x: Any) -> Any:
-            if isinstance(x, (list, tuple)):
-                return type(x)(meta(i) for i in x)
-            return val(x).to("meta") if isinstance(x, Node) else x
-
-        found = op(*meta(args), **{k: meta(v) for k, v in kwargs.items()})
-        new.meta["val"] = found
-        return new
+    with node.graph.inserting_before(node):
+        kept = call(aten.ne.Scalar, target, ignored)
+        safe = call(aten.mul.Tensor, target, kept)
+        if weight is None:
+            scale = call(aten._to_copy.default, kept, dtype=val(loss).dtype)
+        else:
+            picked = call(aten.index.Tensor, weight, [safe])
+            scale = call(aten.mul.Tensor, picked, kept)
+        scale = call(aten.mul.Tensor, scale, call(aten.div.Tensor, go, total) if reduction == MEAN else go)
+        # Not by the product alone: where all targets are ignored, total is zero and 0 * inf is no zero.
+        dropped = call(aten.logical_not.default, kept)
+        row = call(aten.neg.default, call(aten.masked_fill.Scalar, scale, dropped, 0))
+        if views:
+            sizes = list(shape(node))
+            sizes[dim] = 1
+            row = call(aten.view.default, row, sizes)
+        else:
+            row = call(aten.unsqueeze.default, row, dim)
+        share = call(aten.mul.Tensor, call(aten.exp.default, node.args[1]), row)
+        replace(node, call(aten.sub.Tensor, node.args[0], share))

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import INHERITED, target_name, tensors, val
-from shardc.compiler.ir.rewrite import insert
+from shardc.compiler.ir.node import of, target_name, tensors, val
+from shardc.compiler.ir.rewrite import compute, emit, replace
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.rules.ops.random.distributions import DISTRIBUTIONS, SEED, Draw, like_of
@@ -56,11 +55,7 @@ def _number(node: Node, number: int, seeds: dict[torch.device, Node]) -> bool:
     out = tensors(node)[0]
 
     def call(op: Any, *args: Any, **kwargs: Any) -> Node:
-        new = node.graph.call_function(op, args, kwargs)
-        values = map_arg((args, kwargs), val)
-        new.meta = {k: node.meta[k] for k in INHERITED if k in node.meta}
-        new.meta["val"] = name_shape(op(*values[0], **values[1]), named_shape(out))
-        return new
+        return emit(op, args, node, kwargs, value=name_shape(compute(op, args, kwargs), named_shape(out)))
 
     def seed() -> Node:
         if out.device not in seeds:
@@ -69,7 +64,7 @@ def _number(node: Node, number: int, seeds: dict[torch.device, Node]) -> bool:
 
     with node.graph.inserting_before(node):
         like = like_of(node.all_input_nodes, named_shape(out), _shape)
-        if like is None and node.meta.get("data"):
+        if like is None and of(node).data:
             raise _unseen(node)
         if like is None:
             like = _canvas(node, out)
@@ -87,23 +82,20 @@ def _shape(node: Node) -> tuple[int, ...] | None:
 def _unseen(node: Node) -> ShardingError:
     return ShardingError(
         f"{target_name(node.target)} draws as many numbers as data says, and like no tensor",
-        where=node.meta.get("where", ""),
+        where=of(node).where,
         help='draw them like a tensor that has this size (torch.rand_like), or compile with rng="replay"',
     )
 
 
 def _seed(node: Node, out: torch.Tensor) -> Node:
-    seed = insert(node.graph, SEED, (out.device,), node, val=out.new_empty([2], dtype=torch.int64))
-    seed.meta["region"] = ""  # backward draws from what forward saved
-    return seed
+    value = out.new_empty([2], dtype=torch.int64)
+    return emit(SEED, (out.device,), node, value=value, region="")  # backward draws from what forward saved
 
 
 def _canvas(node: Node, out: torch.Tensor) -> Node:
     """A tensor as large as the result, where no operand is: only its shape is looked at."""
-    canvas = insert(node.graph, aten.empty.memory_format, (list(out.shape),), node)
-    canvas.kwargs = {"dtype": torch.bool, "device": out.device}
-    canvas.meta["val"] = out.new_empty(out.shape, dtype=torch.bool)
-    return canvas
+    given, value = {"dtype": torch.bool, "device": out.device}, out.new_empty(out.shape, dtype=torch.bool)
+    return emit(aten.empty.memory_format, (list(out.shape),), node, given, value=value)
 
 
 def _check(node: Node) -> None:
@@ -116,15 +108,14 @@ def _check(node: Node) -> None:
         with torch.random.fork_rng(devices=[]):
             node.target(sample, *node.args[1:])  # pyright: ignore[reportCallIssue]
     except RuntimeError as error:
-        raise ShardingError(str(error).splitlines()[0], where=node.meta.get("where", "")) from error
+        raise ShardingError(str(error).splitlines()[0], where=of(node).where) from error
 
 
 def _replace(node: Node, result: Any) -> None:
     if isinstance(result, Node):
-        node.replace_all_uses_with(result)
-    else:
-        for user in list(node.users):
-            assert user.target is operator.getitem
-            user.replace_all_uses_with(result[user.args[1]])
-            node.graph.erase_node(user)
+        replace(node, result)
+        return
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        replace(user, result[user.args[1]])
     node.graph.erase_node(node)

@@ -27,6 +27,7 @@ from shardc.compiler.infer.infer import call_rule
 from shardc.compiler.ir.graph import call_nodes, placeholders, returned
 from shardc.compiler.ir.marks import MARK
 from shardc.compiler.ir.node import arguments, local_nbytes, operands, tensors
+from shardc.compiler.ir.rewrite import replace
 from shardc.compiler.ir.signature import InputKind, OutputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
@@ -59,8 +60,7 @@ class Predivide:
         if scaled is None or not all(end in scaled for end in gradients):
             return PassResult()
         for end in dict.fromkeys(gradients):
-            end.replace_all_uses_with(arguments(end)[0])
-            gm.graph.erase_node(end)
+            replace(end, arguments(end)[0])
         for tangent in tangents:
             divide_tangent(tangent, ways)
         return PassResult(Counter(tangents=len(tangents), gradients=len(gradients)))

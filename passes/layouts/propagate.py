@@ -23,7 +23,18 @@ from shardc.compiler.infer.infer import call_rule, decide_node
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.marks import MARK, UnlessPending
-from shardc.compiler.ir.node import arguments, nbytes, operands, result_number, set_specs, spec, specs, target_name
+from shardc.compiler.ir.node import (
+    arguments,
+    nbytes,
+    of,
+    operands,
+    result_number,
+    set_spec,
+    set_specs,
+    spec,
+    specs,
+    target_name,
+)
 from shardc.compiler.ir.text import excerpt
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
@@ -45,7 +56,7 @@ class Propagate:
             if node.target is operator.getitem:
                 _pick(node)
             elif node.target is reshard:
-                node.meta["spec"] = node.args[1]
+                set_spec(node, arguments(node)[1])
             elif node.target is MARK:
                 _mark(node, forward, ctx.mesh)
             else:
@@ -57,18 +68,18 @@ class Propagate:
 
 def _pick(node: Node) -> None:
     source, index = arguments(node)
-    node.meta["spec"] = specs(source)[result_number(source, index)]
+    set_spec(node, specs(source)[result_number(source, index)])
 
 
 def _call(node: Node, ctx: Context, unknown: Counter) -> None:
     arriving = [_arriving(n, ctx) for n in operands(node)]
     decision = decide_node(node, arriving, ctx.mesh, ctx.plan.data_axes, ctx.decisions)
     if call_rule(node, ctx.decisions) is None and any(not s.is_whole for s in arriving):
-        why = "decides sizes or numbers by data" if node.meta.get("data") else "has no rule"
+        why = "decides sizes or numbers by data" if of(node).data else "has no rule"
         unknown[target_name(node.target), why] += 1
         if ctx.strict:
-            raise _by_data(node) if node.meta.get("data") else _no_rule(node)
-    node.meta["wants"] = decision.operands
+            raise _by_data(node) if of(node).data else _no_rule(node)
+    of(node).wants = decision.operands
     set_specs(node, decision.results)
 
 
@@ -85,25 +96,25 @@ def _arriving(value: Node, ctx: Context) -> Spec:
 def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:
     """A module boundary or constraint: forward takes the layout wished for, backward that of what it came from."""
     x, key = arguments(node)
-    if node.meta.get("data"):
-        node.meta["spec"] = spec(x)  # whole, whatever is wished of it
+    if of(node).data:
+        set_spec(node, spec(x))  # whole, whatever is wished of it
         return
     if key.endswith("|grad"):
         calls = forward.get(key.removesuffix("|grad"), [])
         partner = calls.pop() if len(calls) > 1 else calls[0] if calls else None
-        node.meta["spec"] = _transposed(spec(x), partner, mesh) if partner is not None else spec(x)
-        node.meta["wish"] = partner.meta.get("wish", ()) if partner is not None else ()  # the reason, for reports
+        set_spec(node, _transposed(spec(x), partner, mesh) if partner is not None else spec(x))
+        of(node).wish = of(partner).wish if partner is not None else ()  # the reason, for reports
         return
     layout = spec(x)
     wishes = []
-    for axis, placement, open_split, _ in node.meta.get("wish", ()):
+    for axis, placement, open_split, _ in of(node).wish:
         if not isinstance(placement, UnlessPending):
             wishes.append((axis, placement, open_split))
         elif not layout.reduction(axis):
             wishes.append((axis, placement.placement, open_split))
     for axis, placement, open_split in sorted(wishes, key=lambda wish: wish[1] != REPLICATE):
         layout = layout.place(axis, placement, mesh, open_split)  # what is to be whole is out of the others' way
-    node.meta["spec"] = layout
+    set_spec(node, layout)
     forward.setdefault(key, []).append(node)
 
 
@@ -114,7 +125,7 @@ def _transposed(gradient: Spec, mark: Node, mesh: Mesh) -> Spec:
     """
     x, key = arguments(mark)
     before, after, entering = spec(x), spec(mark), "|in|" in key
-    for axis, *_ in mark.meta.get("wish", ()):
+    for axis, *_ in of(mark).wish:
         if before.dim_of(axis) == after.dim_of(axis) and before.reduction(axis) == after.reduction(axis):
             continue
         if gradient.reduction(axis) and entering:
@@ -130,7 +141,7 @@ def _no_rule(node: Node) -> ShardingError:
     name = target_name(node.target)
     return ShardingError(
         f"{name} has no sharding rule, and strict=True allows none without",
-        where=node.meta.get("where", ""),
+        where=of(node).where,
         excerpt=excerpt(node),
         help=f'say what its dims mean: shardc.rule(torch.ops.{node.target}, "... -> ...")',
     )
@@ -140,7 +151,7 @@ def _by_data(node: Node) -> ShardingError:
     return ShardingError(
         f"{target_name(node.target)} decides a size or number by what tensors hold, so it needs them whole, "
         "and strict=True gathers nothing unasked",
-        where=node.meta.get("where", ""),
+        where=of(node).where,
         excerpt=excerpt(node),
         help="make what it is given whole there (a style's layouts, or shardc.constrain)",
     )

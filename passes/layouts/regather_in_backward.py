@@ -35,8 +35,8 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import arguments
-from shardc.compiler.ir.rewrite import insert
+from shardc.compiler.ir.node import arguments, of
+from shardc.compiler.ir.rewrite import emit
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.spec import Spec
@@ -59,38 +59,39 @@ class RegatherInBackward:
         changes, notes = Counter(), {}
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         gathers = call_nodes(gm, reshard)
-        units = _turn([u for g in gathers if g.meta.get("unit") for u in _uses(g)], order)
+        units = _turn([u for g in gathers if of(g).unit for u in _uses(g)], order)
         for gather in gathers:
-            region, kept = _region(gather), gather.meta.pop("kept", None)
-            if gather.meta.get("regather") and region:
-                gather.meta["region"] = region
+            view, region = of(gather), _region(gather)
+            kept, view.kept = view.kept, None  # what comes of the gather itself is not kept
+            if view.regather and region:
+                view.region = region
                 if kept is not None:
                     notes[f"{region}: computed again in backward, so gathered again over all ranks"] = None
                 changes["gathers"] += 1
-            elif gather.meta.get("regather") and kept is None and _lies_within(gather, units, order):
+            elif view.regather and kept is None and _lies_within(gather, units, order):
                 changes["kept"] += 1
-            elif gather.meta.get("regather"):
+            elif view.regather:
                 changes["gathers"] += _gathered_again(gather, kept, order)
         return PassResult(changes, tuple(notes))
 
 
 def _region(gather: Node) -> str:
     """The region that backward computes again, if all uses in forward lie in it: the gather is made again with it."""
-    early = [u for u in gather.users if u.op != "output" and u.meta.get("phase") != "backward"]
-    regions = {u.meta.get("region") or "" for u in early}
+    early = [u for u in gather.users if u.op != "output" and of(u).phase != "backward"]
+    regions = {of(u).region or "" for u in early}
     return regions.pop() if len(regions) == 1 else ""
 
 
 def _lies_within(gather: Node, units: tuple[int, int], order: dict[Node, int]) -> bool:
     """Whether a parameter of the root is used last in forward and first in backward, no other unit's in between."""
     last, first = _turn(_uses(gather), order)
-    return gather.meta.get("unit") == "" and -1 < units[0] < last and first < units[1]
+    return of(gather).unit == "" and -1 < units[0] < last and first < units[1]
 
 
 def _turn(uses: Sequence[Node], order: dict[Node, int]) -> tuple[int, int]:
     """The place of the last use in forward, -1 where there is none, and of the first in backward."""
-    early = [order[u] for u in uses if u.meta.get("phase") != "backward"]
-    late = [order[u] for u in uses if u.meta.get("phase") == "backward"]
+    early = [order[u] for u in uses if of(u).phase != "backward"]
+    late = [order[u] for u in uses if of(u).phase == "backward"]
     return max(early, default=-1), min(late, default=len(order))
 
 
@@ -106,25 +107,25 @@ def _gathered_again(gather: Node, kept: Spec | None, order: dict[Node, int]) -> 
     if twin is not None and kept is not None:
         _, compute = arguments(gather)
         with gather.graph.inserting_after(gather):
-            piece = insert(gather.graph, reshard, (gather, kept), gather, kept=True)
+            piece = emit(reshard, (gather, kept), gather, kept=True)
         twin.args = (piece, compute)
     return twin is not None
 
 
 def _again(node: Node, order: dict[Node, int]) -> Node | None:
     """A second `node` for its uses in backward, through cheap calls; None where it has none, or only such."""
-    late = [u for u in node.users if u.op != "output" and u.meta.get("phase") == "backward"]
+    late = [u for u in node.users if u.op != "output" and of(u).phase == "backward"]
     through = [u for u in node.users if u not in late and u.target in CHEAP]
     copies = [(u, copy) for u in through if (copy := _again(u, order)) is not None]
     if not late and not copies:
         return None
     if len(late) == len(node.users):
-        node.meta["phase"] = "backward"
+        of(node).phase = "backward"
         return None
     users = [*late, *(copy for _, copy in copies)]
     with node.graph.inserting_before(min(users, key=order.__getitem__)):
         twin = node.graph.node_copy(node, lambda n: n)
-    twin.meta = {**node.meta, "phase": "backward"}
+    of(twin).phase = "backward"
     order[twin] = min(order[u] for u in users)
     for user in users:
         user.replace_input_with(node, twin)

@@ -28,8 +28,8 @@ from shardc.compiler.infer.root_layouts import input_layout, output_layout
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes, output_node, placeholders, returned
 from shardc.compiler.ir.marks import CONSTRAIN, MARK, MarkKey, UnlessPending, parse_key
-from shardc.compiler.ir.node import arguments, nbytes, shape, spec
-from shardc.compiler.ir.rewrite import CAST, insert
+from shardc.compiler.ir.node import arguments, nbytes, of, set_spec, shape, spec, val
+from shardc.compiler.ir.rewrite import CAST, emit
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
@@ -51,15 +51,15 @@ class SeedPlan:
         for mark in call_nodes(gm, MARK):
             changes["marks"] += _wish(mark, ctx)
         for entry in ctx.signature.inputs:
-            nodes[entry.node].meta["spec"] = _input_spec(nodes[entry.node], entry, ctx)
-            nodes[entry.node].meta["why"] = _reason(entry, ctx)
+            set_spec(nodes[entry.node], _input_spec(nodes[entry.node], entry, ctx))
+            of(nodes[entry.node]).why = _reason(entry, ctx)
         outputs = _output_specs(gm, ctx)
         for entry in ctx.signature.inputs:
             if entry.kind is InputKind.TANGENT:
                 # Each rank's summand of a pending output has the whole gradient.
-                nodes[entry.node].meta["spec"] = Spec(outputs[entry.of or 0].dims)
+                set_spec(nodes[entry.node], Spec(outputs[entry.of or 0].dims))
             elif entry.kind is InputKind.CARRY:
-                nodes[entry.node].meta["spec"] = ctx.carries[entry.name]
+                set_spec(nodes[entry.node], ctx.carries[entry.name])
         _fix_outputs(gm, outputs, ctx)
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         for entry in ctx.signature.inputs:
@@ -78,16 +78,16 @@ def _wish(mark: Node, ctx: Context) -> bool:
         try:
             layout = ctx.plan.constraint(key.text)
         except PlanError as error:
-            raise error.at(mark.meta.get("where", "")) from None
+            raise error.at(of(mark).where) from None
         wishes = tuple((axis, p, False, "constrain") for axis, p in layout.items())
-        if mark.meta.get("data") and any(p != REPLICATE for p in layout.values()):
+        if of(mark).data and any(p != REPLICATE for p in layout.values()):
             raise _by_data("the value given to constrain", mark)
     else:
         said = ctx.plan.at(text)
         wishes = tuple((b.axis, b.desired, b.open, b.key) for b in said if b.desired is not None)
     for axis, placement, _, said in wishes:
         _fits(mark, key, axis, placement, said, ctx)
-    mark.meta["wish"] = wishes
+    of(mark).wish = wishes
     return bool(wishes)
 
 
@@ -99,7 +99,7 @@ def _fits(mark: Node, key: MarkKey, axis: str, placement: Any, said: str, ctx: C
         what = f"{place} {key.fqn or 'the model'}" if place else "the value given to constrain"
         raise PlanError(
             f"{what} has shape {shape(mark)}: {error}",
-            where=mark.meta.get("where", ""),
+            where=of(mark).where,
             excerpt=said if place else "",
             help="name a dim that the tensor has",
         ) from None
@@ -108,7 +108,7 @@ def _fits(mark: Node, key: MarkKey, axis: str, placement: Any, said: str, ctx: C
 def _by_data(what: str, node: Node) -> PlanError:
     return PlanError(
         f"{what} has shape {list(shape(node))}, of which data decides a size: it lies whole on every rank",
-        where=node.meta.get("where", ""),
+        where=of(node).where,
         help="give it no layout that splits it",
     )
 
@@ -170,21 +170,21 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
             continue
         with gm.graph.inserting_before(end):
             if entry.kind is OutputKind.OUTPUT:
-                ends[i] = insert(gm.graph, reshard, (node, outputs[i]), node, why="the layout of an output")
+                ends[i] = emit(reshard, (node, outputs[i]), node, why="the layout of an output")
                 continue
             source = ctx.signature.inputs[entry.of or 0]
             if entry.kind is OutputKind.MUTATION or source.kind is not InputKind.PARAMETER:
                 target = Spec(spec(nodes[source.node]).dims)  # ... and so does each summand of a pending input
-                ends[i] = insert(gm.graph, reshard, (node, target), node, why=f"the layout of {source.name}")
+                ends[i] = emit(reshard, (node, target), node, why=f"the layout of {source.name}")
             else:
-                ends[i] = _gradient(gm, node, source, averages, ctx)
+                ends[i] = _gradient(node, source, averages, ctx)
     end.args = (tuple(ends),)
     for i, ways in averages.tangents.items():
         entry = next(e for e in ctx.signature.inputs if e.kind is InputKind.TANGENT and e.of == i)
         divide_tangent(nodes[entry.node], ways)
 
 
-def _gradient(gm: GraphModule, node: Node, source: Input, averages: Averages, ctx: Context) -> Node:
+def _gradient(node: Node, source: Input, averages: Averages, ctx: Context) -> Node:
     """A parameter's gradient in the parameter's stored layout; left pending where no reduction is wanted."""
     layout = ctx.plan.params[source.name]
     local = {a for a in ctx.plan.data_axes if source.name in ctx.plan.ignored.get(a, ())} if ctx.average else set()
@@ -194,11 +194,11 @@ def _gradient(gm: GraphModule, node: Node, source: Input, averages: Averages, ct
     places = {a: layout.stored.get(a, REPLICATE) for a in order}
     wish = tuple((a, UnlessPending(p) if a in kept else p, False, why) for a, p in places.items())
     unit = ctx.plan.gather_unit(source.name)
-    new = insert(gm.graph, MARK, (node, f"|gradient|{source.name}|"), node, wish=wish, unit=unit)
+    new = emit(MARK, (node, f"|gradient|{source.name}|"), node, value=val(node), wish=wish, unit=unit)
     ways = averages.divisor(source.name, ctx.plan, ctx.mesh)
     if ways == 1 or source.name in ctx.keep:  # what is kept back is divided when it is reduced
         return new
-    return insert(gm.graph, torch.ops.aten.div.Tensor, (new, ways), node)
+    return emit(torch.ops.aten.div.Tensor, (new, ways), node, value=val(node))
 
 
 def _narrowed(node: Node) -> Node:
@@ -221,12 +221,12 @@ def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) 
         return 0
     compute, kept = layout.compute_spec(ctx.mesh), _kept(layout, ctx)
     with node.graph.inserting_before(min(users, key=order.__getitem__)):
-        gather = insert(
-            node.graph, reshard, (node, compute), node, phase="forward", regather=kept != compute,
+        gather = emit(
+            reshard, (node, compute), node, phase="forward", regather=kept != compute,
             unit=ctx.plan.gather_unit(fqn), why="; ".join(layout.keys.values()),
         )  # fmt: skip
         if kept not in (compute, layout.stored_spec(ctx.mesh)):
-            gather.meta["kept"] = kept
+            of(gather).kept = kept
     for user in users:
         user.replace_input_with(node, gather)
     return 1

@@ -28,8 +28,8 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import all_reduce, reduce_scatter
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import arguments, spec, tensors
-from shardc.compiler.ir.rewrite import insert
+from shardc.compiler.ir.node import arguments, of, spec, tensors, val
+from shardc.compiler.ir.rewrite import emit
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -64,9 +64,7 @@ def _goes_on(node: Node) -> bool:
 
 
 def _belongs(node: Node, user: Node) -> bool:
-    same = node.meta.get("phase") == user.meta.get("phase")
-    same = same and node.meta.get("region") == user.meta.get("region")
-    return same and user.target is ADD and _is_plain(user) and user.args[0] is not user.args[1]
+    return _together(node, user) and user.target is ADD and _is_plain(user) and user.args[0] is not user.args[1]
 
 
 def _summands(node: Node) -> Iterator[tuple[Node, Node]]:
@@ -95,8 +93,8 @@ def _reduced_once(node: Node) -> int:
             total = arguments(group[0])[0]
             for x in group[1:]:
                 total = _add(total, arguments(x)[0], node)
-            once = insert(graph, group[0].target, (total, *group[0].args[1:]), group[0], spec(group[0]))
-            once.meta |= {k: group[0].meta[k] for k in ("why",) if k in group[0].meta}
+            first, why = group[0], of(group[0]).why
+            once = emit(first.target, (total, *first.args[1:]), first, layout=spec(first), why=why)
             at = rest.index(group[-1])
             rest = [once if i == at else x for i, x in enumerate(rest) if x not in group or i == at]
         result = rest[0]
@@ -112,11 +110,14 @@ def _is_sum(x: Node) -> bool:
 
 
 def _shares(x: Node, inside: Node) -> bool:
-    return all(x.meta.get(k) == inside.meta.get(k) for k in ("phase", "region")) and not x.meta.get("unit")
+    return _together(x, inside) and not of(x).unit
+
+
+def _together(a: Node, b: Node) -> bool:
+    """Whether two calls are made at once: in one half, and in one region that backward runs again."""
+    return of(a).phase == of(b).phase and of(a).region == of(b).region
 
 
 def _add(a: Node, b: Node, like: Node) -> Node:
     layout = spec(a)
-    made = insert(like.graph, ADD, (a, b), like, layout, wants=(layout, spec(b)))
-    made.meta["val"] = like.meta["val"]
-    return made
+    return emit(ADD, (a, b), like, value=val(like), layout=layout, wants=(layout, spec(b)))

@@ -20,8 +20,8 @@ from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.marks import MARK
-from shardc.compiler.ir.node import arguments, map_operands, operands, spec
-from shardc.compiler.ir.rewrite import insert
+from shardc.compiler.ir.node import arguments, map_operands, of, operands, spec
+from shardc.compiler.ir.rewrite import emit, replace
 from shardc.compiler.ir.text import excerpt
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
@@ -41,8 +41,7 @@ class InsertReshards:
         for node in call_nodes(gm):
             if node.target is MARK:
                 _replace_mark(node, changes)
-            elif "wants" in node.meta:
-                wants = node.meta["wants"]
+            elif (wants := of(node).wants) is not None:
                 if ctx.strict:
                     _refuse_unplanned(node, wants)
                 if any(spec(n) != needed for n, needed in zip(operands(node), wants, strict=True)):
@@ -57,7 +56,7 @@ def _refuse_unplanned(node: Node, wants: tuple[Spec, ...]) -> None:
         if lost:
             raise ShardingError(
                 f"%{node.name} needs %{value.name} as {needed}, and no plan entry gathers it over {', '.join(lost)}",
-                where=node.meta.get("where", ""),
+                where=of(node).where,
                 excerpt=excerpt(node),
                 help="state the layout there (a style's layouts, or shardc.constrain), or compile without strict=True",
             )
@@ -74,18 +73,15 @@ def _reshard(value: Node, needed: Spec, user: Node, made: dict, changes: Counter
 
 def _replace_mark(node: Node, changes: Counter) -> None:
     value = arguments(node)[0]
-    if spec(value) == spec(node):
-        node.replace_all_uses_with(value)
-    else:
-        why = "; ".join(dict.fromkeys(wish[3] for wish in node.meta.get("wish", ())))
-        node.replace_all_uses_with(_insert(value, spec(node), node, why=why, unit=node.meta.get("unit")))
+    if spec(value) != spec(node):
+        why = "; ".join(dict.fromkeys(wish[3] for wish in of(node).wish))
+        value = _insert(value, spec(node), node, why=why, unit=of(node).unit)
         changes["reshard"] += 1
-    node.graph.erase_node(node)
+    replace(node, value)
 
 
-def _insert(value: Node, needed: Spec, user: Node, **meta: str | None) -> Node:
+def _insert(value: Node, needed: Spec, user: Node, **said: str | None) -> Node:
     """A reshard in front of a user. A sum belongs to the module that left it pending, all else to its user's."""
     like = value if spec(value).pending else user
     with user.graph.inserting_before(user):
-        meta = {"phase": user.meta.get("phase", "forward"), **meta}
-        return insert(user.graph, reshard, (value, needed), like, needed, val=value.meta["val"], **meta)
+        return emit(reshard, (value, needed), like, layout=needed, phase=of(user).phase, **said)

@@ -15,8 +15,8 @@ from torch.fx import GraphModule
 from shardc.compiler.ir import collectives
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import arguments, spec, tensors
-from shardc.compiler.ir.rewrite import insert
+from shardc.compiler.ir.node import arguments, of, spec, tensors
+from shardc.compiler.ir.rewrite import emit, replace
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.ways import ways
@@ -37,8 +37,7 @@ class LowerReshards:
                 for move in ways(spec(value), target, itemsize, ctx.mesh):
                     op = getattr(collectives, move.kind)
                     args = tuple(a for a in move.args if a != "sum")  # the usual reduction goes unsaid
-                    value = insert(gm.graph, op, (value, *args), node, move.after, why=node.meta.get("why", ""))
+                    value = emit(op, (value, *args), node, layout=move.after, why=of(node).why)
                     changes[move.kind] += 1
-            node.replace_all_uses_with(value)
-            gm.graph.erase_node(node)
+            replace(node, value)
         return PassResult(changes)

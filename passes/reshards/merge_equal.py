@@ -18,7 +18,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import is_random
+from shardc.compiler.ir.node import is_random, of, specs
+from shardc.compiler.ir.rewrite import replace
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -47,15 +48,15 @@ class MergeEqual:
             key = _key(node)
             twin = known.setdefault(key, node)
             if twin is not node:
-                node.replace_all_uses_with(twin)
-                gm.graph.erase_node(node)
+                replace(node, twin)
                 changes["merged"] += 1
         return PassResult(changes)
 
 
 def _key(node: Node) -> Any:
-    phase = node.meta.get("phase") if node.meta.get("regather") or node.meta.get("region") else None
-    return node.target, _frozen(node.args), _frozen(node.kwargs), node.meta.get("spec"), phase
+    view = of(node)
+    phase = view.phase if view.regather or view.region else None
+    return node.target, _frozen(node.args), _frozen(node.kwargs), specs(node), phase
 
 
 def _frozen(tree: Any) -> Any:
