@@ -105,7 +105,7 @@ def agrees_as_ranks(
     for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
         same(x.grad, y.grad, f"gradient of input {i}")
     for (name, p), q in zip(compiled.named_parameters(), alone.parameters(), strict=True):
-        averaged = [a for a in (split[0] if alike and split else ()) if name not in program.plan.ignored.get(a, ())]
+        averaged = [a for a in (split[0] if alike and split else ()) if a not in program.plan.params[name].local]
         if q.grad is not None:
             q.grad /= math.prod(mesh[a] for a in averaged)
         same(p.grad, q.grad, f"gradient of {name}")

@@ -186,7 +186,7 @@ def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), average:
     nodes, ends = placeholders(gm), returned(gm)
     params = plan.pop("params", None)
     if params is None:
-        params = {n.name: param(n) for n in nodes if n.name in gradients}
+        params = {n.name: param(n, mesh) for n in nodes if n.name in gradients}
     inputs = [_input(node.name, params) for node in nodes]
     order = [n.name for n in nodes]
     results = len(ends) - len(gradients)
@@ -195,8 +195,8 @@ def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), average:
     axes = plan.setdefault("data_axes", ())
     roots = RootLayouts(plan.pop("inputs", None), plan.pop("outputs", None), lambda x: x, mesh.names, axes)
     fields: dict[str, Any] = dict(
-        mesh=mesh, params=params, buffers={}, boundaries=(), marked=(), positional={}, counts={}, ignored={},
-        bucket_bytes={}, reduce_dtype={}, reshard_after={}, unit_reshard={}, roots=roots, order=mesh.names,
+        mesh=mesh, params=params, buffers={}, boundaries=(), marked=(), positional={}, counts={},
+        bucket_bytes={}, reduce_dtype={}, roots=roots, order=mesh.names,
     )  # fmt: skip
     options = {k: plan.pop(k) for k in ("keep", "strict", "carries") if k in plan}
     signature = Signature(tuple(inputs), tuple(outputs), None, None, (), 0, (), {})
@@ -211,13 +211,15 @@ def _input(name: str, params: Any) -> Input:
     return Input(name, InputKind.PARAMETER if name in params else InputKind.BATCH, name, requires_grad=True)
 
 
-def param(node: Node, stored: Any = None, compute: Any = None, open: Sequence[str] = (), **more: Any) -> ParamLayout:
-    """The layout of a parameter: by default whole, or computed with as it is stored."""
+def param(
+    node: Node, mesh: Mesh, stored: str = "", compute: str = "", kept: str = "", open: Sequence[str] = (), **more: Any
+) -> ParamLayout:
+    """The layout of a parameter: by default whole, computed with as it is stored, and kept as it is computed with."""
     (x,) = tensors(node)
-    stored = stored or {}
-    compute = stored if compute is None else compute
-    size = x.numel() * x.element_size()
-    return ParamLayout(node.name, tuple(x.shape), x.dtype, size, True, stored, compute, frozenset(open), **more)
+    whole = Spec.whole(x.shape).text()
+    stored = stored or whole
+    layouts = [parse(text, mesh)[1] for text in (stored, compute or stored, kept or compute or stored)]
+    return ParamLayout(node.name, x.dtype, True, *layouts, frozenset(open), **more)
 
 
 def apply(step: Any, gm: GraphModule, ctx: Context) -> Record:

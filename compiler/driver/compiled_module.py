@@ -151,8 +151,7 @@ class CompiledModule(nn.Module):
         """The mesh dims along which ranks have different gradients of a parameter."""
         plan, mesh = self._lowering.plan, self._lowering.mesh
         own = plan.canonical(name)
-        local = [a for a, names in plan.ignored.items() if own in names]
-        axes = {*plan.params[own].stored_spec(mesh).axes(), *local}
+        axes = {*plan.params[own].stored.axes(), *plan.params[own].local}
         return tuple(a for a in mesh.names if a in axes)
 
     def _sync(self) -> Sync:
@@ -260,7 +259,7 @@ class CompiledModule(nn.Module):
         layout = plan.layout(key)
         if layout is None:
             return Spec.whole(self._owners.get(key).shape)
-        return layout.stored_spec(self._lowering.mesh)
+        return layout.stored
 
     def follow(self, follower: Callable[[nn.Parameter, Callable[[Tensor], Tensor]], None]) -> None:
         """Have a function called for each parameter that the first program stores in another layout, with what

@@ -114,7 +114,7 @@ class Filling:
         if self.ranks is None or not isinstance(x, nn.Parameter):
             made = torch.empty_like(x, device=device)
             return nn.Parameter(made, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else made
-        spec = self.plan.params[self.plan.canonical(name)].stored_spec(self.ranks.mesh)
+        spec = self.plan.params[self.plan.canonical(name)].stored
         local = torch.empty(spec.local_shape(self.ranks.mesh, self.ranks.coords), dtype=x.dtype, device=device)
         piece = local if spec.is_whole else as_dtensor(local, spec, self.ranks.device_mesh)
         return nn.Parameter(piece, requires_grad=x.requires_grad)
@@ -172,5 +172,6 @@ class Filling:
 
     def _held_by(self, x: Tensor, fqn: str, ranks: Ranks) -> Tensor:
         layout = self.plan.layout(fqn)
-        spec = layout.stored_spec(ranks.mesh) if layout is not None else None
-        return x if spec is None or spec.is_whole else shard(x, spec, ranks.device_mesh, ranks.coords)
+        if layout is None or layout.stored.is_whole:
+            return x
+        return shard(x, layout.stored, ranks.device_mesh, ranks.coords)

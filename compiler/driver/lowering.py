@@ -200,16 +200,15 @@ class Lowering:
             step.run(copy, ctx)
         params = dict(self.plan.params)
         for name, spec in refinements(copy, traced.signature, self.plan, self.mesh, decisions).items():
-            layout, placements = params[name], to_placements(spec, self.mesh)
-            if placements is None or layout.stored != layout.compute:
+            layout = params[name]
+            if to_placements(spec, self.mesh) is None or layout.stored != layout.compute:
                 continue
-            stored = {a: p for a, p in zip(self.mesh.names, placements, strict=True) if not isinstance(p, Replicate)}
             if self.ranks is not None:
-                param, before = self.module.get_parameter(name), layout.stored_spec(self.mesh)
+                param, before = self.module.get_parameter(name), layout.stored
                 self.ranks.relay(param, before, spec)
                 for follow in self.followers:
                     follow(param, partial(self.ranks.moved, before=before, after=spec))
-            params[name] = replace(layout, stored=stored, compute=stored)
+            params[name] = replace(layout, stored=spec, compute=spec, kept=spec)
         self.plan = replace(self.plan, params=params)
 
     def _executable(self, program: Program) -> Executable:
@@ -244,15 +243,12 @@ class Lowering:
             if source.kind is not InputKind.PARAMETER or ends[place] is None:
                 continue
             spec: Spec = ends[place].meta["spec"]
-            ignored = any(source.name in names for names in self.plan.ignored.values())
-            if spec.pending and not ignored:
+            layout = self.plan.params[source.name]
+            if spec.pending and not layout.local:
                 kept[i] = source.name, spec
-            elif self.plan.params[source.name].stored:
-                wraps[i] = self.ranks.wrapper(self._stored(source.name))
+            elif not layout.stored.is_whole:
+                wraps[i] = self.ranks.wrapper(layout.stored)
         return wraps, kept
-
-    def _stored(self, name: str) -> Spec:
-        return self.plan.params[name].stored_spec(self.mesh)
 
     def _of_family(self, form: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program | None:
         """The program of a family that has these sizes. Its conditions hold: forward takes the path that its own

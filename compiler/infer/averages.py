@@ -47,7 +47,7 @@ class Averages:
         """By what a parameter's gradient is divided; not over mesh dims where it stays local."""
         if parameter in self.later:
             return 1
-        return math.prod(mesh[a] for a in self.axes if parameter not in plan.ignored.get(a, ()))
+        return math.prod(mesh[a] for a in self.axes if a not in plan.params[parameter].local)
 
 
 def divide_tangent(tangent: Node, ways: int) -> None:

@@ -28,7 +28,7 @@ def refinements(
     for node in placeholders(gm):
         layout = open_params.get(node.name)
         if layout is not None:
-            plain = layout.compute_spec(mesh)
+            plain = layout.compute
             better = _refined(plain, layout, [atoms.of(node, d) for d in range(len(plain.dims))], mesh)
             if better != plain:
                 out[layout.fqn] = better

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard, _StridedShard
 
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Spec
+
 CONSTRAIN = "constrain"
 GRAD = "|grad"
 REDUCTIONS = ("sum", "avg", "product", "max", "min", "band", "bor", "bxor")
@@ -58,12 +61,17 @@ def _under_vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, key: str
 
 @dataclass(frozen=True)
 class UnlessPending:
-    """In a wish: this placement, but a value pending over the mesh dim stays so."""
+    """In a wish: this layout, but a value pending over one of these mesh dims stays so."""
 
-    placement: Placement
+    layout: Spec
+    axes: tuple[str, ...]
 
-    def __str__(self) -> str:
-        return f"{self.placement}, or pending"
+    def of(self, found: Spec, mesh: Mesh) -> Spec:
+        """What becomes of a value laid out as found."""
+        pending, layout = {a: op for a, op in found.pending if a in self.axes}, self.layout
+        for axis in pending:
+            layout = layout.without(axis, mesh)
+        return layout.with_pending(pending, mesh)
 
 
 @runtime_checkable

@@ -45,7 +45,6 @@ class Data:
     outside: list[str] = field(default_factory=list)  # trainable, and in no annotated module
     bucket_bytes: int | None = None
     reduce_dtype: torch.dtype | None = None
-    reshard_after: bool | int | None = None
     unit_reshard: dict[str, bool | int] = field(default_factory=dict)
     unmatched: list[Unmatched] = field(default_factory=list)
 
@@ -187,11 +186,7 @@ def _options(axis: str, groups: list[Group], units: dict[str, Group], size: int,
     out.reduce_dtype = next(iter(dtypes), None)
     for unit, group in units.items():
         if isinstance(group.entry, FullyShard):
-            after = _reshard(axis, group, size)
-            if out.reshard_after is None:
-                out.reshard_after = after
-            out.unit_reshard[unit] = after
-    out.unit_reshard = {u: after for u, after in out.unit_reshard.items() if after != out.reshard_after}
+            out.unit_reshard[unit] = _reshard(axis, group, size)
 
 
 def _reshard(axis: str, group: Group, size: int) -> bool | int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed.tensor import Placement, Replicate
 
 from shardc.compiler.errors import PlanError
 from shardc.compiler.plan.annotate import DEFAULT_MESH_DIM, Annotation, annotated
-from shardc.compiler.plan.data_parallel import Data, from_annotations, from_entry, resolve_data
+from shardc.compiler.plan.data_parallel import Cover, Data, from_annotations, from_entry, resolve_data
 from shardc.compiler.plan.forwards import Forward
 from shardc.compiler.plan.keys import Keyed, resolve_keys
 from shardc.compiler.plan.layout import unknown_mesh_dim
@@ -19,8 +19,8 @@ from shardc.compiler.plan.match import Index, Unmatched, did_you_mean
 from shardc.compiler.plan.plan import Entry, Plan, as_plan
 from shardc.compiler.plan.resolved import ParamLayout, Resolved
 from shardc.compiler.plan.roots import RootLayouts
-from shardc.compiler.spec.mesh import Mesh
-from shardc.compiler.spec.spec import to_placements
+from shardc.compiler.spec.mesh import Mesh, part_of
+from shardc.compiler.spec.spec import Spec, from_placements, to_placements
 from shardc.compiler.user_code import call_site, warn_user
 
 Notes = dict[str, list[tuple[str, Annotation]]]  # mesh dim -> (FQN, annotation)
@@ -152,7 +152,6 @@ def _put_together(work: _Work, roots: RootLayouts, data_axes: tuple[str, ...], n
     bordered = {b.module for b in boundaries}
     named = {t for keyed in work.keyed.values() for t in keyed.layouts}
     marked = [n for n in index.modules if n in bordered]
-    reshard = {a: d.reshard_after for a, d in work.data.items() if d.reshard_after is not None}
     devices = [n.device_id for found in notes.values() for _, n in found if n.device_id is not None]
     return Resolved(
         mesh=work.mesh,
@@ -163,11 +162,8 @@ def _put_together(work: _Work, roots: RootLayouts, data_axes: tuple[str, ...], n
         positional={n: Forward.of(index.modules[n].forward).positional for n in marked},
         counts={k: v for keyed in work.keyed.values() for k, v in keyed.counts.items()},
         data_axes=data_axes,
-        ignored={a: frozenset(n for n, c in d.covers.items() if c.local) for a, d in work.data.items()},
         bucket_bytes={a: d.bucket_bytes for a, d in work.data.items() if d.bucket_bytes is not None},
         reduce_dtype={a: d.reduce_dtype for a, d in work.data.items()},
-        reshard_after=reshard,
-        unit_reshard={(a, u): after for a, d in work.data.items() for u, after in d.unit_reshard.items()},
         roots=roots,
         order=tuple(dict.fromkeys([*work.order, *work.mesh.names])),
         device_id=devices[0] if devices else None,
@@ -179,11 +175,10 @@ def _put_together(work: _Work, roots: RootLayouts, data_axes: tuple[str, ...], n
 def check_placements(plan: Resolved) -> None:
     """Raises PlanError for a parameter that real ranks cannot hold as a DTensor: torch has no placements for it."""
     for layout in plan.params.values():
-        stored = layout.stored_spec(plan.mesh)
-        if to_placements(stored, plan.mesh) is None:
-            order = ", ".join(sorted(layout.stored, key=lambda axis: axis not in layout.compute))
+        if to_placements(layout.stored, plan.mesh) is None:
+            order = ", ".join(sorted(layout.stored.axes(), key=lambda axis: axis in layout.unit))
             raise PlanError(
-                f"{layout.fqn} would be stored as {stored}, and torch has no placements for such uneven pieces",
+                f"{layout.fqn} would be stored as {layout.stored}, and torch has no placements for such uneven pieces",
                 excerpt="\n".join(layout.keys.values()),
                 help=f"list the mesh dims as {order}, or shard another dim: FullyShard(placement=lambda p: Shard(1))",
             )
@@ -199,27 +194,33 @@ def _layout(name: str, work: _Work) -> ParamLayout:
         axis: c.placement for axis, c in claims.items() if not isinstance(c.placement, Replicate)
     }
     sharded = {axis: c.placement for axis, c in covers.items() if c.placement is not None}
-    layout = ParamLayout(
+    keys = {a: asked[a] for a in work.order if asked.get(a)}
+    try:
+        used = from_placements(tensor.shape, compute, work.mesh)
+        stored = from_placements(tensor.shape, {**compute, **sharded}, work.mesh)
+    except ValueError as error:
+        text = "\n".join(keys.values())
+        raise PlanError(str(error), excerpt=text, help=f"lay out {name} in another way") from None
+    return ParamLayout(
         fqn=name,
-        shape=tuple(tensor.shape),
         dtype=tensor.dtype,
-        nbytes=tensor.numel() * tensor.dtype.itemsize,
         requires_grad=tensor.requires_grad,
-        stored={**compute, **sharded},
-        compute=compute,
+        stored=stored,
+        compute=used,
+        kept=_kept(used, sharded, covers, work),
         open=frozenset(axis for axis, c in claims.items() if c.open),
-        keys={a: asked[a] for a in work.order if asked.get(a)},
+        local=frozenset(axis for axis, c in covers.items() if c.local),
+        keys=keys,
         aliases=tuple(work.index.names_of(name)[1:]),
         unit={axis: c.unit for axis, c in covers.items() if c.unit is not None},
         notes=tuple(c.note for c in covers.values() if c.note),
     )
-    _check_spec(layout, work.mesh)
-    return layout
 
 
-def _check_spec(layout: ParamLayout, mesh: Mesh) -> None:
-    try:
-        layout.stored_spec(mesh)
-    except ValueError as error:
-        keys = "\n".join(layout.keys.values())
-        raise PlanError(str(error), excerpt=keys, help=f"lay out {layout.fqn} in another way") from None
+def _kept(spec: Spec, sharded: Mapping[str, Placement], covers: Mapping[str, Cover], work: _Work) -> Spec:
+    """The layout between forward and backward: as computed with, or stored, or split over some of the ranks."""
+    for axis, placement in sharded.items():
+        ways = work.data[axis].unit_reshard[covers[axis].unit or ""]
+        if ways:
+            spec = spec.place(axis if ways is True else part_of(axis, ways), placement, work.mesh)
+    return spec

@@ -17,53 +17,59 @@ from shardc.compiler.plan.match import did_you_mean, find
 from shardc.compiler.plan.report import Report
 from shardc.compiler.plan.roots import RootLayouts, parse_path
 from shardc.compiler.spec.mesh import Mesh
-from shardc.compiler.spec.spec import Spec, from_placements
+from shardc.compiler.spec.spec import Spec
 
 
 @dataclass(frozen=True)
 class ParamLayout:
     """One parameter (or a buffer that the plan names).
 
-    stored, compute: mesh dim -> placement, at rest and while computing; only what splits, and where
-        several mesh dims split one dim, major to minor. FullyShard is in `stored` alone, innermost.
-    open: mesh dims whose placement comes from a style: the dim is fixed, which factor of it is not.
+    stored: the layout at rest; compute: while computing; kept: between forward and backward. What FullyShard splits
+        is whole in `compute`. What is open is split plainly.
+    open: mesh dims whose split comes from a style: the dim is fixed, which factor of it is not.
+    local: data mesh dims over which its gradient is not reduced.
     keys: mesh dim -> the plan entry behind its layout, as the user wrote it.
     aliases: further FQNs of the same tensor. unit: FullyShard mesh dim -> FQN of its gather unit.
     notes: what a reader of the report should know.
     """
 
     fqn: str
-    shape: tuple[int, ...]
     dtype: torch.dtype
-    nbytes: int
     requires_grad: bool
-    stored: dict[str, Placement]
-    compute: dict[str, Placement]
+    stored: Spec
+    compute: Spec
+    kept: Spec
     open: frozenset[str] = frozenset()
+    local: frozenset[str] = frozenset()
     keys: dict[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     unit: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def stored_spec(self, mesh: Mesh) -> Spec:
-        """The layout at rest; what is open is split plainly."""
-        return from_placements(self.shape, self.stored, mesh)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
 
-    def compute_spec(self, mesh: Mesh) -> Spec:
-        """The layout while computing; what is open is split plainly."""
-        return from_placements(self.shape, self.compute, mesh)
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def gather_unit(self) -> str | None:
+        """The unit whose gathers and reductions it takes part in; None where it is not gathered."""
+        units = [self.unit[a] for a in self.stored.axes() if a in self.unit]
+        return " ".join(dict.fromkeys(units)) if units else None
 
     def row(self, mesh: Mesh) -> dict[str, Any]:
         """Of the report."""
-        spec = self.stored_spec(mesh)
         # torch.chunk gives its first ranks the most, so no rank holds more than the one at the origin.
-        held = math.prod(spec.local_shape(mesh, dict.fromkeys(mesh.names, 0)))
+        held = math.prod(self.stored.local_shape(mesh, dict.fromkeys(mesh.names, 0)))
         return {
             "fqn": self.fqn,
             "shape": self.shape,
             "dtype": self.dtype,
             "keys": tuple(self.keys.values()),
-            "layout": spec.text(self.dtype),
+            "layout": self.stored.text(self.dtype),
             "bytes": self.nbytes,
             "bytes_per_rank": held * self.dtype.itemsize,
             "aliases": self.aliases,
@@ -105,8 +111,7 @@ class Resolved:
     positional: marked module -> names of the positional parameters of its forward.
     counts: (module, side) -> length of the list of layouts given for it, for `check_count`.
     data_axes: mesh dims that split the batch, in mesh order.
-    ignored: data mesh dim -> parameters whose gradients stay local over it.
-    bucket_bytes, reduce_dtype, reshard_after: options per mesh dim; `unit_reshard` those of single units.
+    bucket_bytes, reduce_dtype: options per mesh dim.
     order: all mesh dims, those of the plan first, as it lists them.
     unmatched: plan keys that name nothing. warnings: what was warned of.
     """
@@ -119,11 +124,8 @@ class Resolved:
     positional: dict[str, tuple[str, ...]]
     counts: dict[tuple[str, str], int]
     data_axes: tuple[str, ...]
-    ignored: dict[str, frozenset[str]]
     bucket_bytes: dict[str, int]
     reduce_dtype: dict[str, torch.dtype | None]
-    reshard_after: dict[str, bool | int]
-    unit_reshard: dict[tuple[str, str], bool | int]
     roots: RootLayouts
     order: tuple[str, ...]
     device_id: int | torch.device | None = None
@@ -172,16 +174,6 @@ class Resolved:
     def layout(self, name: str) -> ParamLayout | None:
         """Of a parameter under any of its names, or of a buffer that the plan names; other buffers have none."""
         return self.params.get(self.canonical(name)) or self.buffers.get(name)
-
-    def reshards(self, axis: str, unit: str) -> bool | int:
-        """Whether (or to how many ranks) a gather unit frees its parameters after forward."""
-        return self.unit_reshard.get((axis, unit), self.reshard_after[axis])
-
-    def gather_unit(self, fqn: str) -> str | None:
-        """The unit whose gathers and reductions a parameter takes part in; None for one that is not gathered."""
-        layout = self.params[fqn]
-        units = [layout.unit[a] for a in layout.stored if a in layout.unit and a not in layout.compute]
-        return " ".join(dict.fromkeys(units)) if units else None
 
     def of_units(self, patterns: Sequence[str]) -> tuple[str, ...]:
         """The parameters of the units that match; of one that is in no unit any module around it counts as its own.

@@ -106,14 +106,10 @@ def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:
         of(node).wish = of(partner).wish if partner is not None else ()  # the reason, for reports
         return
     layout = spec(x)
-    wishes = []
-    for axis, placement, open_split, _ in of(node).wish:
-        if not isinstance(placement, UnlessPending):
-            wishes.append((axis, placement, open_split))
-        elif not layout.reduction(axis):
-            wishes.append((axis, placement.placement, open_split))
-    for axis, placement, open_split in sorted(wishes, key=lambda wish: wish[1] != REPLICATE):
-        layout = layout.place(axis, placement, mesh, open_split)  # what is to be whole is out of the others' way
+    wishes = sorted(of(node).wish, key=lambda wish: wish[1] != REPLICATE)
+    for axis, wished, open_split, _ in wishes:  # what is to be whole is out of the others' way
+        gradient = isinstance(wished, UnlessPending)
+        layout = wished.of(layout, mesh) if gradient else layout.place(axis, wished, mesh, open_split)
     set_spec(node, layout)
     forward.setdefault(key, []).append(node)
 

@@ -33,8 +33,6 @@ from shardc.compiler.ir.rewrite import CAST, emit
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
-from shardc.compiler.plan.resolved import ParamLayout
-from shardc.compiler.spec.mesh import part_of
 from shardc.compiler.spec.sizes import of_data
 from shardc.compiler.spec.spec import REPLICATE, Spec, from_placements
 
@@ -116,10 +114,10 @@ def _by_data(what: str, node: Node) -> PlanError:
 def _input_spec(node: Node, entry: Input, ctx: Context) -> Spec | None:
     dims = shape(node)
     if entry.kind is InputKind.PARAMETER:
-        return ctx.plan.params[entry.name].stored_spec(ctx.mesh)
+        return ctx.plan.params[entry.name].stored
     if entry.kind is InputKind.BUFFER:
         layout = ctx.plan.buffers.get(entry.name)
-        return layout.stored_spec(ctx.mesh) if layout is not None else Spec.whole(dims)
+        return layout.stored if layout is not None else Spec.whole(dims)
     if entry.kind is not InputKind.BATCH:
         return Spec.whole(dims)
     return _placed(dims, input_layout(node, entry.name, ctx.plan), ctx, f"input {entry.name}")
@@ -187,14 +185,11 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
 def _gradient(node: Node, source: Input, averages: Averages, ctx: Context) -> Node:
     """A parameter's gradient in the parameter's stored layout; left pending where no reduction is wanted."""
     layout = ctx.plan.params[source.name]
-    local = {a for a in ctx.plan.data_axes if source.name in ctx.plan.ignored.get(a, ())} if ctx.average else set()
-    kept = local | (set(ctx.plan.data_axes) if source.name in ctx.keep else set())
-    order = [*layout.stored, *(a for a in ctx.mesh.names if a not in layout.stored)]
-    why = f"gradient of {source.name}"
-    places = {a: layout.stored.get(a, REPLICATE) for a in order}
-    wish = tuple((a, UnlessPending(p) if a in kept else p, False, why) for a, p in places.items())
-    unit = ctx.plan.gather_unit(source.name)
-    new = emit(MARK, (node, f"|gradient|{source.name}|"), node, value=val(node), wish=wish, unit=unit)
+    kept = set(ctx.plan.data_axes) if source.name in ctx.keep else set(layout.local) if ctx.average else set()
+    target = UnlessPending(layout.stored, tuple(a for a in ctx.mesh.names if a in kept))
+    wish = ("", target, False, f"gradient of {source.name}")
+    key = f"|gradient|{source.name}|"
+    new = emit(MARK, (node, key), node, value=val(node), wish=(wish,), unit=layout.gather_unit)
     ways = averages.divisor(source.name, ctx.plan, ctx.mesh)
     if ways == 1 or source.name in ctx.keep:  # what is kept back is divided when it is reduced
         return new
@@ -219,26 +214,13 @@ def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) 
     users = [u for u in node.users if u.op != "output"]
     if not users:
         return 0
-    compute, kept = layout.compute_spec(ctx.mesh), _kept(layout, ctx)
     with node.graph.inserting_before(min(users, key=order.__getitem__)):
         gather = emit(
-            reshard, (node, compute), node, phase="forward", regather=kept != compute,
-            unit=ctx.plan.gather_unit(fqn), why="; ".join(layout.keys.values()),
+            reshard, (node, layout.compute), node, phase="forward", regather=layout.kept != layout.compute,
+            unit=layout.gather_unit, why="; ".join(layout.keys.values()),
         )  # fmt: skip
-        if kept not in (compute, layout.stored_spec(ctx.mesh)):
-            of(gather).kept = kept
+        if layout.kept not in (layout.compute, layout.stored):
+            of(gather).kept = layout.kept
     for user in users:
         user.replace_input_with(node, gather)
     return 1
-
-
-def _kept(layout: ParamLayout, ctx: Context) -> Spec:
-    """The layout a parameter has between forward and backward: as computed with, stored, or in between."""
-    spec = layout.compute_spec(ctx.mesh)
-    for axis, placement in layout.stored.items():
-        if axis in layout.compute:
-            continue
-        ways = ctx.plan.reshards(axis, layout.unit[axis])
-        if ways:
-            spec = spec.place(axis if ways is True else part_of(axis, ways), placement, ctx.mesh)
-    return spec

@@ -151,7 +151,7 @@ def _says(what: str) -> Callable[[str], str]:
 def held_numel(program: Program) -> int:
     """Elements of all parameters that rank 0, which holds most, holds."""
     mesh = program.mesh
-    layouts = [layout.stored_spec(mesh) for layout in program.plan.params.values()]
+    layouts = [layout.stored for layout in program.plan.params.values()]
     return sum(math.prod(spec.local_shape(mesh, mesh.coords(0))) for spec in layouts)
 
 

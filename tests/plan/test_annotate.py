@@ -13,10 +13,16 @@ import shardc
 from shardc import FullyShard, Mesh, PlanError, Replicated
 from shardc.compiler.plan.annotate import annotated
 from shardc.compiler.plan.resolve import resolve
+from shardc.compiler.plan.resolved import Resolved
 
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def local(found: Resolved) -> set[str]:
+    """The parameters whose gradients are not reduced."""
+    return {fqn for fqn, layout in found.params.items() if layout.local}
 
 
 def test_both_return_the_module_and_leave_no_trace_on_it():
@@ -125,27 +131,27 @@ def test_twice_for_two_mesh_dims_is_hybrid_sharding():
     model = shardc.fully_shard(shardc.replicate(mlp(), mesh_dim="outer"), mesh_dim="inner")
     found = resolve(None, model, Mesh(outer=2, inner=2))
     assert found.data_axes == ("outer", "inner")
-    assert found.params["0.weight"].stored == {"inner": Shard(0)}
+    assert found.params["0.weight"].stored.text() == "[8@inner, 4]"
 
 
 def test_a_sharded_module_inside_a_replicated_one_keeps_its_layout():
     model = shardc.replicate(mlp(), bucket_cap_mb=1)
     shardc.fully_shard(model[0], placement=lambda p: Shard(p.ndim - 1), reshard_after_forward=False)
     found = resolve(None, model, Mesh(dp=2))
-    assert found.params["0.weight"].stored == {"dp": Shard(1)}
+    assert found.params["0.weight"].stored.text() == "[8, 4@dp]"
     assert found.params["0.weight"].unit == {"dp": "0"}
-    assert found.params["2.weight"].stored == {}
+    assert found.params["2.weight"].stored.is_whole
     assert found.params["2.weight"].keys == {"dp": 'replicate("")'}
-    assert found.ignored == {"dp": frozenset()}
+    assert not local(found)
     assert found.bucket_bytes == {"dp": 1024 * 1024}
-    assert found.reshard_after == {"dp": False}
+    assert found.params["0.weight"].kept.is_whole
 
 
 def test_units_may_reshard_each_in_its_way():
     model = shardc.fully_shard(mlp())
     shardc.fully_shard(model[2], reshard_after_forward=False)
     found = resolve(None, model, Mesh(dp=2))
-    assert (found.reshards("dp", ""), found.reshards("dp", "2")) == (True, False)
+    assert [found.params[name].kept.is_whole for name in ("0.weight", "2.weight")] == [False, True]
 
 
 def test_children_alone():
@@ -153,7 +159,7 @@ def test_children_alone():
     shardc.replicate(model[0])
     shardc.replicate(model[2])
     found = resolve(None, model, Mesh(dp=2))
-    assert found.ignored == {"dp": frozenset()}
+    assert not local(found)
     assert found.params["2.bias"].keys == {"dp": 'replicate("2")'}
 
 
@@ -162,7 +168,7 @@ def test_gradients_that_no_annotation_covers_are_warned_of():
     shardc.replicate(model[0])
     with pytest.warns(UserWarning, match="no annotation covers 2.weight and 1 more: gradients stay local over dp"):
         found = resolve(None, model, Mesh(dp=2))
-    assert found.ignored == {"dp": frozenset({"2.weight", "2.bias"})}
+    assert local(found) == {"2.weight", "2.bias"}
 
 
 def test_frozen_parameters_outside_need_no_warning():
@@ -177,7 +183,7 @@ def test_ignored_modules_are_left_alone(ignored):
     model = mlp()
     shardc.replicate(model, ignored_modules=ignored(model))
     found = resolve(None, model, Mesh(dp=2))
-    assert found.ignored == {"dp": frozenset({"0.weight", "0.bias"})}
+    assert local(found) == {"0.weight", "0.bias"}
     assert found.params["0.weight"].notes == ("its gradient stays local over dp",)
 
 
@@ -185,8 +191,8 @@ def test_ignored_parameters_stay_whole():
     model = mlp()
     shardc.fully_shard(model, ignored_params=[model.get_parameter("0.weight")])
     found = resolve(None, model, Mesh(dp=2))
-    assert found.params["0.weight"].stored == {}
-    assert found.ignored == {"dp": frozenset({"0.weight"})}
+    assert found.params["0.weight"].stored.is_whole
+    assert local(found) == {"0.weight"}
 
 
 def test_patterns_of_an_annotation_begin_at_its_module():
@@ -194,19 +200,19 @@ def test_patterns_of_an_annotation_begin_at_its_module():
     shardc.replicate(model["a"], ignored_modules=["0"])
     shardc.replicate(model["b"])
     found = resolve(None, model, Mesh(dp=2))
-    assert found.ignored == {"dp": frozenset({"a.0.weight", "a.0.bias"})}
+    assert local(found) == {"a.0.weight", "a.0.bias"}
 
 
 def test_a_plan_wins_over_annotations_of_its_mesh_dims():
     model = shardc.fully_shard(mlp(), mesh_dim="dp")
     found = resolve(shardc.Plan(dp=Replicated()), model, Mesh(dp=2))
-    assert found.params["0.weight"].stored == {}
+    assert found.params["0.weight"].stored.is_whole
 
 
 def test_annotations_fill_the_mesh_dims_that_a_plan_leaves():
     model = shardc.fully_shard(mlp())
     found = resolve(shardc.Plan(tp={"0": "colwise"}), model, Mesh(dp=2, tp=2))
-    assert list(found.params["0.weight"].stored) == ["tp", "dp"]
+    assert found.params["0.weight"].stored.text() == "[8@tp.dp, 4]"
     assert found.order == ("tp", "dp")
 
 

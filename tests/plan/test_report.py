@@ -133,7 +133,7 @@ def test_no_rank_holds_more_than_the_report_says():
     report = found.report()
     held = []
     for rank in range(mesh.size):
-        shapes = [p.stored_spec(mesh).local_shape(mesh, mesh.coords(rank)) for p in found.params.values()]
+        shapes = [p.stored.local_shape(mesh, mesh.coords(rank)) for p in found.params.values()]
         held.append(4 * sum(torch.Size(shape).numel() for shape in shapes))
     assert max(held) == report.total == sum(row["bytes_per_rank"] for row in report)
     assert report.whole == sum(p.numel() * 4 for p in GPT().parameters())

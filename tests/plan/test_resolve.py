@@ -42,9 +42,14 @@ class Model(nn.Module):
         self.register_buffer("mask", torch.zeros(6, 6))
 
 
-def split(found: Resolved) -> dict[str, dict[str, object]]:
+def split(found: Resolved) -> dict[str, str]:
     """The parameters that are split at rest."""
-    return {fqn: dict(layout.stored) for fqn, layout in found.params.items() if layout.stored}
+    return {fqn: layout.stored.text() for fqn, layout in found.params.items() if not layout.stored.is_whole}
+
+
+def local(found: Resolved, axis: str = "dp") -> set[str]:
+    """The parameters whose gradients are not reduced over a mesh dim."""
+    return {fqn for fqn, layout in found.params.items() if axis in layout.local}
 
 
 def refusals(*plans: object, mesh: Mesh = TP, model: type[nn.Module] = Model) -> str:
@@ -94,10 +99,11 @@ def test_a_tp_plan_of_a_published_model():
         "head": "colwise_gather_output",
     }
     found = resolve(plan, Model(), TP)
-    assert {fqn: p["tp"] for fqn, p in split(found).items()} == {
-        "emb.weight": Shard(0),
-        **{f"layers.{i}.w1.{name}": Shard(0) for i in range(2) for name in ("weight", "bias")},
-        **{f"layers.{i}.w2.weight": Shard(1) for i in range(2)},
+    assert split(found) == {
+        "emb.weight": "[13@tp, 8]",
+        **{f"layers.{i}.w1.weight": "[32@tp, 8]" for i in range(2)},
+        **{f"layers.{i}.w1.bias": "[32@tp]" for i in range(2)},
+        **{f"layers.{i}.w2.weight": "[8, 32@tp]" for i in range(2)},
     }
     assert found.params["layers.1.norm.bias"].keys == {"tp": 'tp["layers.*.norm"] = "replicated_with_grad_allreduce"'}
 
@@ -107,8 +113,8 @@ def test_a_tp_plan_of_a_published_model():
 
 def test_a_written_out_key_wins_over_a_pattern():
     found = resolve({"layers.*.w1": "colwise", "layers.1.w1": "rowwise"}, Model(), TP)
-    assert split(found)["layers.0.w1.weight"] == {"tp": Shard(0)}
-    assert split(found)["layers.1.w1.weight"] == {"tp": Shard(1)}
+    assert split(found)["layers.0.w1.weight"] == "[32@tp, 8]"
+    assert split(found)["layers.1.w1.weight"] == "[32, 8@tp]"
 
 
 def test_two_patterns_that_agree_are_one():
@@ -123,7 +129,7 @@ def test_the_name_of_a_parameter_wins_over_its_module():
 
 def test_a_placement_closes_what_a_style_leaves_open():
     found = resolve({"layers.*.w1": "colwise", "layers.0.w1.weight": Shard(-2)}, Model(), TP)
-    assert found.params["layers.0.w1.weight"].stored == {"tp": Shard(0)}
+    assert split(found)["layers.0.w1.weight"] == "[32@tp, 8]"
     assert found.params["layers.0.w1.weight"].open == frozenset()
     assert found.params["layers.1.w1.weight"].open == {"tp"}
 
@@ -137,7 +143,7 @@ def test_a_style_inside_wins_over_one_around():
 def test_a_style_on_a_projection_wins_over_that_of_its_attention():
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
     found = resolve({"attn": ColwiseParallel(), "attn.out_proj": ColwiseParallel()}, model, TP)
-    assert found.params["attn.out_proj.weight"].stored == {"tp": Shard(0)}
+    assert split(found)["attn.out_proj.weight"] == "[8@tp, 8]"
 
 
 class Twice(nn.Module):
@@ -150,7 +156,7 @@ class Twice(nn.Module):
 def test_a_shared_module_is_one_module():
     found = resolve({"b": ColwiseParallel()}, Twice(), TP)
     assert found.marked == ("a",)
-    assert found.params["a.weight"].stored == {"tp": Shard(0)}
+    assert split(found)["a.weight"] == "[4@tp, 4]"
 
 
 def test_keys_that_disagree_are_refused():
@@ -202,7 +208,7 @@ def test_a_tied_parameter_may_be_laid_out_by_both_or_one_of_its_modules():
     one = resolve({"head": ColwiseParallel()}, Model(), TP)
     decided = resolve({"emb": ColwiseParallel(), "head": ColwiseParallel(), "emb.weight": Shard(0)}, Model(), TP)
     for found in (both, one, decided):
-        assert split(found) == {"emb.weight": {"tp": Shard(0)}}
+        assert split(found) == {"emb.weight": "[13@tp, 8]"}
 
 
 def test_keys_of_the_wrong_kind_are_refused():
@@ -279,9 +285,8 @@ def test_what_is_fully_sharded_lies_inside_of_what_a_style_splits(first: str):
     found = resolve(plan, Model(), BOTH)
     assert found.order[0] == first
     w1, w2 = found.params["layers.0.w1.weight"], found.params["layers.0.w2.weight"]
-    assert list(w1.stored.items()) == [("tp", Shard(0)), ("dp", Shard(0))]
-    assert w1.stored_spec(BOTH).text() == "[32@tp.dp, 8]" and w1.compute_spec(BOTH).text() == "[32@tp, 8]"
-    assert w2.stored_spec(BOTH).text() == "[8@dp, 32@tp]" and w2.compute == {"tp": Shard(1)}
+    assert (w1.stored.text(), w1.compute.text(), w1.kept) == ("[32@tp.dp, 8]", "[32@tp, 8]", w1.stored)
+    assert (w2.stored.text(), w2.compute.text()) == ("[8@dp, 32@tp]", "[8, 32@tp]")
     assert list(w1.keys) == list(found.order)
     assert w1.open == {"tp"} and w1.unit == {"dp": ""}
 
@@ -289,7 +294,7 @@ def test_what_is_fully_sharded_lies_inside_of_what_a_style_splits(first: str):
 def test_two_styles_on_one_dim_nest_in_plan_order():
     plan = Plan(b={"layers.*.w1": "colwise"}, a={"layers.*.w1.weight": Shard(0)})
     found = resolve(plan, Model(), Mesh(a=2, b=2))
-    assert found.params["layers.0.w1.weight"].stored_spec(found.mesh).text() == "[32@b.a, 8]"
+    assert split(found)["layers.0.w1.weight"] == "[32@b.a, 8]"
     assert found.params["layers.0.w1.weight"].open == {"b"}
 
 
@@ -297,7 +302,7 @@ def test_hybrid_sharding():
     plan = Plan(outer=Replicated(), inner=FullyShard("layers.*"), tp={"layers.*.w1": ColwiseParallel()})
     found = resolve(plan, Model(), Mesh(outer=2, inner=2, tp=2))
     assert found.data_axes == ("outer", "inner")
-    assert found.params["layers.0.w1.bias"].stored_spec(found.mesh).text() == "[32@tp.inner]"
+    assert split(found)["layers.0.w1.bias"] == "[32@tp.inner]"
     assert found.params["layers.0.norm.bias"].keys == {
         "outer": "outer = Replicated()",
         "inner": 'inner = FullyShard("layers.*")',
@@ -312,7 +317,7 @@ def test_units_are_the_matches_and_the_root_takes_the_rest():
     units = {fqn: layout.unit["dp"] for fqn, layout in found.params.items()}
     assert units["layers.0.w1.bias"] == "layers.0" and units["layers.1.w2.bias"] == "layers.1.w2"
     assert units["emb.weight"] == "" == units["scale"]
-    assert found.ignored == {"dp": frozenset()}
+    assert not local(found)
 
 
 def test_without_patterns_the_root_takes_all():
@@ -327,27 +332,29 @@ def test_a_parameter_tied_across_units_goes_to_one_that_holds_both():
 
 def test_scalars_stay_whole():
     scale = resolve(FullyShard(), Model(), DP).params["scale"]
-    assert scale.stored == {} and scale.notes == ("a scalar stays whole over dp",)
+    assert scale.stored.is_whole and scale.notes == ("a scalar stays whole over dp",)
 
 
 def test_placement_chooses_the_dim():
     largest = FullyShard(placement=lambda p: Shard(max(range(p.ndim), key=lambda d: p.shape[d])))
     found = resolve(largest, Model(), DP)
-    assert found.params["layers.0.w2.weight"].stored == {"dp": Shard(1)}
-    assert found.params["layers.0.w1.weight"].stored == {"dp": Shard(0)}
-    assert found.params["layers.0.w1.bias"].stored_spec(DP).text() == "[32@dp]"
+    assert split(found)["layers.0.w2.weight"] == "[8, 32@dp]"
+    assert split(found)["layers.0.w1.weight"] == "[32@dp, 8]"
+    assert split(found)["layers.0.w1.bias"] == "[32@dp]"
 
 
 def test_placement_may_leave_a_parameter_to_the_default_and_count_from_the_end():
     found = resolve(FullyShard(placement=lambda p: Shard(-1) if p.ndim > 1 else None), Model(), DP)
-    assert found.params["layers.0.w1.weight"].stored == {"dp": Shard(1)}
-    assert found.params["layers.0.w1.bias"].stored == {"dp": Shard(0)}
+    assert split(found)["layers.0.w1.weight"] == "[32, 8@dp]"
+    assert split(found)["layers.0.w1.bias"] == "[32@dp]"
 
 
-@pytest.mark.parametrize("after, kept", [(True, True), (False, False), (2, 2), (1, False), (4, True)])
-def test_resharding_to_a_number_of_ranks(after: bool | int, kept: bool | int):
+@pytest.mark.parametrize("after, kept", [(True, "dp"), (False, ""), (2, "dp/2"), (1, ""), (4, "dp")])
+def test_resharding_to_a_number_of_ranks(after: bool | int, kept: str):
     found = resolve(FullyShard("layers.*", reshard_after_forward=after), Model(), Mesh(dp=4))
-    assert found.reshard_after == {"dp": kept} and found.reshards("dp", "layers.0") == kept
+    layout = found.params["layers.0.w1.bias"]
+    assert (layout.stored.text(), layout.compute.text()) == ("[32@dp]", "[32]")
+    assert layout.kept.text() == (f"[32@{kept}]" if kept else "[32]")
 
 
 def test_units_name_their_own_parameters():
@@ -370,24 +377,24 @@ def test_options_of_data_parallel_are_kept():
     found = resolve(Replicated(bucket_mb=0.5, reduce_dtype=torch.bfloat16), Model(), DP)
     assert found.bucket_bytes == {"dp": 512 * 1024}
     assert found.reduce_dtype == {"dp": torch.bfloat16}
-    assert found.reshard_after == {} and split(found) == {}
+    assert split(found) == {}
 
 
 def test_parameters_outside_of_what_is_replicated_are_left_alone():
     found = resolve(Replicated(("layers.*", "emb"), ignored_modules="layers.1.w1"), Model(), DP)
-    assert found.ignored == {"dp": {"scale", "layers.1.w1.weight", "layers.1.w1.bias"}}
+    assert local(found) == {"scale", "layers.1.w1.weight", "layers.1.w1.bias"}
 
 
 def test_a_tied_parameter_is_left_alone_only_where_all_its_modules_are():
-    assert resolve(Replicated(ignored_modules="emb"), Model(), DP).ignored == {"dp": frozenset()}
+    assert not local(resolve(Replicated(ignored_modules="emb"), Model(), DP))
     both = Replicated(ignored_modules=("emb", "head"))
-    assert resolve(both, Model(), DP).ignored == {"dp": {"emb.weight"}}
+    assert local(resolve(both, Model(), DP)) == {"emb.weight"}
 
 
 def test_ignored_parameters_stay_whole_and_local():
     found = resolve(FullyShard(ignored_params="layers.*.norm.*"), Model(), DP)
     ignored = {f"layers.{i}.norm.{name}" for i in range(2) for name in ("weight", "bias")}
-    assert found.ignored == {"dp": ignored} and not ignored & split(found).keys()
+    assert local(found) == ignored and not ignored & split(found).keys()
 
 
 def test_data_parallel_that_does_not_fit_is_refused():
@@ -450,7 +457,7 @@ def test_constraints_are_read_over_the_mesh():
 
 def test_a_buffer_may_have_a_placement():
     found = resolve({"mask": Shard(1)}, Model(), TP)
-    assert found.buffers["mask"].stored == {"tp": Shard(1)} and "mask" not in found.params
+    assert found.buffers["mask"].stored.text() == "[6, 6@tp]" and "mask" not in found.params
 
 
 # ---- what is odd
@@ -471,7 +478,7 @@ tp["hed"] matches nothing; the nearest name is "head"
     )
     assert found.unmatched == ('tp["layers.*.w3"]', 'tp["emb.wieght"]', 'tp["hed"]')
     assert {w.filename for w in caught} == {__file__} and {w.category for w in caught} == {UserWarning}
-    assert split(found) == {"emb.weight": {"tp": Shard(0)}}
+    assert split(found) == {"emb.weight": "[13@tp, 8]"}
 
 
 def test_patterns_of_data_parallel_that_match_nothing_are_named_too():

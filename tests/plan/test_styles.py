@@ -57,9 +57,9 @@ def text(placement: Placement | None) -> str:
 def shown(found: Resolved) -> str:
     """Parameters that are split, then borders: what is declared -> desired, and `!` where explicit."""
     params = [
-        f"{fqn.removeprefix('m.')}: {text(p)}{' open' if axis in layout.open else ''}"
+        f"{fqn.removeprefix('m.')}: S({layout.stored.dim_of('tp')}){' open' if layout.open else ''}"
         for fqn, layout in found.params.items()
-        for axis, p in layout.stored.items()
+        if not layout.stored.is_whole
     ]
     borders = [
         f"{b.side} {b.index}: {text(b.declared)} -> {text(b.desired)}"
@@ -225,24 +225,23 @@ def test_strings_name_parameters_too():
 
 
 @pytest.mark.parametrize(
-    "string, shape, placement",
+    "string, shape, layout",
     [
-        ("colwise", (6, 4), "S(0)"),
-        ("colwise", (6,), "S(0)"),
-        ("rowwise", (6, 4), "S(1)"),
-        ("rowwise", (6,), None),
-        ("packed_rowwise", (3, 6, 4), "S(2)"),
-        ("embedding_rowwise", (6, 4), "S(0)"),
-        ("embedding_colwise", (6, 4), "S(1)"),
-        ("replicate", (6, 4), None),
-        ("colwise", (), None),
+        ("colwise", (6, 4), "[6@tp, 4]"),
+        ("colwise", (6,), "[6@tp]"),
+        ("rowwise", (6, 4), "[6, 4@tp]"),
+        ("rowwise", (6,), "[6]"),
+        ("packed_rowwise", (3, 6, 4), "[3, 6, 4@tp]"),
+        ("embedding_rowwise", (6, 4), "[6@tp, 4]"),
+        ("embedding_colwise", (6, 4), "[6, 4@tp]"),
+        ("replicate", (6, 4), "[6, 4]"),
+        ("colwise", (), "[]"),
     ],
 )
-def test_a_string_on_a_parameter_goes_by_its_dims(string: str, shape: tuple[int, ...], placement: str | None):
+def test_a_string_on_a_parameter_goes_by_its_dims(string: str, shape: tuple[int, ...], layout: str):
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros(shape))
-    layout = resolve({"w": string}, model, TP).params["w"]
-    assert [placement_text(p) for p in layout.stored.values()] == ([placement] if placement else [])
+    assert resolve({"w": string}, model, TP).params["w"].stored.text() == layout
 
 
 class Block(nn.Module):
@@ -448,4 +447,4 @@ def test_use_local_output_says_nothing():
 
 def test_a_style_for_the_root():
     found = resolve(Plan(tp=ColwiseParallel()), nn.Linear(4, 6), TP)
-    assert found.marked == ("",) and list(found.params["weight"].stored) == ["tp"]
+    assert found.marked == ("",) and found.params["weight"].stored.text() == "[6@tp, 4]"

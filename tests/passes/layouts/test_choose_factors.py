@@ -6,7 +6,6 @@ from collections import Counter
 
 import torch
 from expecttest import assert_expected_inline
-from torch.distributed.tensor.placement_types import Shard
 
 from shardc.compiler.ir.graph import placeholders
 from shardc.compiler.ir.node import spec
@@ -17,17 +16,17 @@ from tests.build import apply, build, context, on_one_device, param, random_inpu
 
 aten = torch.ops.aten
 TWO, FOUR = Mesh(tp=2), Mesh(tp=4)
-COLUMNS = {"tp": Shard(1)}
+COLUMNS = "[6, 48@tp]"
 
 
 def heads(x, w):
     return aten.view(aten.mm(x, w), [8, 3, 16])
 
 
-def chosen(fn, mesh: Mesh, w: str, open: tuple[str, ...] = ("tp",), compute=None):
+def chosen(fn, mesh: Mesh, w: str, open: tuple[str, ...] = ("tp",), compute: str = ""):
     gm = build(fn, mesh, x="f32[8, 6]", w=w)
     node = placeholders(gm)[1]
-    layout = param(node, {} if compute else COLUMNS, compute or COLUMNS, open)
+    layout = param(node, mesh, "" if compute else w, compute, open=open)
     record = apply(ChooseFactors(), gm, context(gm, mesh, ("w",), params={"w": layout}))
     return gm, +Counter(record.changes)
 

@@ -28,7 +28,7 @@ def layer(x, w, v, tangent):
 
 def predivided(fn=layer, mesh=DP, gradients=("w", "v"), types=TYPES, **options):
     gm = build(fn, mesh, **types)
-    params = {n.name: param(n) for n in placeholders(gm) if n.name in "wv"}
+    params = {n.name: param(n, mesh) for n in placeholders(gm) if n.name in "wv"}
     for node in placeholders(gm):
         del node.meta["spec"]
     ctx = context(gm, mesh, gradients, **{"data_axes": ("dp",), "average": True, "params": params, **options})

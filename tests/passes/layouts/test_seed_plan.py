@@ -37,7 +37,7 @@ def seeded(fn=layer, gradients=("w",), types=TYPES, layouts: dict | None = None,
     for node in placeholders(gm):
         del node.meta["spec"]
     nodes = {n.name: n for n in placeholders(gm)}
-    params = None if layouts is None else {name: param(nodes[name], **given) for name, given in layouts.items()}
+    params = None if layouts is None else {name: param(nodes[name], MESH, **given) for name, given in layouts.items()}
     ctx = context(gm, MESH, gradients, params=params, **options)
     return gm, +Counter(apply(SeedPlan(), gm, ctx).changes)
 
@@ -50,11 +50,11 @@ def calls(gm, target) -> list:
     return list(gm.graph.find_nodes(op="call_function", target=target))
 
 
-SHARDED = {"stored": {"dp": Shard(0)}, "compute": {}, "unit": {"dp": ""}, "keys": {"dp": "dp"}}
+SHARDED = {"stored": "[4@dp, 6]", "compute": "[4, 6]", "kept": "[4@dp, 6]", "unit": {"dp": ""}, "keys": {"dp": "dp"}}
 
 
 def test_inputs_parameters_tangents_and_results_get_the_layouts_of_the_plan():
-    gm, _ = seeded(layouts={"w": {"stored": {"tp": Shard(1)}}}, data_axes=("dp",))
+    gm, _ = seeded(layouts={"w": {"stored": "[4, 6@tp]"}}, data_axes=("dp",))
     assert_expected_inline(
         text(gm, MESH),
         """\
@@ -72,7 +72,7 @@ return (%reshard, %mark_default)""",
 
 
 def test_values_do_not_change():
-    gm, _ = seeded(data_axes=("dp",), layouts={"w": SHARDED}, reshard_after={"dp": True})
+    gm, _ = seeded(data_axes=("dp",), layouts={"w": SHARDED})
     given = random_inputs(gm)
     before = on_one_device(build(layer, MESH, **TYPES), given)
     for have, want in zip(on_one_device(gm, given), before, strict=True):
@@ -83,7 +83,7 @@ def test_values_do_not_change():
 
 
 def test_a_parameter_computed_with_otherwise_than_stored_is_gathered_behind_it():
-    gm, changes = seeded(layouts={"w": SHARDED}, data_axes=("dp",), reshard_after={"dp": True})
+    gm, changes = seeded(layouts={"w": SHARDED}, data_axes=("dp",))
     (gather,) = (n for n in calls(gm, c.reshard) if n.args[0].name == "w")
     assert changes["gathers"] == 1 and str(gather.args[1]) == "[4, 6]"
     assert (gather.meta["why"], gather.meta["regather"]) == ("dp", True)
@@ -91,37 +91,38 @@ def test_a_parameter_computed_with_otherwise_than_stored_is_gathered_behind_it()
 
 
 def test_a_gather_that_is_kept_says_so():
-    gm, _ = seeded(layouts={"w": SHARDED}, data_axes=("dp",), reshard_after={"dp": False})
+    gm, _ = seeded(layouts={"w": SHARDED | {"kept": ""}}, data_axes=("dp",))
     (gather,) = (n for n in calls(gm, c.reshard) if n.args[0].name == "w")
     assert gather.meta["regather"] is False
 
 
 def test_left_alone_a_parameter_that_nothing_uses():
-    gm, changes = seeded(lambda x, w, tangent: x, (), layouts={"w": SHARDED}, reshard_after={"dp": True})
+    gm, changes = seeded(lambda x, w, tangent: x, (), layouts={"w": SHARDED})
     assert "gathers" not in changes and not placeholders(gm)[1].users
 
 
 # ---- gradients
 
 
-def wish_of(gm) -> list[tuple[str, str]]:
+def wish_of(gm) -> str:
     (mark,) = calls(gm, MARK)
-    return [(axis, str(placement)) for axis, placement, *_ in mark.meta["wish"]]
+    ((_, wished, *_),) = mark.meta["wish"]
+    return f"{wished.layout}, or pending over {wished.axes}" if wished.axes else str(wished.layout)
 
 
-def test_a_gradient_is_wished_where_its_parameter_lies_outermost_mesh_dim_first():
-    gm, _ = seeded(layouts={"w": {"stored": {"tp": Shard(1)}}}, data_axes=("dp",))
-    assert wish_of(gm) == [("tp", "S(1)"), ("dp", "R")]
+def test_a_gradient_is_wished_where_its_parameter_lies():
+    gm, _ = seeded(layouts={"w": {"stored": "[4, 6@tp]"}}, data_axes=("dp",))
+    assert wish_of(gm) == "[4, 6@tp]"
 
 
 def test_no_sync_leaves_data_parallel_mesh_dims_out():
     gm, _ = seeded(data_axes=("dp",), average=True, keep=frozenset(["w"]))
-    assert wish_of(gm) == [("dp", "R, or pending"), ("tp", "R")] and not calls(gm, aten.div.Tensor)
+    assert wish_of(gm) == "[4, 6], or pending over ('dp',)" and not calls(gm, aten.div.Tensor)
 
 
 def test_no_sync_of_another_parameter_leaves_this_one_alone():
     gm, _ = seeded(data_axes=("dp",), average=True, keep=frozenset(["v"]))
-    assert [placement for _, placement in wish_of(gm)] == ["R", "R"] and calls(gm, aten.div.Tensor)
+    assert wish_of(gm) == "[4, 6]" and calls(gm, aten.div.Tensor)
 
 
 def test_gradients_on_real_ranks_are_averaged():
@@ -140,8 +141,8 @@ def test_gradients_are_not_averaged_where_the_output_is_whole():
 
 
 def test_an_ignored_parameter_stays_local_and_is_not_averaged():
-    gm, _ = seeded(data_axes=("dp",), average=True, ignored={"dp": frozenset({"w"})})
-    assert wish_of(gm) == [("dp", "R, or pending"), ("tp", "R")] and not calls(gm, aten.div.Tensor)
+    gm, _ = seeded(data_axes=("dp",), average=True, layouts={"w": {"local": frozenset({"dp"})}})
+    assert wish_of(gm) == "[4, 6], or pending over ('dp',)" and not calls(gm, aten.div.Tensor)
 
 
 def test_with_a_loss_beside_split_results_the_split_ones_gradient_is_divided():
