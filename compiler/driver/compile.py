@@ -55,7 +55,8 @@ def compile(
     (all ranks simulated in this process; global tensors in and out). inputs, outputs: layouts of the root's
     inputs and outputs. init: what fills a model on meta: None calls `reset_parameters` of every module that owns
     tensors there, a function is called per such module, a state_dict or a path (safetensors, or a folder of
-    torch.distributed.checkpoint) is loaded. src_data_rank: whose values win; None: each rank slices its own.
+    torch.distributed.checkpoint) is loaded; of a pair (one of these, function or None) the second fills what the
+    first lacks. src_data_rank: whose values win; None: each rank slices its own.
     precision: the dtypes that are computed with, reduced in and returned.
     recompute: patterns of modules whose activations are computed again in backward. rng: "counter", random numbers
     that are the same on any mesh, one device included, or "replay", those that plain eager torch draws on one device.

@@ -26,11 +26,24 @@ from shardc.runtime.wire.distribute import as_dtensor, broadcast, shard
 
 def check_init(init: Any) -> None:
     """Raises PlanError for what can fill nothing."""
-    if init is not None and not callable(init) and not isinstance(init, (Mapping, str, os.PathLike)):
+    source, function = _parts(init)
+    if (source is not None and not _is_source(source)) or (function is not None and not callable(function)):
         raise PlanError(
-            f"init is {shown(init)}, which ought to be callable, a state_dict or a path",
-            help="a function is called with every module that owns tensors on meta; None calls its reset_parameters",
+            f"init is {shown(init)}, which ought to be callable, a state_dict or a path, or a pair of these",
+            help="a function is called with every module that owns tensors on meta; None calls its reset_parameters; "
+            "of a pair (state_dict or path, function) the function fills what the first lacks",
         )
+
+
+def _is_source(init: Any) -> bool:
+    return isinstance(init, (Mapping, str, os.PathLike))
+
+
+def _parts(init: Any) -> tuple[Any, Any]:
+    """What is loaded, and what fills the rest: a function, or None for `reset_parameters`."""
+    if isinstance(init, tuple) and len(init) == 2:
+        return init
+    return (init, None) if _is_source(init) else (None, init)
 
 
 @dataclass
@@ -46,34 +59,38 @@ class Filling:
         """Give every parameter and buffer its values and its layout. Raises PlanError for what stays without."""
         built = recipes(self.model)
         owned = owners(self.model, built)
-        loads = isinstance(init, (Mapping, str, os.PathLike))
+        source, function = _parts(init)
         on_meta = [name for name, x in tensors(self.model).items() if x.is_meta]
-        if loads:
-            owned = self._never_loaded(owned)
-        if loads or init is None:
+        spread = self._source(source, on_meta) if source is not None else None
+        if spread is not None:
+            owned = self._never_loaded(owned, spread.missing if isinstance(init, tuple) else ())
+            if spread.missing and not isinstance(init, tuple) and not isinstance(source, Mapping):
+                help = "nothing was loaded; init=(path, function) fills what it lacks"
+                raise CheckpointError(f"{source} has no {', '.join(spread.missing)}", help=help)
+        if function is None:
             check_fillable(self.model, owned)
         self._agree(built)
-        loaded = self._load(init, on_meta) if loads else set()
+        loaded = self._load(spread) if spread is not None else set()
         rest = [name for name in on_meta if name not in loaded]
         fill(self.model, built, rest, self._place)
         drop_recipes(self.model)
         if owned:
             fresh = [f"{prefix}.{n}" if prefix else n for prefix, names in owned.items() for n in names]
-            self._initialise(owned, None if loads else init, fresh if loads else rest)
+            self._initialise(owned, function, fresh if source is not None else rest)
         if self.ranks is not None:
             self._take_over(self.ranks, set(on_meta))
 
-    def _never_loaded(self, owned: dict[str, list[str]]) -> dict[str, list[str]]:
-        """Of these tensors those that no state_dict holds."""
+    def _never_loaded(self, owned: dict[str, list[str]], missing: Collection[str]) -> dict[str, list[str]]:
+        """Of these tensors those that no state_dict holds, and those that this one lacks."""
         found = {}
         for prefix, names in owned.items():
             hidden = self.model.get_submodule(prefix)._non_persistent_buffers_set
-            if some := [name for name in names if name in hidden]:
+            if some := [n for n in names if n in hidden or (f"{prefix}.{n}" if prefix else n) in missing]:
                 found[prefix] = some
         return found
 
-    def _load(self, source: Any, on_meta: list[str]) -> set[str]:
-        """Names of the tensors that got their values from a state_dict or a path, which must then have all."""
+    def _source(self, source: Any, on_meta: list[str]) -> Spread:
+        """What a state_dict or a path has of the tensors that are on meta."""
         held, state = tensors(self.model), self.model.state_dict()
         if not on_meta:
             raise PlanError("init is given, but nothing is on meta", help="load into the compiled module instead")
@@ -83,11 +100,13 @@ class Filling:
         wanted = [(names, held[names[0]]) for names in groups.values()]
         spread = Spread(wanted, list(state), self.ranks, self.source)
         spread.look(lambda: weights(source))
-        if spread.missing and not isinstance(source, Mapping):
-            raise CheckpointError(f"{source} has no {', '.join(spread.missing)}", help="nothing was loaded")
+        return spread
+
+    def _load(self, spread: Spread) -> set[str]:
+        """Names of the tensors that got their values from there."""
         loaded: set[str] = set()
         for names, value in spread.whole():
-            x = held[names[0]]
+            x = tensors(self.model)[names[0]]
             made = self._place(names[0], x, value)
             if not isinstance(made, DTensor):  # a shard is a copy already
                 made.data = made.data.clone()

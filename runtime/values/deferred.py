@@ -115,7 +115,8 @@ def check_fillable(model: nn.Module, owned: dict[str, list[str]]) -> None:
     if missing:
         raise PlanError(
             f"on meta, in modules without reset_parameters: {', '.join(missing)}",
-            help="give compile an init: a function of each such module, a state_dict or a path; or use deferred_init",
+            help="give compile an init: a function of each such module, a state_dict or a path, or a pair of them "
+            "(path, function) where a file lacks some; or use deferred_init",
         )
 
 
@@ -130,10 +131,10 @@ def record_init(model: nn.Module, owned: dict[str, list[str]], init: Any, device
     for prefix, names in owned.items():
         module = model.get_submodule(prefix)
         for x in ({**module._parameters, **module._buffers}[name] for name in names):
-            recipe.ref(x)
+            recipe.waiting.add(recipe.ref(x).storage)
     real = {id(x) for x in tensors(model).values() if not x.is_meta}
     filled: set[int] = set()
-    with recording(recipe, protected):
+    with recording(recipe, protected, told=init is not None):
         for prefix in owned:
             module = model.get_submodule(prefix)
             with _standing_in(module, real | filled if init is None else real):

@@ -9,6 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from shardc.compiler.errors import PlanError
+from shardc.compiler.user_code import warn_user
 from shardc.runtime.values.deferred import PLACE, tensors
 from shardc.runtime.values.recipe import Recipe
 from shardc.runtime.values.replay import Replay
@@ -20,10 +21,14 @@ def fill(model: nn.Module, recipes: Sequence[Recipe], only: Collection[str], pla
     """Make what recipes know among these tensors of a model, and put what `place` returns under all its names.
 
     Largest at once: one storage (of a parameter, mostly) beside what is kept, and what its own calls need meanwhile.
-    Raises PlanError that lists tensors to which nothing gives values.
+    Memory that the constructor or an init function made and left as it came is left so, with a warning that names it.
+    Raises PlanError that lists tensors which an init was to fill and did not.
     """
     held = {name: x for name, x in tensors(model).items() if name in only}
-    _check_written(recipes, held)
+    missing = [name for name, x in held.items() for recipe in recipes if x.numel() and recipe.waits(x)]
+    if missing:
+        raise _no_values(missing)
+    left: list[str] = []
     made: dict[int, Tensor] = {}
     for recipe in recipes:
         replay = Replay(recipe)
@@ -37,13 +42,17 @@ def fill(model: nn.Module, recipes: Sequence[Recipe], only: Collection[str], pla
                 x = held[name]
                 ref = recipe.ref(x)
                 if not memory.holds(ref):
-                    raise _no_values([name])
+                    if ref.storage in recipe.waiting:
+                        raise _no_values([name])
+                    left.append(name)
                 if id(x) not in made:
                     made[id(x)] = place(name, x, memory.view(ref))
                 put(model, name, made[id(x)])
             del memory
         for module in model.modules():
             _fill_attributes(module, recipe, replay)
+    if left:
+        warn_user(f"nothing was written to {', '.join(left)}: they hold what memory held, as in a normal build")
 
 
 def put(model: nn.Module, fqn: str, x: Tensor) -> None:
@@ -52,17 +61,6 @@ def put(model: nn.Module, fqn: str, x: Tensor) -> None:
     module = model.get_submodule(owner)
     table: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
     table[name] = x
-
-
-def _check_written(recipes: Sequence[Recipe], held: dict[str, Tensor]) -> None:
-    missing = [
-        name
-        for name, x in held.items()
-        for recipe in recipes
-        if recipe.knows(x) and x.numel() and not recipe.touching[recipe.ref(x).storage]
-    ]
-    if missing:
-        raise _no_values(missing)
 
 
 def _no_values(names: Sequence[str]) -> PlanError:

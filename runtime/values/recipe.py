@@ -91,6 +91,7 @@ class Recipe:
     ends: list[tuple[torch.Generator, int]] = field(default_factory=list)  # generators, and where they would be
     names: dict[str, int] = field(default_factory=dict)  # what a deferred module left on meta -> its version then
     marks: dict[bytes, int] = field(default_factory=dict)  # what a generator was set to after a step -> the step
+    waiting: set[int] = field(default_factory=set)  # storages that an init is to fill; others may stay as they come
 
     def __deepcopy__(self, memo: Any) -> Recipe:
         raise ShardingError("a module of deferred_init has no values to copy", help="call deferred_init once more")
@@ -100,6 +101,11 @@ class Recipe:
 
     def knows(self, x: Tensor) -> bool:
         return x.is_meta and x.untyped_storage()._cdata in self.known
+
+    def waits(self, x: Tensor) -> bool:
+        """Whether a tensor is one that an init is to fill, and nothing was written to yet."""
+        storage = self.known.get(x.untyped_storage()._cdata)
+        return storage in self.waiting and not self.touching[storage]
 
     def ref(self, x: Tensor, device: torch.device | None = None) -> Ref:
         """Of a tensor on meta; a storage met for the first time is one that nothing was written to."""

@@ -7,6 +7,7 @@ notes the state that its generator would have, and the generator is set to a mar
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.user_code import call_site
+from shardc.compiler.user_code import call_site, is_users
 from shardc.runtime.values.recipe import Recipe, Step, generator_of, unreplayable
 from shardc.runtime.values.replay import Replay
 
@@ -34,15 +35,18 @@ FIRST_MARK = 0x5A4D_0000_0000  # seeds that nobody uses, so that a state tells t
 
 
 @contextmanager
-def recording(recipe: Recipe, protected: Mapping[int, str] = MappingProxyType({})) -> Iterator[None]:
+def recording(
+    recipe: Recipe, protected: Mapping[int, str] = MappingProxyType({}), told: bool = False
+) -> Iterator[None]:
     """Record into a recipe. Afterwards the default generators are as they were before; where they would be had the
     calls been made stands in `recipe.ends`. protected: real storages that must not be written to, and their names.
+    told: tensors that wait for their values say that they are on meta to who is neither this package nor torch.
     """
     both = list(dict.fromkeys([torch.default_generator, generator_of(recipe.device)]))
     states = [g.get_state() for g in both]
     recorder = _Recorder(recipe, protected)
     try:
-        with _Values(recorder), recorder:
+        with _Values(recorder, told), recorder:
             yield
         recipe.ends = [(g, recorder.state(g)) for g in both]
     finally:
@@ -54,15 +58,18 @@ class _Values(TorchFunctionMode):
     """Makes recorded tensors look real: where they are, and methods that give values to Python without an operator.
 
     Code asks a tensor whether it is on meta and then does nothing (torch.nn.init does): it would not in a real build.
+    told: the user's own init function is told the truth of what waits for it, as it asks to know what it is to fill.
     """
 
-    def __init__(self, recorder: _Recorder) -> None:
+    def __init__(self, recorder: _Recorder, told: bool) -> None:
         super().__init__()
-        self._recorder = recorder
+        self._recorder, self._told = recorder, told
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, recipe = getattr(func, "__name__", ""), self._recorder.recipe
         if name == "__get__" and isinstance(args[0], Tensor) and args[0].is_meta:
+            if self._told and recipe.waits(args[0]) and is_users(sys._getframe(1).f_code.co_filename):
+                return func(*args)
             if func == IS_META:
                 return False
             if func == DEVICE:

@@ -46,8 +46,9 @@ class Spread:
 
     @property
     def missing(self) -> list[str]:
-        """Tensors without a value, by their first names."""
-        return [names[0] for (names, _), state in zip(self.wanted, self.states, strict=False) if state == ABSENT]
+        """Tensors without a value, by all their names."""
+        absent = [names for (names, _), state in zip(self.wanted, self.states, strict=False) if state == ABSENT]
+        return [name for names in absent for name in names]
 
     def whole(self) -> Iterator[tuple[Sequence[str], Tensor]]:
         """(names, whole values) of each tensor that has any; not to be written to."""

@@ -136,7 +136,7 @@ def test_a_model_on_meta():
         """\
 PlanError: plan error: on meta, in modules without reset_parameters: in_proj_weight, in_proj_bias
   --> test_mistakes.py:N
-   = help: give compile an init: a function of each such module, a state_dict or a path; or use deferred_init""",
+   = help: give compile an init: a function of each such module, a state_dict or a path, or a pair of them (path, function) where a file lacks some; or use deferred_init""",
     )
 
 
@@ -144,9 +144,9 @@ def test_an_init_that_is_not_callable():
     assert_expected_inline(
         said(lambda: mlp(init=3)),
         """\
-PlanError: plan error: init is 3, which ought to be callable, a state_dict or a path
+PlanError: plan error: init is 3, which ought to be callable, a state_dict or a path, or a pair of these
   --> test_mistakes.py:N
-   = help: a function is called with every module that owns tensors on meta; None calls its reset_parameters""",
+   = help: a function is called with every module that owns tensors on meta; None calls its reset_parameters; of a pair (state_dict or path, function) the function fills what the first lacks""",
     )
 
 

@@ -134,21 +134,42 @@ ShardingError: sharding error: aten.resize_.default cannot be recorded: it gives
     )
 
 
-def test_memory_that_nothing_is_written_to():
-    assert_expected_inline(
-        said(compiled(NeverFilled)),
-        """\
-PlanError: plan error: nothing gives values to: a, b
-  --> test_deferred_init.py:N
-   = help: fill them in the constructor, in reset_parameters, or in the function given as init""",
-    )
-    assert_expected_inline(
-        said(compiled(PartlyFilled)),
-        """\
-PlanError: plan error: nothing gives values to: a
-  --> test_deferred_init.py:N
-   = help: fill them in the constructor, in reset_parameters, or in the function given as init""",
-    )
+class Scratch(nn.Module):
+    """A cache, made as code that writes before it reads makes one, under another module too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+        self.register_buffer("cache", torch.empty(2, 4))
+        self.register_buffer("grid", torch.empty_like(self.cache), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache.copy_(self.up(x)[:2])
+        return self.up(x) + self.cache.sum()
+
+
+@pytest.mark.parametrize("init", [None, {}, lambda module: None])
+def test_memory_that_a_normal_build_leaves_as_it_came_is_left_so_and_named(init):
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="nothing was written to cache, grid: they hold what memory held"):
+        model = shardc.compile(shardc.deferred_init(Scratch), FullyShard(), mesh=Mesh(dp=2), init=init)
+    torch.manual_seed(0)
+    one = Scratch()
+    assert torch.equal(model.up.weight, one.up.weight)
+    assert model.cache.isnan().all() and model.grid.isnan().all()  # as poisoned memory is
+    x = torch.randn(4, 4)
+    torch.testing.assert_close(model(x), one(x))
+    torch.testing.assert_close(model.cache, one.cache)
+
+
+@pytest.mark.parametrize("build, names, unwritten", [(NeverFilled, "a, b", 7), (PartlyFilled, "a", 1)])
+def test_parameters_that_nothing_is_written_to_are_named(build, names: str, unwritten: int):
+    with pytest.warns(UserWarning, match=f"nothing was written to {names}:"):
+        model = shardc.compile(shardc.deferred_init(build), Replicated(), mesh=Mesh(dp=2))
+    assert sum(int(x.isnan().sum()) for x in model.parameters()) == unwritten
+
+
+def test_memory_that_is_read_before_anything_is_written_to_it():
     assert_expected_inline(
         said(compiled(ReadsGarbage)),
         """\

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -197,8 +198,73 @@ def test_refused_before_anything_is_allocated():
         """\
 PlanError: plan error: on meta, in modules without reset_parameters: cos, sin, layers.0.norm1.weight, layers.0.norm2.weight, norm.weight
   --> test_meta_init.py:N
-   = help: give compile an init: a function of each such module, a state_dict or a path; or use deferred_init""",
+   = help: give compile an init: a function of each such module, a state_dict or a path, or a pair of them (path, function) where a file lacks some; or use deferred_init""",
     )
+
+
+def reset_what_is_on_meta(module: nn.Module) -> None:
+    """What FSDP's users pass: it asks first."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any(x.is_meta for x in own):
+        assert all(x.device.type == "meta" for x in own if x.is_meta)
+        module.to_empty(device="cpu", recurse=False)
+        assert not any(x.is_meta or x.device.type == "meta" for x in own_of(module))
+        module.reset_parameters()
+
+
+def own_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+@pytest.mark.parametrize("plan", [Replicated(), FullyShard("up")])
+def test_an_init_that_asks_what_is_on_meta_is_told(plan):
+    """Then `to_empty` makes memory, and `reset_parameters` fills it."""
+    with torch.device("meta"):
+        model = Small()
+    compiled = shardc.compile(model, plan, mesh=TWO, init=reset_what_is_on_meta)
+    for name in ("embed.weight", "norm.weight", "rope.cos", "stats.running_var"):
+        assert not tensors(compiled)[name].isnan().any(), name
+    assert compiled.head.weight is compiled.embed.weight
+
+
+class Tables(nn.Module):
+    """A weight in the file, a table that no file holds, and an adapter that this one lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.adapter = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapter(self.up(x) * self.table)
+
+
+def fill_what_is_missing(module: nn.Module) -> None:
+    if isinstance(module, Tables):
+        module.table.copy_(torch.arange(4.0))
+    else:
+        nn.init.eye_(module.weight)
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "file"])
+def test_a_pair_loads_what_there_is_and_fills_the_rest(kind: str, tmp_path: Path):
+    one = Tables()
+    saved = {name: x for name, x in one.state_dict().items() if name.startswith("up")}
+    source: Any = saved
+    if kind == "file":
+        source = tmp_path / "model.safetensors"
+        save_file(saved, source)
+    with torch.device("meta"):
+        model = Tables()
+    compiled = shardc.compile(model, FullyShard(), mesh=TWO, init=(source, fill_what_is_missing))
+    assert torch.equal(compiled.up.weight, one.up.weight) and torch.equal(compiled.up.bias, one.up.bias)
+    assert torch.equal(compiled.table, one.table) and torch.equal(compiled.adapter.weight, torch.eye(4))
+    with torch.device("meta"):
+        alone = Tables()
+    with pytest.raises(ValueError, match="on meta, in modules without reset_parameters: table"):
+        shardc.compile(alone, FullyShard(), mesh=TWO, init=(source, None))
+    with pytest.raises(ValueError, match="which ought to be callable"):
+        shardc.compile(alone, FullyShard(), mesh=TWO, init=(source, 3))
 
 
 def test_an_init_that_leaves_something_out_or_writes_elsewhere():
