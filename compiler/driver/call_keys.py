@@ -70,7 +70,8 @@ def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwa
     )
     flags = tuple(m.training for m in modules)
     kinds = tuple((p.requires_grad, p.dtype) for p in params)
-    return described, structure, flags, kinds, torch.is_grad_enabled(), autocast_state()
+    modes = torch.is_grad_enabled(), torch.get_default_dtype(), autocast_state()
+    return described, structure, flags, kinds, modes
 
 
 def shapes_of(call: tuple[Any, Any]) -> list[tuple[int, ...]]:

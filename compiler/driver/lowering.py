@@ -42,6 +42,7 @@ from shardc.compiler.proof.reference import Original
 from shardc.compiler.rules.ops.random.distributions import SEED
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec, to_placements
+from shardc.compiler.trace.module.reads import Reads, of_all
 from shardc.compiler.trace.sizes.symbolic import Template, Values
 from shardc.compiler.trace.trace import argument_names, trace
 from shardc.compiler.user_code import call_site
@@ -75,7 +76,7 @@ class Lowering:
     traces: Traces = field(default_factory=Traces)
     # Told of a parameter that is stored anew, with what moves a local tensor that is laid out as it was.
     followers: list[Callable[[nn.Parameter, Callable[[Tensor], Tensor]], None]] = field(default_factory=list)
-    hashes: dict[str, str] = field(default_factory=dict)  # of the programs, by call and sync
+    named: dict[str, Program] = field(default_factory=dict)  # by call and sync, to be saved under
     families: Families = field(default_factory=Families)
     _layouts: dict[Any, Any] = field(default_factory=dict)  # of what is passed in, by the form of the call
     _entries: Entries = field(default_factory=Entries)
@@ -96,7 +97,10 @@ class Lowering:
             if known is not None:
                 self._entries.use(key)
                 return known
+            changed = self._entries.changed(key)
             made = self.lower(args, kwargs, sync)
+            if changed:
+                log.info("program %d, as %s changed", len(self.programs), ", ".join(changed))
             gone = self._entries.add(key, made)
             if gone is not None and not self.families.hold(gone.program):
                 self.programs.remove(gone.program)
@@ -160,7 +164,7 @@ class Lowering:
         if template is not None and values is not None:
             self._widen(form, program, template, values, (args, kwargs, sync))
         key = text_key(self._call_key(args, kwargs), sync)
-        self.hashes[key] = program.hash
+        self.named[key] = program
         self.traces.check(key, program.hash)
         if self.ranks is not None:
             self.ranks.agree(str(program), "the compiled program")
@@ -170,11 +174,12 @@ class Lowering:
     def save(self, path: str | os.PathLike[str]) -> None:
         if self.dynamic:
             raise PlanError("programs compiled with dynamic=True cannot be saved", help="leave dynamic out")
-        save(path, self.traces, self.hashes, self._about())
+        hashes = {key: p.hash for key, p in self.named.items() if p.signature.holds()}
+        save(path, self.traces, hashes, self._about())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         try:
-            load(path, self.traces, self._about())
+            load(path, self.traces, self._about(), Reads(of_all(self.module)))
         except PlanError as error:
             raise error.at(call_site()) from None
 
@@ -325,7 +330,7 @@ class Lowering:
         key = text_key(self._call_key(*call), known["marks"], sorted(known["params"].items()), known["grad"])
         found = self.traces.find(key)
         if found is None and trace_store.on():
-            found = trace_store.find(key, self._about())
+            found = trace_store.find(key, self._about(), Reads(of_all(self.module)))
             if found is not None:
                 self.traces.keep(key, found)
         if found is None:

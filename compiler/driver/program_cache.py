@@ -14,7 +14,7 @@ from shardc.runtime.run.executable import Executable
 PROGRAMS = 64  # kept, of each kind: calls of more shapes than this, in turn, compile again
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """A program and the function that runs it."""
 
@@ -25,6 +25,7 @@ class Entry:
         moves = (move_of(node) for node in self.program.gm.graph.nodes)
         self.moves = any(move is not None and move.target in COLLECTIVES for move in moves)
         signature = self.program.signature
+        self.holds = signature.holds
         self.there = [signature.outputs[i].node is not None for i in signature.indices(OutputKind.OUTPUT)]
         self.mutated = signature.indices(OutputKind.MUTATION)
         # a call with nothing but tensors, one after another, which the key of a call has counted
@@ -38,23 +39,33 @@ class Entry:
 
 
 class Entries:
-    """Entries by the key of a call, the last used last. Those that move something are counted by themselves: all
-    ranks use them in one order, and so forget the same."""
+    """Entries by the key of a call, the last used last, and under each key one for every state of what was read
+    beside the call. Those that move something are counted by themselves: all ranks use them in one order, and so
+    forget the same."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, Entry] = {}
-
-    def __len__(self) -> int:
-        return len(self._kept)
+        self._kept: dict[Any, list[Entry]] = {}
 
     def get(self, key: Any) -> Entry | None:
-        return self._kept.get(key)
+        for entry in self._kept.get(key, ()):
+            if entry.holds():
+                return entry
+        return None
 
     def use(self, key: Any) -> None:
         self._kept[key] = self._kept.pop(key)
 
     def add(self, key: Any, entry: Entry) -> Entry | None:
         """Keep an entry; the one that goes for it, if there are too many."""
-        self._kept[key] = entry
-        alike = [key for key, kept in self._kept.items() if kept.moves == entry.moves]
-        return self._kept.pop(alike[0]) if len(alike) > PROGRAMS else None
+        alike = [(k, e) for k, entries in self._kept.items() for e in entries if e.moves == entry.moves]
+        self._kept.setdefault(key, []).append(entry)
+        if len(alike) < PROGRAMS:
+            return None
+        oldest, gone = alike[0]
+        self._kept[oldest].remove(gone)
+        return gone
+
+    def changed(self, key: Any) -> list[str]:
+        """What was read for a program of this call and is another now: of that program where it is least."""
+        reads = [entry.program.signature.reads for entry in self._kept.get(key, ())]
+        return min((one.changed() for one in reads if one is not None), key=len, default=[])

@@ -99,7 +99,7 @@ class Families:
         """The program for a call of this form and these sizes, if a family has it."""
         for family in self.made.get(key, ()):
             values = family.solve(shapes)
-            if values is not None:
+            if values is not None and family.program.signature.holds():
                 with suppress(Unfit):  # a number would not be whole: not this family
                     return family.at(values)
         return None

@@ -207,7 +207,7 @@ def _signature_data(signature: Signature) -> dict[str, Any]:
         held = {field.name: getattr(item, field.name) for field in fields(item)}
         return {key: value.value if key == "kind" else _data(value) for key, value in held.items()}
 
-    held = {field.name: getattr(signature, field.name) for field in fields(signature)}
+    held = {field.name: getattr(signature, field.name) for field in fields(signature) if field.compare}
     try:
         return {k: [entry(i) for i in v] if k in (*KINDS, "leaves") else _data(v) for k, v in held.items()}
     except _NoForm as error:

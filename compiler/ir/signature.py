@@ -8,13 +8,26 @@ tangents, carries; outputs as the leaves of what forward returns, then mutations
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+
+
+class Reads(Protocol):
+    """What tracing read of attributes, containers and globals."""
+
+    def hold(self) -> bool:
+        """Whether all of it is as it was."""
+        ...
+
+    def changed(self) -> list[str]:
+        """Names of what is not."""
+        ...
+
 
 NUMBERS = {"int": int, "float": float, "bool": bool}
 
@@ -97,6 +110,11 @@ class Signature:
     positional: int
     keywords: tuple[str, ...]
     tied: Mapping[str, str]  # every other FQN of a tied parameter or buffer -> the FQN in `inputs`
+    reads: Reads | None = field(default=None, compare=False, repr=False)  # what tracing read beside tensors
+
+    def holds(self) -> bool:
+        """Whether what tracing read is as it was, so that the program is still that of the module."""
+        return self.reads is None or self.reads.hold()
 
     def indices(self, *kinds: InputKind | OutputKind) -> list[int]:
         """Positions of the inputs, or of the outputs, of the given kinds."""

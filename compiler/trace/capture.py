@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 from unittest.mock import patch
@@ -44,6 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardc.compiler.rules.checks import CHECK
 from shardc.compiler.trace.module.attributes import Attributes
 from shardc.compiler.trace.module.forms import as_they_run
+from shardc.compiler.trace.module.reads import Look, of_guards
 from shardc.compiler.trace.module.results import opened
 from shardc.compiler.trace.module.rewrites import Rewrites
 from shardc.compiler.trace.module.stand_ins import Held
@@ -66,6 +68,7 @@ class Program:
     attributes: Attributes
     grad: bool
     call: Call | None = None
+    read: Callable[[], Look] | None = None  # finds what Dynamo read, where it was Dynamo
     out_spec: Any = None
     leaves: list[Any] = field(default_factory=list)  # of the result: constants, None where a tensor stands
     paths: list[str] = field(default_factory=list)
@@ -183,8 +186,9 @@ def recording() -> Iterator[None]:
         yield
 
 
-def by_dynamo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GraphModule, TracingContext]:
+def by_dynamo(module: nn.Module, program: Program, tensors: Sequence[Tensor]) -> tuple[GraphModule, TracingContext]:
     """The captured forward, and the context AOTAutograd must run it in."""
+    args, kwargs = program.rebuild(tensors)
     root = _root(module)
     config: Any = torch._dynamo.config
     # Those that libraries add to Logger too, such as warning_once.
@@ -197,10 +201,12 @@ def by_dynamo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         "specialize_float": True,
         "ignore_logging_functions": {*config.ignore_logging_functions, print, warnings.warn, *logs},
         "side_effect_replay_policy": "silent",
+        "skip_nnmodule_hook_guards": False,
     }
     with config.patch(**options), get_metrics_context(), dynamo_timed("fullgraph_capture"):
         captured = fullgraph_capture(root, args, kwargs)
     gm = create_fx_graph_from_captured_output(captured, root, args, kwargs)
+    program.read = partial(of_guards, captured, root, (args, kwargs))
     return gm, gm.meta["tracing_context"]
 
 

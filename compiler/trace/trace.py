@@ -19,7 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -35,6 +35,7 @@ from shardc.compiler.trace.capture import Program, by_dispatch, by_dynamo, expor
 from shardc.compiler.trace.joint_graph import Argument, build
 from shardc.compiler.trace.layers.copy_layers import export_layers
 from shardc.compiler.trace.module.attributes import Attributes
+from shardc.compiler.trace.module.reads import reads_of
 from shardc.compiler.trace.module.stand_ins import (
     Held,
     bordered,
@@ -113,7 +114,7 @@ def trace_once(
     _refuse_or_report(program, held, signature, call)
     annotate(gm.graph, signature, module)
     gm.graph.lint()
-    return Traced(gm, signature)
+    return Traced(gm, replace(signature, reads=reads_of(module, program.read, program.changed)))
 
 
 def _joint(
@@ -126,7 +127,7 @@ def _joint(
     with quiet():
         if not scripted:
             try:
-                return export_layers(program, flat, *by_dynamo(module, *program.rebuild(tensors)))
+                return export_layers(program, flat, *by_dynamo(module, program, tensors))
             except ShardingError:
                 raise
             except Exception as error:
@@ -134,6 +135,7 @@ def _joint(
                     refused = refusal(error)
                     refused.__cause__ = error
                 log.info("tracing by dispatch, as Dynamo says: %s", error)
+        program.read = None
         with _drawing_nothing():
             try:
                 program.call = by_dispatch(module, blind=data or refused is not None)

@@ -9,6 +9,7 @@ import enum
 import functools
 import hashlib
 import inspect
+import re
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+HOOKS = re.compile("^_(forward|backward).*_hooks")
 FRAMEWORK = "torch."  # whose source its version stands for
 
 
@@ -36,7 +38,7 @@ def _described(owner: nn.Module) -> Iterator[str]:
     for table in (owner._parameters, owner._buffers, owner._modules):
         yield repr(list(table))
     for name, value in sorted(vars(owner).items()):
-        if name not in vars(_BLANK):
+        if name not in vars(_BLANK) or (value and HOOKS.search(name)):
             yield f"{name}={_text(value, ())}"
 
 
@@ -58,8 +60,9 @@ def _text(value: Any, above: tuple[int, ...]) -> str:
     if isinstance(value, functools.partial):
         return f"partial {_text((value.func, value.args, value.keywords), inside)}"
     if isinstance(value, (types.FunctionType, types.MethodType)):
-        code = value.__code__
-        return f"{value.__qualname__} {_digest(code.co_code)} {_text(_plain_constants(code), inside)}"
+        code, cells = value.__code__, [cell.cell_contents for cell in value.__closure__ or ()]
+        held = _plain_constants(code), value.__defaults__, value.__kwdefaults__, cells
+        return f"{value.__qualname__} {_digest(code.co_code)} {_text(held, inside)}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_text(k, inside)}: {_text(v, inside)}" for k, v in value.items()) + "}"
     if isinstance(value, (set, frozenset)):

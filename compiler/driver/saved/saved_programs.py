@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from shardc.compiler.driver.saved.fingerprint import fingerprint
 from shardc.compiler.errors import PlanError
 from shardc.compiler.ir.graph import copy_graph
 from shardc.compiler.ir.graph_data import from_data, to_data
-from shardc.compiler.ir.signature import Traced
+from shardc.compiler.ir.signature import Reads, Traced
 from shardc.compiler.spec.mesh import Mesh
 
 FORMAT = "shardc programs 2"
@@ -34,23 +34,27 @@ REBUILD = "compile and save again, or leave load_programs out: the module is the
 @dataclass
 class Traces:
     """By the key of a call: what tracing gave, or its data, read when it is asked for. hashes: of the programs
-    that a loaded file promises, by the key of call and variant."""
+    that a loaded file promises, by the key of call and variant. reads: of the module, as that file was made for it."""
 
     made: dict[str, Traced] = field(default_factory=dict)
     loaded: dict[str, Any] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
+    reads: Reads | None = None
 
     def find(self, key: str) -> Traced | None:
         """A copy that its user may change."""
         if key in self.loaded:
             try:
-                self.made[key] = from_data(self.loaded.pop(key))
+                loaded = from_data(self.loaded.pop(key))
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise PlanError(
                     f"a saved program is not of the form that this version reads: {error}", help=REBUILD
                 ) from error
+            self.made[key] = replace(loaded, signature=replace(loaded.signature, reads=self.reads))
         found = self.made.get(key)
-        return found and Traced(copy_graph(found.gm), found.signature)
+        if found is None or not found.signature.holds():
+            return None
+        return Traced(copy_graph(found.gm), found.signature)
 
     def keep(self, key: str, traced: Traced) -> None:
         self.made[key] = Traced(copy_graph(traced.gm), traced.signature)
@@ -59,13 +63,13 @@ class Traces:
 
     def check(self, key: str, made: str) -> None:
         """Raises PlanError where the program made for a call is another than its file promises."""
-        if self.hashes.get(key, made) != made:
+        if self.reads is not None and self.reads.hold() and self.hashes.get(key, made) != made:
             raise PlanError("the program made from the loaded file is not the one that was saved", help=REBUILD)
 
 
 def save(path: str | os.PathLike[str], traces: Traces, programs: Mapping[str, str], about: Mapping[str, Any]) -> None:
     """Write aside, then switch: a file under this name is always whole."""
-    held = {key: to_data(traced) for key, traced in traces.made.items()} | traces.loaded
+    held = {key: to_data(traced) for key, traced in traces.made.items() if traced.signature.holds()} | traces.loaded
     content = {"format": FORMAT, **about, "traces": held, "programs": {**traces.hashes, **programs}}
     text = json.dumps({**content, "digest": _digest(content)})
     target = Path(path)
@@ -78,7 +82,7 @@ def save(path: str | os.PathLike[str], traces: Traces, programs: Mapping[str, st
             aside.unlink()
 
 
-def load(path: str | os.PathLike[str], traces: Traces, about: Mapping[str, Any]) -> None:
+def load(path: str | os.PathLike[str], traces: Traces, about: Mapping[str, Any], reads: Reads) -> None:
     """Take in what `save` wrote. Raises PlanError where the file is damaged, or was made for another mesh, plan,
     module or version; OSError where there is none."""
     name = os.fspath(path)
@@ -94,6 +98,7 @@ def load(path: str | os.PathLike[str], traces: Traces, about: Mapping[str, Any])
     _check_made_for(name, content, about)
     traces.loaded.update(content["traces"])
     traces.hashes.update(content["programs"])
+    traces.reads = reads
 
 
 def about(module: nn.Module, mesh: Mesh, plan: Any, options: Mapping[str, Any]) -> dict[str, Any]:

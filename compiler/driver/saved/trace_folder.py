@@ -16,19 +16,19 @@ from typing import Any
 from shardc.compiler.driver.call_keys import text_key
 from shardc.compiler.driver.saved.saved_programs import Traces, load, save
 from shardc.compiler.errors import PlanError, ShardingError
-from shardc.compiler.ir.signature import Traced
+from shardc.compiler.ir.signature import Reads, Traced
 
 log = logging.getLogger(__name__)
 FOLDER = "SHARDC_CACHE"  # environment variable; unset or empty: nothing is kept
 
 
-def find(key: str, about: Mapping[str, Any]) -> Traced | None:
+def find(key: str, about: Mapping[str, Any], reads: Reads) -> Traced | None:
     """What tracing gave for this call in another process, if it is there and still holds."""
     path, held = _path(key, about), Traces()
     if path is None:
         return None
     try:
-        load(path, held, about)
+        load(path, held, about, reads)
         return held.find(key)
     except FileNotFoundError:
         return None

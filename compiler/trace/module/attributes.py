@@ -36,7 +36,7 @@ class Attributes:
         found: dict[int, None] = {}
         front = [value]
         for _ in range(DEPTH):
-            front = [v for v in front if _held(v) is not None and id(v) not in found]
+            front = [v for v in front if inner_of(v) is not None and id(v) not in found]
             for v in front:
                 found[id(v)] = None
                 self._contents.setdefault(id(v), (v, _copy(v)))
@@ -54,7 +54,7 @@ class Attributes:
             for table in TABLES:
                 if isinstance(now.get(table), dict):
                     names += [n for n in now[table] if n not in self._contents[id(before[table])][1]]
-            out += [f"{fqn}.{n}" if fqn else n for n in names if not _recomputed(owner, n)]
+            out += [f"{fqn}.{n}" if fqn else n for n in names if not is_recomputed(owner, n)]
         return out
 
     def restore(self) -> None:
@@ -67,7 +67,7 @@ class Attributes:
                 _refill(container, content)
 
 
-def _held(value: Any) -> Any:
+def inner_of(value: Any) -> Any:
     """The container itself, or the attributes of an object that is nothing else; None for other values."""
     if isinstance(value, (list, dict, set)):
         return value
@@ -77,12 +77,12 @@ def _held(value: Any) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    held = _held(value)
+    held = inner_of(value)
     return next(kind(held) for kind in (list, dict, set) if isinstance(held, kind))
 
 
 def _inside(value: Any) -> list[Any]:
-    held = _held(value)
+    held = inner_of(value)
     return list(held.values()) if isinstance(held, dict) else list(held)
 
 
@@ -95,7 +95,7 @@ def _same(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 def _alike(container: Any, content: Any) -> bool:
     """Whether a container still holds the same objects in the same order."""
-    held = _held(container)
+    held = inner_of(container)
     if len(held) != len(content):
         return False
     if isinstance(held, set):
@@ -106,11 +106,11 @@ def _alike(container: Any, content: Any) -> bool:
 
 
 def _refill(container: Any, content: Any) -> None:
-    held = _held(container)
+    held = inner_of(container)
     held.clear()
     held.extend(content) if isinstance(held, list) else held.update(content)
 
 
-def _recomputed(owner: nn.Module, name: str) -> bool:
+def is_recomputed(owner: nn.Module, name: str) -> bool:
     """Whether a pre-hook sets it on each call from a parameter (weight_norm, spectral_norm, prune)."""
     return any(f"{name}{suffix}" in owner._parameters for suffix in ("_g", "_orig"))
