@@ -89,6 +89,11 @@ class CompiledModule(nn.Module):
             with torch.no_grad():
                 local_of(flat[source or 0]).copy_(value)
 
+    @property
+    def in_pieces(self) -> set[str]:
+        """The parameters of which ranks hold pieces."""
+        return {fqn for fqn, layout in self._lowering.plan.params.items() if not layout.stored.is_whole}
+
     # ---- gradient accumulation
 
     def no_sync(self, *units: str) -> AbstractContextManager[None]:

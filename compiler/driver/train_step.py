@@ -6,7 +6,7 @@ without autograd, and the optimizer steps on each rank's own shards: nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,6 +26,7 @@ from shardc.compiler.ir.node import shape
 from shardc.compiler.ir.signature import InputKind, OutputKind
 from shardc.compiler.plan.annotate import annotate_alike
 from shardc.compiler.plan.layout import bad_option
+from shardc.compiler.proof.optimizer_pieces import looks_at_the_whole
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.user_code import call_site
 
@@ -115,6 +116,7 @@ class TrainStep:
         self.model, self.steps = model, 0
         self._held = dict(compiled.named_parameters())
         self._local = {fqn: _local_parameter(p) for fqn, p in self._held.items()}
+        _check_pieces(optimizer, self._held, compiled.in_pieces)
         self.optimizer = optimizer(list(self._local.values()))
         compiled.follow(self._moved)
 
@@ -261,6 +263,19 @@ class TrainStep:
             return value
         placed = self._compiled.placed(fqn, value, self._held[fqn]) if value.shape == self._held[fqn].shape else value
         return _local(placed).detach().clone()
+
+
+def _check_pieces(make: Factory, held: Mapping[str, Tensor], in_pieces: Collection[str]) -> None:
+    """Raises PlanError where the optimizer needs whole parameters, and ranks hold pieces of them."""
+    found = zip(held, looks_at_the_whole(make, list(held.values())) if in_pieces else (), strict=False)
+    wrong = [fqn for fqn, whole in found if whole and fqn in in_pieces]
+    if wrong:
+        raise PlanError(
+            "the optimizer does not step on pieces of a parameter as on the whole, and ranks hold pieces of "
+            + ", ".join(wrong),
+            where=call_site(),
+            help="keep them whole: Replicated(), FullyShard(ignored_params=...), or another optimizer for them",
+        )
 
 
 def _is_like(value: Any, parameter: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardc
@@ -314,3 +315,56 @@ def test_a_checkpoint_of_a_step_goes_on_as_a_step_or_as_module_and_optimizer(tmp
     shardc.save_checkpoint(tmp_path / "back", third, optim)
     shardc.load_checkpoint(tmp_path / "back", again)
     check_equal(again.model, third)
+
+
+def lamb(parameters: Any) -> torch.optim.Optimizer:
+    """As large-batch training writes it: a step is scaled by the norm of the whole matrix."""
+
+    class Scaled(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p -= 0.1 * p.grad * p.norm() / p.grad.norm()
+
+    return Scaled(parameters)
+
+
+WHOLE = {
+    "muon": functools.partial(torch.optim.Muon, lr=0.1),
+    "adafactor": functools.partial(torch.optim.Adafactor, lr=0.1),
+    "lamb": lamb,
+}
+ELEMENT = {
+    "adamw": functools.partial(torch.optim.AdamW, lr=1e-2),
+    "sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "rprop": functools.partial(torch.optim.Rprop, lr=1e-2),
+    "in groups": lambda ps: torch.optim.Adam([{"params": ps[:1], "lr": 0.1}, {"params": ps[1:]}], lr=1e-3),
+}
+MATRICES = nn.Sequential(nn.Linear(6, 7, bias=False), nn.Tanh(), nn.Linear(7, 6, bias=False))
+
+
+def mean_square(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - x).square().mean()
+
+
+@pytest.mark.parametrize("plan", [FullyShard("*"), {"0": ColwiseParallel(), "2": RowwiseParallel()}])
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_optimizer_that_looks_at_whole_parameters_is_refused_where_ranks_hold_pieces(name: str, plan: Any):
+    with pytest.raises(PlanError, match="ranks hold pieces of 0.weight, 2.weight"):
+        shardc.train_step(copy.deepcopy(MATRICES), plan, mean_square, WHOLE[name], mesh=Mesh(x=2))
+
+
+@pytest.mark.parametrize(
+    "name, plan", [*((name, Replicated()) for name in WHOLE), *((name, FullyShard("*")) for name in ELEMENT)]
+)
+def test_an_optimizer_steps_as_on_one_device(name: str, plan: Any):
+    make, one, x = (WHOLE | ELEMENT)[name], copy.deepcopy(MATRICES), torch.randn(8, 6)
+    step = shardc.train_step(copy.deepcopy(MATRICES), plan, mean_square, make, mesh=Mesh(x=2))
+    optimizer = make(list(one.parameters()))
+    for _ in range(3):
+        optimizer.zero_grad()
+        want = mean_square(one, x)
+        want.backward()
+        optimizer.step()
+        torch.testing.assert_close(step(x), want.detach())
+    torch.testing.assert_close(dict(step.model.named_parameters()), dict(one.named_parameters()))
