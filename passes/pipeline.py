@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from shardc.compiler.pipeline.runner import Context
+from shardc.passes.layouts.average_gradients import AverageGradients
 from shardc.passes.layouts.canonicalize import Canonicalize
 from shardc.passes.layouts.choose_factors import ChooseFactors
 from shardc.passes.layouts.draw_whole import DrawWhole
 from shardc.passes.layouts.fuse_cross_entropy import FuseCrossEntropy
 from shardc.passes.layouts.number_draws import NumberDraws
-from shardc.passes.layouts.predivide import Predivide
 from shardc.passes.layouts.propagate import Propagate
 from shardc.passes.layouts.regather_in_backward import RegatherInBackward
 from shardc.passes.layouts.seed_plan import SeedPlan
@@ -30,7 +30,7 @@ LOCALIZE = Localize()  # also what proves a user's rule
 # What only makes a right program better; `compile(..., without=("overlap",))` leaves it out.
 OPTIONAL = (
     "fuse-cross-entropy",
-    "predivide",
+    "average-gradients",
     "regather-in-backward",
     "merge-equal",
     "delay-reductions",
@@ -41,6 +41,7 @@ OPTIONAL = (
     "overlap",
     "reduce-in-place",
 )
+PLAIN = ("average-gradients", "overlap")  # of these what is left out is how they do it best: it must be done
 
 
 def first_passes(ctx: Context) -> list[Any]:
@@ -53,16 +54,17 @@ def first_passes(ctx: Context) -> list[Any]:
 
 def pipeline(ctx: Context) -> list[Any]:
     """Every pass of one compilation, less what the user left out."""
-    return [step for step in _passes(ctx) if step.name not in ctx.without or step.gives > step.takes]
+    return [step for step in _passes(ctx) if step.name not in ctx.without or step.name in PLAIN]
 
 
 def _passes(ctx: Context) -> list[Any]:
     overlap = Overlap(window=0) if "overlap" in ctx.without else Overlap()
+    average = AverageGradients(early="average-gradients" not in ctx.without)
     return [
         *first_passes(ctx),
         FuseCrossEntropy(),  # split classes then need no reduction in backward
         SeedPlan(),  # the user's wishes become layouts
-        Predivide(),  # fewer passes over memory: what is small is averaged, not every gradient
+        average,  # each rank's loss is its own; fewer passes over memory where what is small is divided
         RegatherInBackward(),  # memory for wire: freed parameters are gathered again
         ChooseFactors(),  # ... of whole heads where heads will be needed whole
         Propagate(),  # ... and reach every value                                    TRACED -> SHARDED

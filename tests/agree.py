@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,8 @@ from torch import Tensor, nn
 import shardc
 from shardc import Mesh, PlanError, Program, ShardingError
 from shardc.compiler.driver import lowering
-from shardc.compiler.ir.graph import copy_graph, returned
-from shardc.compiler.ir.node import spec
-from shardc.compiler.ir.signature import OutputKind, Traced
-from shardc.compiler.pipeline.runner import Context
+from shardc.compiler.ir.graph import copy_graph
+from shardc.compiler.ir.signature import Traced
 from shardc.compiler.trace.trace import trace
 
 CLOSE = 1e-9  # relative to the largest element, or to one
@@ -79,49 +76,6 @@ def agrees(
     return program
 
 
-def agrees_as_ranks(
-    model: nn.Module, inputs: Sequence[Tensor], mesh: Mesh, plan: Any, options: dict[str, Any] | None = None
-) -> Program:
-    """The same of the program that real ranks run, where every rank's loss is its own and gradients are averaged
-    over the mesh dims that split what it is computed from."""
-    alone = copy.deepcopy(model)
-    with warnings.catch_warnings(), mock.patch.object(lowering, "Context", _averaging):
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            compiled = shardc.compile(model, plan, mesh=mesh, **(options or {}))
-            program = compiled.lower(*inputs)
-        except (PlanError, ShardingError) as error:
-            if FAULT in str(error):
-                raise
-            raise Refused(error.what) from error
-    ours, xs = _run(compiled, inputs)
-    ends = [n for n, t in zip(_ends(program), ours, strict=True) if t.requires_grad]
-    split = [tuple(a for a in program.plan.data_axes if spec(n).dim_of(a) is not None) for n in ends]
-    ways = [math.prod(mesh[a] for a in axes) for axes in split]
-    alike = len(set(split)) <= 1
-    theirs, ys = _run(alone, inputs, () if alike else ways)
-    for i, (have, want) in enumerate(zip(ours, theirs, strict=True)):
-        same(have, want, f"output {i}")
-    for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        same(x.grad, y.grad, f"gradient of input {i}")
-    for (name, p), q in zip(compiled.named_parameters(), alone.parameters(), strict=True):
-        averaged = [a for a in (split[0] if alike and split else ()) if a not in program.plan.params[name].local]
-        if q.grad is not None:
-            q.grad /= math.prod(mesh[a] for a in averaged)
-        same(p.grad, q.grad, f"gradient of {name}")
-    program.verify(*inputs)
-    return program
-
-
-def _averaging(*args: Any, **options: Any) -> Context:
-    return Context(*args, **{**options, "average": True})
-
-
-def _ends(program: Program) -> list[Any]:
-    entries = zip(returned(program.gm), program.signature.outputs, strict=True)
-    return [node for node, entry in entries if entry.kind is OutputKind.OUTPUT and entry.node is not None]
-
-
 def same(have: Any, want: Any, what: str) -> None:
     """Both tensors, equal but for rounding; or both nothing."""
     assert (have is None) == (want is None), f"{what} is {have}, and {want} on one device"
@@ -138,15 +92,13 @@ def same(have: Any, want: Any, what: str) -> None:
         torch.testing.assert_close(have, want, rtol=0, atol=0, msg=lambda text: f"{what}: {text}")
 
 
-def _run(module: nn.Module, inputs: Sequence[Tensor], divided: Sequence[int] = ()) -> tuple[list[Tensor], list[Tensor]]:
-    """(what a call returns, its inputs with their gradients), after a backward with fixed numbers, divided so."""
+def _run(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(what a call returns, its inputs with their gradients), after a backward with fixed numbers."""
     given = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
     returned = [t for t in pytree.tree_leaves(module(*given)) if isinstance(t, Tensor)]
     draw = torch.Generator().manual_seed(2)
     ends = [t for t in returned if t.requires_grad]
     tangents = [torch.randn(t.shape, generator=draw, dtype=t.dtype) for t in ends]
-    if divided:
-        tangents = [t / n for t, n in zip(tangents, divided, strict=True)]
     if ends:
         torch.autograd.backward(ends, tangents)
     return [t.detach().requires_grad_(t.requires_grad) for t in returned], given

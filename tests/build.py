@@ -176,12 +176,12 @@ def moved(node: Node, mesh: Mesh) -> Spec:
     raise AssertionError(node.target)
 
 
-def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), average: bool = False, **plan: Any) -> Context:
+def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), **plan: Any) -> Context:
     """A context in which the graph's last outputs are the gradients of the named inputs.
 
     plan: fields of `Resolved`, such as data_axes or bucket_bytes, or of `Context`. Without `params`, the inputs
     that have gradients are parameters, stored whole. Inputs named `tangent...` are the tangents of the first
-    output, one named `carry_w` is the gradient of w that was kept back.
+    output, `tangent1` is that of the second, one named `carry_w` is the gradient of w that was kept back.
     """
     nodes, ends = placeholders(gm), returned(gm)
     params = plan.pop("params", None)
@@ -200,12 +200,13 @@ def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), average:
     )  # fmt: skip
     options = {k: plan.pop(k) for k in ("keep", "strict", "carries") if k in plan}
     signature = Signature(tuple(inputs), tuple(outputs), None, None, (), 0, (), {})
-    return Context(mesh, Resolved(**fields | plan), signature, average, **options)
+    return Context(mesh, Resolved(**fields | plan), signature, **options)
 
 
 def _input(name: str, params: Any) -> Input:
     if name.startswith("tangent"):
-        return Input(name, InputKind.TANGENT, name, of=0)
+        number = name.removeprefix("tangent")
+        return Input(name, InputKind.TANGENT, name, of=int(number) if number.isdigit() else 0)
     if name.startswith("carry_"):
         return Input(name, InputKind.CARRY, name.removeprefix("carry_"))
     return Input(name, InputKind.PARAMETER if name in params else InputKind.BATCH, name, requires_grad=True)

@@ -12,7 +12,6 @@ from torch.fx import GraphModule
 
 from shardc.compiler.analysis.bytes_moved import Collective, collectives_of
 from shardc.compiler.analysis.explain import cause
-from shardc.compiler.infer.averages import Averages
 from shardc.compiler.ir.halves import Halves, halves
 from shardc.compiler.ir.signature import InputKind, Signature
 from shardc.compiler.ir.text import text
@@ -33,7 +32,6 @@ class Lowered:
     plan: Resolved
     records: Sequence[Record]
     original: Any = None  # a `Reference`: runs the unsharded module
-    averages: Averages = Averages()  # by what gradients here are divided
 
     def __str__(self) -> str:
         return text(self.gm, self.mesh, input_names(self.signature))

@@ -220,7 +220,8 @@ class Lowering:
         parts, signature = program.halves, program.signature
         results = len(signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION))
         if self.ranks is None:
-            engine = SimulatedRanks(parts.forward, parts.backward, self.mesh, results)
+            sources = [signature.outputs[i].of or 0 for i in signature.indices(OutputKind.GRADIENT)]
+            engine = SimulatedRanks(parts.forward, parts.backward, self.mesh, results, sources)
             return Executable(signature, engine, {}, self.kept)
         stretches = Stretches(self.backend) if self.backend != "eager" else None
         forward = self.ranks.bind(parts.forward, stretches)
@@ -293,8 +294,8 @@ class Lowering:
         if sync.carries:
             traced = add_carries(traced, [name for name, _ in sync.carries])
         ctx = Context(
-            self.mesh, self.plan, traced.signature, average=self.ranks is not None, keep=frozenset(sync.keep),
-            carries=dict(sync.carries), strict=self.strict, rng=self.rng, without=self.without, decisions=decisions,
+            self.mesh, self.plan, traced.signature, keep=frozenset(sync.keep), carries=dict(sync.carries),
+            strict=self.strict, rng=self.rng, without=self.without, decisions=decisions,
         )  # fmt: skip
         training = tuple(m.training for m in self._modules)
         original = Original(

@@ -74,6 +74,7 @@ class View:
     origin = Said("")  # the value of the global graph that this one is
     wire = Said[torch.dtype | None](None)  # in which a value travelled
     local = Said[Any](None)  # tensor(s) on meta of what rank 0 holds
+    divided = Said(1)  # of a tangent, or of a parameter for its gradient: over how many losses that is averaged
 
 
 of = View

@@ -32,7 +32,6 @@ class Context:
     mesh: Mesh
     plan: Resolved
     signature: Signature
-    average: bool = False  # real mesh: each rank's loss is its own mean, so gradients are averaged
     keep: frozenset[str] = frozenset()  # parameters whose data-parallel reductions are left out (no_sync)
     carries: Mapping[str, Spec] = field(default_factory=dict)  # layouts of gradients kept back, by FQN
     strict: bool = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,11 +45,9 @@ class Original:
                 out.append(next(batch))
         return out
 
-    def run(
-        self, flat: Sequence[Tensor], divided: Mapping[int, int] = MappingProxyType({})
-    ) -> tuple[list[Any], list[Tensor], dict[int, Any]]:
-        """(outputs, tangents, gradients by output position) of the module under autograd. divided: by what the
-        tangents of outputs are divided before use."""
+    def run(self, flat: Sequence[Tensor], divided: Sequence[int]) -> tuple[list[Any], list[Tensor], dict[int, Any]]:
+        """(outputs, tangents, gradients by output position) of the module under autograd. divided: of each input of
+        the program, by what it divides a tangent before use, or the gradient of a parameter."""
         late = (InputKind.TANGENT, InputKind.CARRY)
         entries = [e for e in self.signature.inputs if e.kind not in late]
         leaves = [x.detach().clone().requires_grad_(e.requires_grad) for x, e in zip(flat, entries, strict=True)]
@@ -103,14 +100,14 @@ class Original:
         return [torch.randn(t.shape, generator=draw, dtype=t.dtype).to(t.device) for t in tensors]
 
     def _gradients(
-        self, leaves: list[Tensor], outputs: list[Any], tangents: list[Tensor], divided: Mapping[int, int]
+        self, leaves: list[Tensor], outputs: list[Any], tangents: list[Tensor], divided: Sequence[int]
     ) -> dict[int, Any]:
         places = self.signature.indices(OutputKind.GRADIENT)
         if not tangents or not places:
             return {}
-        of = [self.signature.inputs[i].of for i in self.signature.indices(InputKind.TANGENT)]
-        ends = [outputs[i] for i in of if i is not None]
-        tangents = [t / divided.get(i or 0, 1) for t, i in zip(tangents, of, strict=True)]
-        sources = [leaves[i] for i in (self.signature.outputs[p].of for p in places) if i is not None]
-        found = torch.autograd.grad(ends, sources, tangents, allow_unused=True)
-        return dict(zip(places, found, strict=True))
+        starts = self.signature.indices(InputKind.TANGENT)
+        ends = [outputs[self.signature.inputs[i].of or 0] for i in starts]
+        sources = [self.signature.outputs[p].of or 0 for p in places]
+        tangents = [t / divided[i] for t, i in zip(tangents, starts, strict=True)]
+        found = torch.autograd.grad(ends, [leaves[i] for i in sources], tangents, allow_unused=True)
+        return {p: g if g is None else g / divided[i] for p, g, i in zip(places, found, sources, strict=True)}

@@ -19,11 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.infer.averages import Averages, divide_tangent
 from shardc.compiler.infer.root_layouts import input_layout, output_layout
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes, output_node, placeholders, returned
@@ -160,7 +158,6 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
     """Every returned value leaves in its own layout: a reshard, or for gradients a mark that fixes mesh dims."""
     nodes = {n.name: n for n in placeholders(gm)}
     end = output_node(gm)
-    averages = Averages.of(outputs, ctx.signature, ctx.plan, ctx.mesh) if ctx.average else Averages()
     ends = returned(gm)
     for i, entry in enumerate(ctx.signature.outputs):
         node = ends[i]
@@ -175,25 +172,18 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
                 target = Spec(spec(nodes[source.node]).dims)  # ... and so does each summand of a pending input
                 ends[i] = emit(reshard, (node, target), node, why=f"the layout of {source.name}")
             else:
-                ends[i] = _gradient(node, source, averages, ctx)
+                ends[i] = _gradient(node, source, ctx)
     end.args = (tuple(ends),)
-    for i, ways in averages.tangents.items():
-        entry = next(e for e in ctx.signature.inputs if e.kind is InputKind.TANGENT and e.of == i)
-        divide_tangent(nodes[entry.node], ways)
 
 
-def _gradient(node: Node, source: Input, averages: Averages, ctx: Context) -> Node:
+def _gradient(node: Node, source: Input, ctx: Context) -> Node:
     """A parameter's gradient in the parameter's stored layout; left pending where no reduction is wanted."""
     layout = ctx.plan.params[source.name]
-    kept = set(ctx.plan.data_axes) if source.name in ctx.keep else set(layout.local) if ctx.average else set()
+    kept = ctx.plan.data_axes if source.name in ctx.keep else layout.local
     target = UnlessPending(layout.stored, tuple(a for a in ctx.mesh.names if a in kept))
     wish = ("", target, False, f"gradient of {source.name}")
     key = f"|gradient|{source.name}|"
-    new = emit(MARK, (node, key), node, value=val(node), wish=(wish,), unit=layout.gather_unit)
-    ways = averages.divisor(source.name, ctx.plan, ctx.mesh)
-    if ways == 1 or source.name in ctx.keep:  # what is kept back is divided when it is reduced
-        return new
-    return emit(torch.ops.aten.div.Tensor, (new, ways), node, value=val(node))
+    return emit(MARK, (node, key), node, value=val(node), wish=(wish,), unit=layout.gather_unit)
 
 
 def _narrowed(node: Node) -> Node:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from shardc.compiler.ir.node import of
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec
 from shardc.runtime.run.consuming import boxed
@@ -19,10 +20,17 @@ from shardc.runtime.shards import cut, join
 
 
 class SimulatedRanks:
-    """Global tensors in, global tensors out; every rank's piece is computed here."""
+    """Global tensors in, global tensors out; every rank's piece is computed here.
 
-    def __init__(self, forward: GraphModule, backward: GraphModule | None, mesh: Mesh, results: int) -> None:
+    results: how many of forward's returns are the caller's. sources: which inputs the gradients belong to. There is
+    one loss here, and not one a rank: what the program divides to average their gradients is multiplied at the door.
+    """
+
+    def __init__(
+        self, forward: GraphModule, backward: GraphModule | None, mesh: Mesh, results: int, sources: Sequence[int]
+    ) -> None:
         self._forward, self._backward, self._mesh, self._results = forward, backward, mesh, results
+        self._ways = [of(_inputs(forward)[i]).divided for i in sources]
         self._coords = [mesh.coords(r) for r in range(mesh.size)]
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
@@ -39,9 +47,11 @@ class SimulatedRanks:
         n = self._mesh.size
         kept = [list(saved[i : i + n]) for i in range(0, len(saved), n)]
         with torch.no_grad():
-            dealt = [self._cut(t, x.meta["spec"]) for t, x in zip(tangents, nodes[len(kept) :], strict=True)]
+            pairs = zip(tangents, nodes[len(kept) :], strict=True)
+            dealt = [self._cut(_times(t, of(x).divided), x.meta["spec"]) for t, x in pairs]
             found = self._run(self._backward, [*kept, *dealt])
-        return [self._join(p, x) for p, x in zip(found, _returned(self._backward), strict=True)]
+            whole = [self._join(p, x) for p, x in zip(found, _returned(self._backward), strict=True)]
+            return [_times(g, by) for g, by in zip(whole, self._ways, strict=True)]
 
     def _run(self, gm: GraphModule, inputs: Sequence[list[Any]]) -> list[list[Any]]:
         return simulate(gm, self._mesh, inputs)
@@ -91,6 +101,10 @@ class ThisRank:
             with self._late(), blaming_line(self._backward):
                 found = self._backward.forward(values)
             return [self._wrap[i](g) if i in self._wrap and g is not None else g for i, g in enumerate(found)]
+
+
+def _times(x: Any, by: int) -> Any:
+    return x if by == 1 or x is None else x * by
 
 
 def _local(x: Tensor) -> Tensor:

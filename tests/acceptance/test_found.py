@@ -18,7 +18,7 @@ from shardc.compiler.driver.kept_gradients import Sync
 from shardc.compiler.driver.lowering import Lowering
 from shardc.compiler.rules.table import RuleError
 from tests.acceptance.models import MLP
-from tests.agree import agrees, agrees_as_ranks, draw
+from tests.agree import agrees, draw
 
 TWO = Mesh(tp=2)
 ANY = {"": PrepareModuleInput()}  # a plan that says nothing, and so is not empty
@@ -80,18 +80,18 @@ class TwoResults(nn.Module):
 
 
 @pytest.mark.parametrize("ignored", [None, "net.net1"])
-def test_programs_of_real_ranks_average_once_and_are_proved_too(ignored: str | None):
+def test_programs_average_once_and_are_proved_so(ignored: str | None):
     """A loss beside split results; and a loss alone, whose gradients nothing averages."""
     plan = Plan(dp=Replicated(ignored_modules=ignored))
-    agrees_as_ranks(MLP().double(), [draw(6, 16)], Mesh(dp=2), Plan(dp=Replicated()))
-    agrees_as_ranks(TwoResults().double(), [draw(6, 16)], Mesh(dp=2), plan)
-    agrees_as_ranks(TwoResults().double(), [draw(6, 16)], Mesh(dp=2), plan, {"outputs": (Layout(), None, None, None)})
+    agrees(MLP().double(), [draw(6, 16)], Mesh(dp=2), Plan(dp=Replicated()))
+    agrees(TwoResults().double(), [draw(6, 16)], Mesh(dp=2), plan)
+    agrees(TwoResults().double(), [draw(6, 16)], Mesh(dp=2), plan, {"outputs": (Layout(), None, None, None)})
 
 
 def test_a_parameter_ignored_over_one_mesh_dim_is_averaged_over_the_others():
     plan = Plan(dp=Replicated(), tp=Replicated(ignored_modules="net1"))
     for outputs in (Layout(dp=Shard(0)), Layout(dp=Shard(0), tp=Shard(1)), Layout()):
-        agrees_as_ranks(MLP().double(), [draw(6, 16)], Mesh(dp=2, tp=2), plan, {"outputs": outputs})
+        agrees(MLP().double(), [draw(6, 16)], Mesh(dp=2, tp=2), plan, {"outputs": outputs})
 
 
 def lowering_of(compiled: shardc.CompiledModule) -> Lowering:

@@ -268,10 +268,17 @@ def alone_in_turn(mesh: DeviceMesh) -> Iterator[int]:
     dist.barrier(mesh.get_group())
 
 
-def two_forwards(rank: int) -> None:
+class SplitsItself(MLP):
+    """Of its first weight each rank has the gradient of other columns, of all rows: there is no sum to keep back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(shardc.constrain(x, Shard(1)))
+
+
+def two_forwards(rank: int, make: Callable[[], nn.Module] = MLP, without: str | tuple[str, ...] = ()) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
-    mine, alone = started(MLP, rank)
-    compiled = shardc.compile(mine, Replicated(), mesh=mesh)
+    mine, alone = started(make, rank)
+    compiled = shardc.compile(mine, Replicated(), mesh=mesh, without=without)
     first, second, third = batches(3, 8, 16)
     (loss_of(compiled(rows_of(first, mesh))) + loss_of(compiled(rows_of(second, mesh)))).backward()
     (loss_of(alone(first)) + loss_of(alone(second))).backward()
@@ -288,6 +295,8 @@ def two_forwards(rank: int) -> None:
 def accumulate_in_every_order(rank: int) -> None:
     accumulate(rank)
     two_forwards(rank)
+    two_forwards(rank, without="average-gradients")
+    two_forwards(rank, SplitsItself)
 
 
 @on_ranks

@@ -29,7 +29,7 @@ from shardc.compiler.pipeline.stages import Stage, verify
 from shardc.compiler.spec.sizes import DataSize
 from shardc.runtime.run.bind import bind_program
 from shardc.runtime.run.compiled_stretches import Stretches
-from tests.agree import agrees, agrees_as_ranks, draw
+from tests.agree import agrees, draw
 
 DP = Plan(dp=Replicated())
 EXPERTS = {"experts.*.0": ColwiseParallel(), "experts.*.2": RowwiseParallel()}
@@ -172,14 +172,12 @@ def test_experts_are_those_of_one_device_and_no_pass_changes_sums_and_products_o
     assert re.search(r"f64\[8, 4\] = aten.mm\(", found)
 
 
-@pytest.mark.parametrize("agree", [agrees, agrees_as_ranks])
-def test_a_result_may_have_as_many_rows_as_data_says(agree: Any):
-    agree(Kept().double(), [draw(7, 4)], Mesh(dp=3), DP)
+def test_a_result_may_have_as_many_rows_as_data_says():
+    agrees(Kept().double(), [draw(7, 4)], Mesh(dp=3), DP)
 
 
-@pytest.mark.parametrize("agree", [agrees, agrees_as_ranks])
-def test_a_mean_over_the_rows_that_count_is_that_of_the_whole_batch(agree: Any):
-    program = agree(MaskedLoss().double(), [draw(6, 4), TARGET], Mesh(dp=2), DP)
+def test_a_mean_over_the_rows_that_count_is_that_of_the_whole_batch():
+    program = agrees(MaskedLoss().double(), [draw(6, 4), TARGET], Mesh(dp=2), DP)
     assert "%_log_softmax_backward_data" in str(program)  # fuse-cross-entropy leaves such rows alone
 
 

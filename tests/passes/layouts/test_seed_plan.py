@@ -116,52 +116,27 @@ def test_a_gradient_is_wished_where_its_parameter_lies():
 
 
 def test_no_sync_leaves_data_parallel_mesh_dims_out():
-    gm, _ = seeded(data_axes=("dp",), average=True, keep=frozenset(["w"]))
-    assert wish_of(gm) == "[4, 6], or pending over ('dp',)" and not calls(gm, aten.div.Tensor)
+    gm, _ = seeded(data_axes=("dp",), keep=frozenset(["w"]))
+    assert wish_of(gm) == "[4, 6], or pending over ('dp',)"
 
 
 def test_no_sync_of_another_parameter_leaves_this_one_alone():
-    gm, _ = seeded(data_axes=("dp",), average=True, keep=frozenset(["v"]))
-    assert wish_of(gm) == "[4, 6]" and calls(gm, aten.div.Tensor)
+    gm, _ = seeded(data_axes=("dp",), keep=frozenset(["v"]))
+    assert wish_of(gm) == "[4, 6]"
 
 
-def test_gradients_on_real_ranks_are_averaged():
-    gm, _ = seeded(data_axes=("dp",), average=True)
-    (average,) = calls(gm, aten.div.Tensor)
-    assert average.args[1] == 2 and average in gm.graph.output_node().args[0]
-
-
-def test_gradients_are_not_averaged_where_inputs_are_global():
-    assert not calls(seeded(data_axes=("dp",))[0], aten.div.Tensor)
-
-
-def test_gradients_are_not_averaged_where_the_output_is_whole():
-    gm, _ = seeded(data_axes=("dp",), average=True, outputs=Layout())
-    assert not calls(gm, aten.div.Tensor)
-
-
-def test_an_ignored_parameter_stays_local_and_is_not_averaged():
-    gm, _ = seeded(data_axes=("dp",), average=True, layouts={"w": {"local": frozenset({"dp"})}})
-    assert wish_of(gm) == "[4, 6], or pending over ('dp',)" and not calls(gm, aten.div.Tensor)
-
-
-def test_with_a_loss_beside_split_results_the_split_ones_gradient_is_divided():
-    def two(x, w, tangent):
-        return aten.mm(x, w), aten.sum(aten.mm(x, w)), aten.mm(aten.t(x), tangent)
-
-    gm, _ = seeded(two, data_axes=("dp",), average=True)
-    (divided,) = calls(gm, aten.div.Tensor)
-    assert divided.args == (placeholders(gm)[2], 2)
-    assert [n.name for n in placeholders(gm)[2].users] == [divided.name]
+def test_the_gradient_of_an_ignored_parameter_stays_local():
+    gm, _ = seeded(data_axes=("dp",), layouts={"w": {"local": frozenset({"dp"})}})
+    assert wish_of(gm) == "[4, 6], or pending over ('dp',)"
 
 
 def test_the_gradient_of_an_input_lies_as_the_input_does():
     def fn(x, w, tangent):
         return aten.mm(x, w), aten.mm(tangent, aten.t(w))
 
-    gm, _ = seeded(fn, ("x",), layouts={"w": {}}, data_axes=("dp",), average=True)
+    gm, _ = seeded(fn, ("x",), layouts={"w": {}}, data_axes=("dp",))
     assert [str(n.args[1]) for n in calls(gm, c.reshard)] == ["[8@dp, 6]", "[8@dp, 4]"]
-    assert not calls(gm, MARK) and not calls(gm, aten.div.Tensor)
+    assert not calls(gm, MARK)
 
 
 # ---- inputs and outputs
