@@ -14,6 +14,7 @@ from rich.text import Text
 
 import shardc
 from shardc import Mesh, Program
+from shardc.compiler.driver.fill import ON_META
 from shardc.tools.links import LEFT_OUT, Links, parse_links
 from shardc.tools.timeline import Timeline, estimate, mesh_of
 
@@ -27,9 +28,11 @@ def parse_mesh(text: str) -> Mesh:
 
 
 def load_target(target: str, mesh: Mesh) -> Program:
-    """Compile what `file.py:function` or `package.module:function` returns: (model, plan, example inputs)."""
-    model, plan, inputs = _function(target)()
-    compiled = shardc.compile(model, plan, mesh=mesh)
+    """Compile what `file.py:function` or `package.module:function` returns: (model, plan, example inputs), and if it
+    likes a dict of compile's options. What is on meta, or from deferred_init, takes no memory: nothing is computed."""
+    model, plan, inputs, *rest = _function(target)()
+    options = {key: value for key, value in (rest[0] if rest else {}).items() if key not in ("init", "mesh")}
+    compiled = shardc.compile(model, plan, mesh=mesh, init=ON_META, **options)
     args, kwargs = (
         ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
     )

@@ -23,9 +23,13 @@ from shardc.runtime.values.spread import Spread
 from shardc.runtime.values.weights import weights
 from shardc.runtime.wire.distribute import as_dtensor, broadcast, shard
 
+ON_META = object()  # as init: what is on meta stays there, for a program that is looked at and not run
+
 
 def check_init(init: Any) -> None:
     """Raises PlanError for what can fill nothing."""
+    if init is ON_META:
+        return
     source, function = _parts(init)
     if (source is not None and not _is_source(source)) or (function is not None and not callable(function)):
         raise PlanError(
@@ -57,6 +61,9 @@ class Filling:
 
     def fill(self, init: Any) -> None:
         """Give every parameter and buffer its values and its layout. Raises PlanError for what stays without."""
+        if init is ON_META:
+            drop_recipes(self.model)
+            return
         built = recipes(self.model)
         owned = owners(self.model, built)
         source, function = _parts(init)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 
 import torch
@@ -52,3 +53,22 @@ def program(sharded: bool = False, recompute: str | None = None) -> Program:
     """Net on dp=2 x tp=2, made once; sharded: with FullyShard over dp."""
     compiled = shardc.compile(Net(), plan(sharded), mesh=Mesh(dp=2, tp=2), recompute=recompute)
     return compiled.lower(torch.zeros(8, 4, dtype=torch.long))
+
+
+LARGE = 2**20  # a side: no machine holds such a matrix
+
+
+def on_meta() -> tuple[nn.Module, Plan, tuple[Tensor], dict]:
+    """A model that nobody can allocate, without `reset_parameters`, and what compile is told beside the plan."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(LARGE, LARGE, bias=False), nn.ReLU(), nn.Linear(LARGE, 8))
+        model.register_buffer("scale", torch.ones(LARGE))
+        inputs = (torch.empty(64, LARGE),)
+    precision = shardc.Precision(param=torch.bfloat16)
+    return model, Plan(dp=FullyShard("*")), inputs, {"precision": precision, "recompute": "1"}
+
+
+def deferred() -> tuple[nn.Module, Plan, tuple[Tensor]]:
+    """The same, as deferred_init builds it."""
+    build = functools.partial(nn.Linear, LARGE, LARGE)
+    return shardc.deferred_init(build), Plan(dp=FullyShard()), (torch.empty(64, LARGE, device="meta"),)

@@ -137,3 +137,13 @@ def test_totals_are_by_kind_mesh_dim_and_phase():
         ("forward", 2, 12),
         ("backward", 1, 8),
     ]
+
+
+@pytest.mark.parametrize("target", ["on_meta", "deferred"])
+def test_a_model_without_memory_is_looked_at(target: str, tmp_path: Path, capsys):
+    file = TARGET.partition(":")[0]
+    assert main(["view", f"{file}:{target}", "--mesh", "dp=4", "-o", str(tmp_path / "g.html")]) == 0
+    capsys.readouterr()
+    assert main(["explain", f"{file}:{target}", "--mesh", "dp=4", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["memory"]["parameters"] > 2**38  # a quarter of each matrix
