@@ -74,9 +74,7 @@ def run_script(rank: int, script: str, arguments: list[str]) -> None:
 
 
 def _add_target(command: argparse.ArgumentParser, **options: Any) -> None:
-    what = (
-        "file.py:function or package.module:function -> (model, plan, inputs[, options]), or a dumped .json"
-    )
+    what = "file.py:function or package.module:function -> (model, plan, inputs[, options]), or a dumped .json"
     command.add_argument("target", help=what, **options)
     command.add_argument("--mesh", help="such as dp=2,tp=4; no devices are needed")
     links = "a100, h100, h200, nvlink=450GB/s,ib=50GB/s or tp=450GB/s,dp=50GB/s: for the estimate of the timeline"
