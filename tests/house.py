@@ -17,7 +17,9 @@ PARTS = ("compiler", "passes", "runtime", "tools")
 COUNTED = (*PARTS, "shardc")
 
 # What a finished program has left behind.
-FINISHED = "compiler.rules compiler.plan compiler.infer compiler.trace compiler.pipeline passes"
+RULES = "compiler.rules.table compiler.rules.notation compiler.rules.site compiler.rules.steps"
+FINISHED = f"{RULES} compiler.rules.checks compiler.rules.ops compiler.plan compiler.infer compiler.trace"
+FINISHED += " compiler.pipeline passes"
 # Reading order, lowest first, and what a room is blind to although it lies below. A module belongs to the longest
 # name that it is or lies under.
 ROOMS = {
@@ -31,7 +33,7 @@ ROOMS = {
     "compiler.infer": "compiler.rules.ops",
     "compiler.trace": "compiler.plan compiler.infer",
     "compiler.pipeline": "compiler.rules",
-    "passes": "compiler.rules.table compiler.rules.notation compiler.rules.site compiler.rules.steps compiler.trace",
+    "passes": f"{RULES} compiler.trace",
     **dict.fromkeys(["runtime", "runtime.wire", "runtime.run"], FINISHED),
     **dict.fromkeys(["runtime.checkpoint", "runtime.values"], f"{FINISHED} compiler.ir"),
     "runtime.replicas": "compiler passes",

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.collectives import Cut, cut_of
 from shardc.compiler.ir.moves import Call, move_of
-from shardc.compiler.ir.node import specs, tensors
+from shardc.compiler.ir.node import of, specs, tensors
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.mesh import Mesh
 
@@ -46,7 +46,7 @@ def collectives_of(gm: GraphModule, mesh: Mesh) -> list[Collective]:
 def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
     axis, coords = move.axis, mesh.coords(0)
     n = mesh[axis]
-    value = (tensors(node) or tensors_in(node.meta.get("local")))[0]
+    value = (tensors(node) or tensors_in(of(node).local))[0]
     if move.target is c.all_reduce:
         shape = specs(node)[0].local_shape(mesh, coords) if specs(node) else value.shape
         numel = math.prod(shape)
@@ -58,19 +58,16 @@ def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
         pieces = [sum(numels) for numels in zip(*dealt, strict=True)]
         numel, largest = sum(pieces), max(pieces)
         sent = (n - 1) * largest * value.element_size()
-    meta = node.meta
-    return Collective(
-        move.target.__name__, axis, meta.get("phase", "forward"), value.dtype, numel, sent,
-        meta.get("path", ""), meta.get("where", ""), node.name, meta.get("why", ""),
-    )  # fmt: skip
+    view, kind = of(node), move.target.__name__
+    found = (kind, axis, view.phase, value.dtype, numel, sent)
+    return Collective(*found, view.path, view.where, node.name, view.why)
 
 
 def cut_in(part: Call, mesh: Mesh) -> Cut:
     """How one value that moves is dealt into pieces, on the first rank."""
-    source, after = part.args[0], part.meta["spec"]
-    split = specs(source)[0] if part.target is c.all_gather else after
+    split = part.before if part.target is c.all_gather else part.after
     dim = part.args[2] if part.target is c.all_to_all else part.args[1]
-    return cut_of(split, dim, part.axis, mesh, mesh.coords(0), specs(source)[0])
+    return cut_of(split, dim, part.axis, mesh, mesh.coords(0), part.before)
 
 
 def _fetched(move: Call, value: torch.Tensor) -> tuple[int, int]:

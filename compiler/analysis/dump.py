@@ -16,7 +16,7 @@ from shardc.compiler.analysis.lowered import Lowered
 from shardc.compiler.analysis.memory import memories
 from shardc.compiler.analysis.pass_changes import changes, lines
 from shardc.compiler.ir.moves import move_of
-from shardc.compiler.ir.node import local_nbytes, specs, target_name, tensors
+from shardc.compiler.ir.node import local_nbytes, of, specs, target_name, tensors
 from shardc.compiler.ir.signature import InputKind
 from shardc.compiler.ir.text import arg_text, type_text
 from shardc.compiler.ir.views import is_view
@@ -53,7 +53,7 @@ def dump(program: Lowered, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _node(node: Node, mesh: Mesh, names: Mapping[str, str]) -> dict[str, Any]:
-    meta, move = node.meta, move_of(node)
+    view, move = of(node), move_of(node)
     is_input = node.op == "placeholder"
     args = [arg_text(a) for a in node.args] + [f"{k}={arg_text(v)}" for k, v in node.kwargs.items()]
     return {
@@ -64,14 +64,14 @@ def _node(node: Node, mesh: Mesh, names: Mapping[str, str]) -> dict[str, Any]:
         "type": type_text(node),
         "results": _results(node, mesh),
         "inputs": [used.name for used in node.all_input_nodes],
-        "path": meta.get("path") or "",
-        "phase": meta.get("phase") or "forward",
-        "where": meta.get("where") or "",
-        "file": _shown(meta.get("file") or ""),
-        "line": int(meta.get("line") or 0),
-        "made_by": meta.get("made_by") or "",
-        "recompute": meta.get("region") or "",
-        "origin": meta.get("origin") or "",
+        "path": view.path,
+        "phase": view.phase,
+        "where": view.where,
+        "file": _shown(view.file),
+        "line": view.line,
+        "made_by": view.made_by or "",
+        "recompute": view.region,
+        "origin": view.origin,
         "view": is_view(node),
         "bytes": local_nbytes(node, mesh),
         "flops": flops(node, mesh),
@@ -82,7 +82,7 @@ def _results(node: Node, mesh: Mesh) -> list[dict[str, Any]]:
     """Each tensor a node gives; `layout` is None where it is a step inside one operator's local form."""
     values, layouts = tensors(node), specs(node)
     if not layouts or len(layouts) != len(values):
-        return [_result(t, None, mesh) for t in tensors_in(node.meta.get("local"))]
+        return [_result(t, None, mesh) for t in tensors_in(of(node).local)]
     return [_result(t, s, mesh) for t, s in zip(values, layouts, strict=True)]
 
 
@@ -115,7 +115,7 @@ def _reasons(program: Lowered) -> dict[str, dict[str, Any]]:
             "op": "input" if node.op == "placeholder" else target_name(node.target),
             "layout": str(specs(node)[0]) if specs(node) else "",
             "rule": rule_text(node),
-            "why": node.meta.get("why") or "",
+            "why": of(node).why,
             "from": {axis: source.name if source is not None else None for axis, source in sources.items()},
         }
     return out
@@ -170,9 +170,9 @@ def _sources(nodes: Sequence[Node]) -> dict[str, str]:
     """The text of every line of the user's source that some node comes from, by `file:line`."""
     out = {}
     for node in nodes:
-        file, line = node.meta.get("file"), node.meta.get("line")
+        file, line = of(node).file, of(node).line
         if file and line:
-            out[f"{_shown(file)}:{line}"] = linecache.getline(file, int(line)).strip()
+            out[f"{_shown(file)}:{line}"] = linecache.getline(file, line).strip()
     return out
 
 

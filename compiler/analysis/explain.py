@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.ir.node import specs, target_name
+from shardc.compiler.ir.node import of, specs, target_name
 from shardc.compiler.ir.text import node_text
 from shardc.compiler.plan.match import nearest
 
@@ -23,8 +23,8 @@ def explain(gm: GraphModule, before: GraphModule, name: str, names: dict[str, st
         raise ShardingError(f"no value %{name} in the program", help=f"nearest name: %{close}" if close else "")
     node = by_name[name]
     lines = [node_text(node, names)]
-    if node.meta.get("where"):
-        lines.append(f"  at {node.meta['where']} ({node.meta.get('path') or 'root module'})")
+    if of(node).where:
+        lines.append(f"  at {of(node).where} ({of(node).path or 'root module'})")
     layouts = specs(node)
     axes = [a for s in layouts for a in (*s.axes(), *(p[0] for p in s.pending))]
     if not axes:
@@ -53,19 +53,19 @@ def _chain(node: Node, axis: str, names: dict[str, str], by_name: Mapping[str, N
 
 def source_of(node: Node, axis: str) -> Node | None:
     """The operand from which a value has its split, or its pending sum, over a mesh dim; None at a chain's end."""
-    if node.op == "placeholder" or node.meta.get("why"):
+    if node.op == "placeholder" or of(node).why:
         return None
     return next((n for n in node.all_input_nodes if any(_has(s, axis) for s in specs(n))), None)
 
 
 def rule_text(node: Node) -> str:
     """The rule that propagation used; empty where there was none."""
-    rule = node.meta.get("rule")
+    rule = of(node).rule
     return rule.text if rule is not None and rule.text else ""
 
 
 def _line(node: Node, source: Node | None, names: dict[str, str]) -> str:
-    reason = node.meta.get("why")
+    reason = of(node).why
     if node.op == "placeholder":
         return f"%{node.name} is {names.get(node.name, 'an input')}, laid out so by {reason or 'its default'}"
     if reason:

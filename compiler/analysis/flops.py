@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
-from shardc.compiler.ir.node import specs, tensors, val
+from shardc.compiler.ir.node import of, specs, tensors, val
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.mesh import Mesh
 
@@ -30,7 +30,7 @@ def _local(node: Node, mesh: Mesh) -> Any:
         shapes = [s.local_shape(mesh, mesh.coords(0)) for s in layouts]
         values = [torch.empty(n, dtype=t.dtype, device="meta") for n, t in zip(shapes, values, strict=True)]
     else:
-        whole = node.meta.get("local")
+        whole = of(node).local
         values = tensors_in(whole)
     if not isinstance(whole, (tuple, list)):
         return values[0] if values else None

@@ -20,10 +20,11 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.graph import output_node, placeholders
 from shardc.compiler.ir.node import set_val, tensors
-from shardc.compiler.ir.rewrite import CAST, emit
+from shardc.compiler.ir.rewrite import emit
 from shardc.compiler.ir.signature import InputKind, OutputKind, TensorInfo, Traced
 from shardc.compiler.plan.layout import Precision
 from shardc.compiler.plan.resolved import Resolved
+from shardc.compiler.rules.facts import CAST
 from shardc.compiler.spec.sizes import name_shape, named_shape
 
 

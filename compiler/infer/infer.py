@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.ir.node import nbytes, operands, tensors, val
+from shardc.compiler.ir.node import nbytes, of, operands, tensors, val
 from shardc.compiler.rules.table import TABLE, OpRule, RuleError, rule_of
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.sizes import named_shape
@@ -110,7 +110,7 @@ class Decisions:
 
     def decide(self, rule: OpRule, node: Node, specs: Sequence[Spec], mesh: Mesh, put_off: Sequence[str]) -> Decision:
         """As `decide`, of a node that has this rule."""
-        sizes = [self._of(n.meta["val"])[2] for n in operands(node)]
+        sizes = [self._of(val(n))[2] for n in operands(node)]
         key = (id(rule), tuple(specs), tuple(sizes), mesh, tuple(put_off))
         if key not in self._decided:
             self._decided[key] = rule, decide(rule, specs, sizes, mesh, put_off)
@@ -128,7 +128,7 @@ class Decisions:
     def _frozen(self, tree: Any, seen: dict[int, int]) -> Any:
         """Arguments as a key: 1, 1.0 and True are three, and so are one tensor twice and two that are alike."""
         if isinstance(tree, Node):
-            tree = tree.meta.get("val")
+            tree = val(tree)
         if isinstance(tree, torch.Tensor):
             return seen.setdefault(id(tree), len(seen)), self._of(tree)[1]
         if isinstance(tree, (list, tuple)):
@@ -141,11 +141,12 @@ class Decisions:
 def call_rule(node: Node, known: Decisions | None = None) -> OpRule | None:
     """The rule of one call in a graph, fitted to its shapes; None for an operator without one, and where data decides
     sizes or numbers. Raises ShardingError at the user's line where the rule does not fit this call."""
-    if node.meta.get("data"):
+    view = of(node)
+    if view.data:
         return None
-    if "rule" not in node.meta:
-        node.meta["rule"] = _rule(node) if known is None else known.rule(node)
-    return node.meta["rule"]
+    if "rule" not in view:
+        view.rule = _rule(node) if known is None else known.rule(node)
+    return view.rule
 
 
 def _rule(node: Node) -> OpRule | None:
@@ -155,7 +156,7 @@ def _rule(node: Node) -> OpRule | None:
     except RuleError as error:
         raise ShardingError(
             f"{node.target} cannot be sharded as it is called here: {error}",
-            where=node.meta.get("where", ""),
+            where=of(node).where,
             help="write it with other operators, or correct its rule (shardc.check_rule proves one)",
         ) from error
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.ir.node import stays
+from shardc.compiler.ir.node import of, stays
 from shardc.compiler.ir.views import is_kept
 
 
@@ -19,7 +19,7 @@ def call_nodes(gm: GraphModule, *targets: Any) -> list[Node]:
 def early(gm: GraphModule) -> list[Node]:
     """What forward makes without needing it. Random draws and checks, used or not and in order: the generator moves
     on. And the pieces of parameters that it keeps for backward."""
-    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.meta.get("phase") != "backward"]
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and of(n).phase != "backward"]
     return [n for n in nodes if stays(n) or is_kept(n)]
 
 
@@ -56,9 +56,5 @@ class Unrun(GraphModule):
 def copy_graph(gm: GraphModule) -> GraphModule:
     """An independent graph with the same nodes, names and meta."""
     graph = Graph()
-    env: dict[Any, Any] = {}
-    returned = graph.graph_copy(gm.graph, env)
-    graph.output(returned)
-    for old, new in env.items():
-        new.meta = dict(old.meta)
+    graph.output(graph.graph_copy(gm.graph, {}))
     return Unrun(gm, graph)

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.ir.graph import Unrun, early, returned
 from shardc.compiler.ir.moves import move_of
-from shardc.compiler.ir.node import is_random
+from shardc.compiler.ir.node import is_random, of
 from shardc.compiler.ir.signature import InputKind, OutputKind, Signature
 
 
@@ -113,7 +113,7 @@ def _may_run_again(node: Node, changed: set[str]) -> bool:
     """Whether a forward value is recomputed in backward; a result of a call, where the call is."""
     if node.target is operator.getitem:
         node = node.args[0]  # pyright: ignore[reportAssignmentType]
-    if not node.meta.get("region") or is_random(node):
+    if not of(node).region or is_random(node):
         return False
     return not any(_reads(used, changed) for used in node.all_input_nodes)
 
@@ -121,8 +121,8 @@ def _may_run_again(node: Node, changed: set[str]) -> bool:
 def _leaves_region(node: Node, forward: set[Node]) -> bool:
     """Whether forward uses a value outside of the region that is recomputed with it: regions begin with what is
     saved, else the last one would have to wait for all before it."""
-    region = node.meta.get("region")
-    return any(user in forward and user.meta.get("region") != region for user in node.users)
+    region = of(node).region
+    return any(user in forward and of(user).region != region for user in node.users)
 
 
 def _reads(node: Node, changed: set[str]) -> bool:
@@ -145,6 +145,5 @@ def _graph(gm: GraphModule, inputs: list[Node], body: list[Node], returned: list
         env[node].meta = dict(node.meta)
     for node in body:
         env[node] = graph.node_copy(node, env.__getitem__)
-        env[node].meta = dict(node.meta)
     graph.output(tuple(env[n] if isinstance(n, Node) else n for n in returned))
     return Unrun(gm, graph)

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.node import arguments, tensors
+from shardc.compiler.ir.node import arguments, of, spec, specs, tensors
 from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Spec
 
 
 class Call(NamedTuple):
@@ -20,11 +21,20 @@ class Call(NamedTuple):
 
     target: Any
     args: tuple  # the operand first
-    meta: dict[str, Any]
+    layouts: tuple[Spec, ...]  # of what it gives; none for a step inside one operator's local form
 
     @property
     def axis(self) -> str:
         return next(a for a in self.args[1:] if isinstance(a, str))
+
+    @property
+    def before(self) -> Spec:
+        """The layout of the one value that moves."""
+        return spec(self.args[0])
+
+    @property
+    def after(self) -> Spec:
+        return self.layouts[0]
 
     def each(self) -> Iterator[Call]:
         """The values that move together, each as a call of its own: (operand, dim, mesh dim, ...)."""
@@ -33,17 +43,17 @@ class Call(NamedTuple):
             yield self
             return
         dims, *rest = rest
-        for value, dim, layout in zip(values, dims, self.meta["spec"], strict=True):
-            yield Call(self.target, (value, dim, *rest), {**self.meta, "spec": layout})
+        for value, dim, layout in zip(values, dims, self.layouts, strict=True):
+            yield Call(self.target, (value, dim, *rest), (layout,))
 
 
 def move_of(node: Node) -> Call | None:
     """What a node moves, if anything; a `wait` moves nothing."""
     if node.target is c.start:
         operand, kind, *rest = node.args
-        return Call(c.NAMED[kind], (operand, *rest), node.meta)  # pyright: ignore[reportArgumentType]
+        return Call(c.NAMED[kind], (operand, *rest), specs(node))  # pyright: ignore[reportArgumentType]
     if node.op == "call_function" and node.target in (*c.COLLECTIVES, *c.LOCAL_MOVES):
-        return Call(node.target, tuple(node.args), node.meta)
+        return Call(node.target, tuple(node.args), specs(node))
     return None
 
 
@@ -60,5 +70,5 @@ def divides_a_sum(node: Node, mesh: Mesh) -> bool:
         return False
     if mesh[move.axis] == 1 or len(total.users) > 1:
         return False
-    (value,) = tensors(total) or [total.meta.get("local")]
+    (value,) = tensors(total) or [of(total).local]
     return isinstance(value, Tensor) and value.dtype.is_floating_point

@@ -14,15 +14,13 @@ import torch
 from torch.fx import Node
 
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.rules.checks import CHECKS
+from shardc.compiler.rules.facts import draws, raises
 from shardc.compiler.rules.table import OpRule, tensors_in
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.sizes import named_shape
 from shardc.compiler.spec.spec import Spec
 
 T = TypeVar("T")
-
-ASSERT = torch.ops.aten._assert_scalar.default
 
 
 class Said(Generic[T]):
@@ -53,6 +51,9 @@ class View:
     def __init__(self, node: Node) -> None:
         self.meta = node.meta
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.meta
+
     where = Said("", inherited=True)  # "file.py:23 in forward", the user's line
     file = Said("", inherited=True)
     line = Said(0, inherited=True)
@@ -66,7 +67,7 @@ class View:
     regather = Said(False, inherited=True)  # whether a gather is made again in backward
     # Of a gather, the layout in which parameters stay until backward; of a slice, that it is one of these.
     kept = Said[Any](None, inherited=True)
-    made_by = Said("")  # the pass that created the node
+    made_by = Said[str | None]("")  # the pass that created the node; None until the runner says so
     why = Said("")  # the plan entry behind a fixed layout
     wish = Said[tuple](())  # what the plan says of a mark: (mesh dim, placement, open, reason) of each entry
     wants = Said[tuple[Spec, ...] | None](None)  # the layouts it needs of its operands
@@ -185,17 +186,18 @@ def local_nbytes(node: Node, mesh: Mesh) -> int:
 
 
 def is_random(node: Node) -> bool:
-    """Whether a call draws random numbers; attention without dropout is tagged so but does not."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    names = [a.name for a in node.target._schema.arguments]  # pyright: ignore
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return bool(given.get("dropout_p", None) != 0)
+    return draws(node.target, node.args, node.kwargs)
 
 
 def stays(node: Node) -> bool:
     """Whether a call is made though nobody needs its result: it draws, or raises where one device would."""
-    return is_random(node) or node.target in CHECKS or node.target is ASSERT
+    return is_random(node) or raises(node.target)
+
+
+def together(a: Node, b: Node) -> bool:
+    """Whether two calls run at the same times: in one half, in one region that is run again, both whole or not."""
+    a_, b_ = of(a), of(b)
+    return (a_.phase, a_.region, a_.data) == (b_.phase, b_.region, b_.data)
 
 
 def target_name(target: Any) -> str:
@@ -205,3 +207,16 @@ def target_name(target: Any) -> str:
     if target in c.SYMBOLIC:
         return f"shardc.{target.__name__}"
     return getattr(target, "__name__", str(target))
+
+
+def sign(node: Node, name: str, new: bool) -> None:
+    """Say which pass made a node: one that is new, or became another call."""
+    if node.meta.get("made_by", None if new else "") is None:
+        node.meta["made_by"] = name
+
+
+def parts(node: Node) -> tuple:
+    """All that a node's line and its invariants are made from, but for its operands' and users' own."""
+    meta = node.meta
+    said = (meta.get("val"), meta.get("spec"), meta.get("wants"), meta.get("made_by"), meta.get("local"))
+    return node.name, node.target, node.args, node.kwargs, *said

@@ -16,10 +16,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from shardc.compiler.ir.node import INHERITED, of, set_spec, set_val, spec, specs, tensors, val
+from shardc.compiler.rules.facts import CAST
 from shardc.compiler.spec.sizes import name_shape, named_shape
 from shardc.compiler.spec.spec import Spec
 
-CAST = torch.ops.aten._to_copy.default
 COMPUTED = object()
 STALE = ("rule", "wants", "made_by")  # what is said of a call, not of its value
 
@@ -80,7 +80,7 @@ def replace(node: Node, by: Node) -> None:
 def retarget(node: Node, target: Any, args: tuple) -> None:
     """Another call in a node, of the same value and name."""
     if node.target is not target:
-        of(node).made_by = ""
+        of(node).made_by = None
     node.target, node.args = target, args
     forget(node, "rule", "wants")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.node import specs, target_name, tensors, val
+from shardc.compiler.ir.node import of, specs, target_name, tensors, val
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.sizes import Number, named_shape
@@ -29,7 +29,7 @@ def node_text(node: Node, names: dict[str, str] | None = None) -> str:
         return f"%{node.name}: {type_text(node)} = {(names or {}).get(node.name, 'input')}"
     items = [arg_text(a) for a in node.args]
     items += [f"{k}={arg_text(v)}" for k, v in node.kwargs.items()]
-    made_by = f"  # {node.meta['made_by']}" if node.meta.get("made_by") else ""
+    made_by = f"  # {of(node).made_by}" if of(node).made_by else ""
     return f"%{node.name}: {type_text(node)} = {target_name(node.target)}({', '.join(items)}){made_by}"
 
 
@@ -37,7 +37,7 @@ def type_text(node: Node) -> str:
     """`f32[8@dp, 16]+tp`, or several of them in parentheses."""
     if isinstance(val(node), Number):
         return str(val(node))
-    values = tensors(node) or tensors_in(node.meta.get("local"))
+    values = tensors(node) or tensors_in(of(node).local)
     layouts = specs(node) or tuple(Spec.whole(named_shape(t)) for t in values)
     if len(layouts) != len(values):
         return "?"

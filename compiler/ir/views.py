@@ -11,19 +11,20 @@ from torch.fx import Node
 
 from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.moves import move_of
+from shardc.compiler.ir.node import arguments, of
+from shardc.compiler.rules import facts
 
-ALIASES = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
-           "alias", "detach", "getitem", "split", "split_with_sizes", "unbind",
-           "wait", "unbucket")  # fmt: skip
+
+def shows(node: Node) -> bool:
+    """Whether a node's results lie in the memory of its first operand, or may."""
+    shown = node.args[0] if node.args else None
+    return isinstance(shown, Node) and (node.target in (operator.getitem, c.unbucket) or facts.is_view(node.target))
 
 
 def _owner(node: Node) -> Node:
     """The node whose memory a view shows. Values that moved together are taken apart into memory of their own."""
-    while node.op == "call_function" and not is_part(node):
-        name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
-        if name not in ALIASES or not node.args or not isinstance(node.args[0], Node):
-            break
-        node = node.args[0]
+    while not is_part(node) and (node.target is c.wait or shows(node)):
+        node = arguments(node)[0]
     return node
 
 
@@ -31,8 +32,7 @@ def is_part(node: Node) -> bool:
     """Whether a node picks one of the values that a collective moved together."""
     if node.target is not operator.getitem:
         return False
-    source = node.args[0]
-    assert isinstance(source, Node)
+    source = arguments(node)[0]
     return source.target is c.wait or move_of(source) is not None
 
 
@@ -61,9 +61,9 @@ class Kind(NamedTuple):
 
 def is_kept(node: Node) -> bool:
     """Whether a node is what forward keeps of a gathered parameter for backward: memory of its own."""
-    return node.target is c.local_slice and bool(node.meta.get("kept"))
+    return node.target is c.local_slice and bool(of(node).kept)
 
 
 def outlives(node: Node) -> bool:
     """Whether a slice is to have memory of its own, lest it hold that of the whole: what is kept, and a gradient."""
-    return is_kept(node) or (node.meta.get("phase") == "backward" and any(user.op == "output" for user in node.users))
+    return is_kept(node) or (of(node).phase == "backward" and any(user.op == "output" for user in node.users))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.infer.infer import Decisions
-from shardc.compiler.ir.node import stays
+from shardc.compiler.ir.node import parts, sign, stays
 from shardc.compiler.ir.signature import Signature
 from shardc.compiler.ir.text import node_text
 from shardc.compiler.pipeline.stages import Stage, verify
@@ -96,8 +96,8 @@ class Runner:
         result = step.run(gm, self._ctx)
         _erase_dead(gm)
         for node in gm.graph.nodes:
-            if node not in self._parts and node.op == "call_function":
-                node.meta.setdefault("made_by", step.name)
+            if node.op == "call_function":
+                sign(node, step.name, new=node not in self._parts)
         self._stage, before, changed = step.gives, self._shown, self._changed()
         verify(gm, self._stage, self._ctx.mesh, changed if self._verified is self._stage else None)
         self._verified = self._stage
@@ -108,7 +108,7 @@ class Runner:
 
     def _changed(self) -> list[Node]:
         """Nodes that are new, or have another part than when this was last asked."""
-        was, self._parts = self._parts, {node: _parts(node) for node in self._gm.graph.nodes}
+        was, self._parts = self._parts, {node: parts(node) for node in self._gm.graph.nodes}
         changed = [node for node, parts in self._parts.items() if not all(map(is_, parts, was.get(node, (None,))))]
         renamed = any(was[node][0] != node.name for node in changed if node in was)
         return list(self._parts) if renamed else changed  # a name is in the lines of its users too
@@ -118,13 +118,6 @@ class Runner:
 
     def _text(self) -> str:
         return "\n".join([str(self._ctx.mesh), *[self._lines[node] for node in self._parts]])
-
-
-def _parts(node: Node) -> tuple:
-    """All that a node's line and its invariants are made from, but for its operands' and users' own."""
-    meta = node.meta
-    kept = (meta.get("val"), meta.get("spec"), meta.get("wants"), meta.get("made_by"), meta.get("local"))
-    return node.name, node.target, node.args, node.kwargs, *kept
 
 
 def _erase_dead(gm: GraphModule) -> None:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.moves import Call, move_of
-from shardc.compiler.ir.node import operands, spec, specs, tensors, val
+from shardc.compiler.ir.node import of, operands, spec, specs, tensors, val
 from shardc.compiler.ir.text import excerpt
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.sizes import Number, named_shape, of_data
@@ -46,7 +46,7 @@ def verify(gm: GraphModule, stage: Stage, mesh: Mesh, changed: Sequence[Node] | 
             continue
         if stage < Stage.LOCAL and val(node) is None:
             raise _broken(node, "has no value")
-        if _meets_data(node) and not node.meta.get("data"):
+        if _meets_data(node) and not of(node).data:
             raise _broken(node, "is made of what data decides the size of, and does not say so")
         if stage >= Stage.SHARDED:
             _check_layouts(node, stage)
@@ -86,21 +86,21 @@ def _check_call(node: Node, stage: Stage, mesh: Mesh) -> None:
     move = move_of(node)
     if move is not None:
         for part in move.each():
-            if specs(part.args[0]) and "spec" in part.meta:
-                _check_collective(node, part, spec(part.args[0]), part.meta["spec"], mesh)
+            if specs(part.args[0]) and part.layouts:
+                _check_collective(node, part, mesh)
         if node.target is c.start and any(user.target is not c.wait for user in node.users):
             raise _broken(node, "is used before it is waited for")
     elif node.target is c.wait:
         if getattr(node.args[0], "target", None) is not c.start:
             raise _broken(node, "waits for what was not started")
-    elif node.target is not operator.getitem and stage == Stage.RESHARDED and "wants" in node.meta:
-        for i, (needed, operand) in enumerate(zip(node.meta["wants"], operands(node), strict=True)):
+    elif node.target is not operator.getitem and stage == Stage.RESHARDED and (wants := of(node).wants):
+        for i, (needed, operand) in enumerate(zip(wants, operands(node), strict=True)):
             if spec(operand) != needed:
                 raise _broken(node, f"needs operand {i} as {needed}, but %{operand.name} is {spec(operand)}")
 
 
-def _check_collective(node: Node, move: Call, before: Spec, after: Spec, mesh: Mesh) -> None:
-    axis = move.axis
+def _check_collective(node: Node, move: Call, mesh: Mesh) -> None:
+    axis, before, after = move.axis, move.before, move.after
     if move.target is c.fetch:
         if before.dim_of(axis) != move.args[1] or after.dim_of(axis) not in (move.args[1], None):
             raise _broken(node, f"cannot turn {before} into {after}")
@@ -136,7 +136,7 @@ def _state(layout: Spec, axis: str) -> str:
 def _broken(node: Node, what: str) -> ShardingError:
     return ShardingError(
         f"%{node.name} {what}",
-        where=node.meta.get("where", ""),
+        where=of(node).where,
         excerpt=excerpt(node),
         help="this is a fault of the compiler, or of an edited program: a value would be wrong",
     )

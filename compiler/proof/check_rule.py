@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.infer.infer import decide_node
-from shardc.compiler.ir.node import operands, set_specs
+from shardc.compiler.ir.node import operands, set_spec, set_specs, set_val
 from shardc.compiler.rules.ops import all_rules as _rules  # noqa: F401  fills the rule table
 from shardc.compiler.rules.table import OpRule, overload, rule_of, tensors_in
 from shardc.compiler.spec.mesh import Mesh
@@ -73,7 +73,7 @@ def _fault(target: Any, args: Any, kwargs: Any, layouts: list[Spec], mesh: Mesh,
     decision = decide_node(call, [Spec(s.dims, s.pending) for s in layouts], mesh)
     inputs = operands(call)
     for node, spec in zip(inputs, decision.operands, strict=True):
-        node.meta["spec"] = spec
+        set_spec(node, spec)
     set_specs(call, decision.results)
     LOCALIZE.run_on(gm, mesh)
     values = tensors_in(args, kwargs)
@@ -106,12 +106,12 @@ def _graph(target: Any, args: Any, kwargs: Any, result: Any) -> tuple[GraphModul
         if not isinstance(x, Tensor):
             return x
         node = graph.placeholder(f"x{len(graph.nodes)}")
-        node.meta["val"] = x
+        set_val(node, x)
         return node
 
     new_args, new_kwargs = pytree.tree_map(leaf, (args, kwargs))
     call = graph.call_function(target, new_args, new_kwargs)
-    call.meta["val"] = result
+    set_val(call, result)
     graph.output((call,))
     return GraphModule({}, graph), call
 

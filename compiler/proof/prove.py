@@ -130,7 +130,7 @@ def _compare_ends(
             what = f"{entry.kind.value} {entry.name or ''}".strip()
             raise ShardingError(
                 f"%{node.name}, {what}, differs from the original module by {difference:.1e}",
-                where=node.meta.get("where", ""),
+                where=of(node).where,
                 help="the traced program does not compute what the module does",
             )
 
@@ -170,7 +170,7 @@ def _compare_ranks(program: Lowered, flat: list[Tensor], reference: dict[str, An
         last = next((n for n in program.gm.graph.nodes if n.op == "call_function" and n.name not in origin), None)
         raise ShardingError(
             f"%{last.name if last else '?'} does not run on every rank: {error}",
-            where=last.meta.get("where", "") if last else "",
+            where=of(last).where if last else "",
             excerpt=excerpt(last) if last else "",
         ) from error
     _compare_returned(program, found, reference, ways)
@@ -187,8 +187,8 @@ def _compare_returned(program: Lowered, found: list[Any], reference: dict[str, A
 
 def _origin(node: Node, origin: dict[str, str], reference: dict[str, Any]) -> str:
     """Which value of the global graph a node holds: its own name's, or for a collective its operand's."""
-    if node.meta.get("origin"):
-        return node.meta["origin"]
+    if of(node).origin:
+        return of(node).origin
     if node.name in reference or not node.all_input_nodes:
         return node.name
     if node.target in c.SYMBOLIC:
@@ -210,7 +210,7 @@ def _check(
         worst = _difference(join(pieces, layout, mesh), want)
     else:
         worst = max(_difference(p, cut(want, layout, mesh, mesh.coords(r))) for r, p in enumerate(pieces))
-    travelled = want.to(node.meta.get("wire", want.dtype))
+    travelled = want.to(of(node).wire or want.dtype)
     if worst > _allowed(travelled, way):
         largest = f"its largest value being {_largest(want):.1e}"
         raise _differs(node, f"{name} differs from one device by {worst:.1e}, {largest}")
@@ -218,7 +218,7 @@ def _check(
 
 
 def _differs(node: Node, what: str) -> ShardingError:
-    return ShardingError(what, where=node.meta.get("where", ""), excerpt=excerpt(node))
+    return ShardingError(what, where=of(node).where, excerpt=excerpt(node))
 
 
 def _difference(have: Tensor, want: Tensor) -> float:

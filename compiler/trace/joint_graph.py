@@ -26,8 +26,9 @@ from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
+from shardc.compiler.ir.node import stays
 from shardc.compiler.ir.signature import Input, InputKind, Leaf, Output, OutputKind, Signature
-from shardc.compiler.rules.checks import CHECKS
+from shardc.compiler.rules.facts import ASSERT
 from shardc.compiler.trace.capture import Program
 from shardc.compiler.trace.sizes.data_decided import Settled, decides, is_needed, with_checks
 from shardc.compiler.trace.sizes.symbolic import SYMBOLIC, Sized, depends_on_data, symbols_of
@@ -110,8 +111,8 @@ class Joint:
         ends = [*self.results.values(), *self.gradients.values()]
         needed = {node for node in ends if node is not None}
         for node in reversed(self.nodes):
-            stays = _random(node) or node.target in CHECKS or (self.data and is_needed(node))
-            if node in needed or (stays and node not in self.stands_for):
+            lasts = self.data and is_needed(node) if node.target is ASSERT else stays(node)
+            if node in needed or (lasts and node not in self.stands_for):
                 needed.add(node)
                 needed.update(self.resolve(operand) for operand in node.all_input_nodes)
         return needed - {self.nodes[-1]}
@@ -261,11 +262,6 @@ def _overwrites(node: Node) -> bool:
     old, new = (operand.meta["val"] for operand in node.all_input_nodes)
     forms = [(str(x.shape), x.dtype, x.device, str(x.stride())) for x in (old, new)]  # not by guards on symbols
     return forms[0] == forms[1]
-
-
-def _random(node: Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
 
 
 def _check_results(program: Program) -> None:

@@ -25,10 +25,10 @@ from shardc.compiler.ir.node import arguments, of, shape, val
 from shardc.compiler.ir.rewrite import emit, replace
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.rules.facts import RESHAPES
 
 aten = torch.ops.aten
 LOSSES = (aten.nll_loss_backward.default, aten.nll_loss2d_backward.default)
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 MEAN = 1  # torch's code for reduction="mean"
 
 
@@ -54,7 +54,7 @@ class FuseCrossEntropy:
 def _through_views(node: Any) -> tuple[list[Node], Node]:
     """The views a gradient went through, outermost last, and the call it came from."""
     views: list[Node] = []
-    while isinstance(node, Node) and node.target in VIEWS:
+    while isinstance(node, Node) and node.target in RESHAPES:
         views.insert(0, node)
         node = node.args[0]
     return views, node

@@ -30,7 +30,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import reshard
@@ -39,14 +38,8 @@ from shardc.compiler.ir.node import arguments, of
 from shardc.compiler.ir.rewrite import emit
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.rules.facts import is_cheap
 from shardc.compiler.spec.spec import Spec
-
-aten = torch.ops.aten
-CHEAP = {  # made again rather than kept: they move no data, or as much as the gather itself
-    aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten._to_copy.default, aten.alias.default,
-    aten._unsafe_view.default, aten.detach.default,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def _turn(uses: Sequence[Node], order: dict[Node, int]) -> tuple[int, int]:
 def _uses(node: Node) -> list[Node]:
     """What computes with a value, through cheap calls."""
     users = [u for u in node.users if u.op != "output"]
-    return [use for u in users for use in (_uses(u) if u.target in CHEAP else [u])]
+    return [use for u in users for use in (_uses(u) if is_cheap(u.target) else [u])]
 
 
 def _gathered_again(gather: Node, kept: Spec | None, order: dict[Node, int]) -> bool:
@@ -115,7 +108,7 @@ def _gathered_again(gather: Node, kept: Spec | None, order: dict[Node, int]) -> 
 def _again(node: Node, order: dict[Node, int]) -> Node | None:
     """A second `node` for its uses in backward, through cheap calls; None where it has none, or only such."""
     late = [u for u in node.users if u.op != "output" and of(u).phase == "backward"]
-    through = [u for u in node.users if u not in late and u.target in CHEAP]
+    through = [u for u in node.users if u not in late and is_cheap(u.target)]
     copies = [(u, copy) for u in through if (copy := _again(u, order)) is not None]
     if not late and not copies:
         return None

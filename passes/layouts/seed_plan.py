@@ -27,10 +27,11 @@ from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes, output_node, placeholders, returned
 from shardc.compiler.ir.marks import CONSTRAIN, MARK, MarkKey, UnlessPending, parse_key
 from shardc.compiler.ir.node import arguments, nbytes, of, set_spec, shape, spec, val
-from shardc.compiler.ir.rewrite import CAST, emit
+from shardc.compiler.ir.rewrite import emit
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.rules.facts import CAST
 from shardc.compiler.spec.sizes import of_data
 from shardc.compiler.spec.spec import REPLICATE, Spec, from_placements
 

@@ -19,7 +19,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import arguments, operands, specs, tensors
+from shardc.compiler.ir.node import arguments, operands, specs, tensors, together
+from shardc.compiler.ir.rewrite import retarget
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -40,18 +41,14 @@ class FuseBias:
             for product, bias in (operands(node), reversed(operands(node))):
                 if _fits(node, product, bias):
                     left, right = arguments(product)
-                    node.target, node.args = aten.addmm.default, (bias, left, right)
-                    node.meta = {k: v for k, v in node.meta.items() if k not in ("rule", "wants", "made_by")}
-                    node.meta["made_by"] = self.name
+                    retarget(node, aten.addmm.default, (bias, left, right))
                     changes["biases"] += 1
                     break
         return PassResult(changes)
 
 
 def _fits(node: Node, product: Node, bias: Node) -> bool:
-    if product.target is not aten.mm.default or len(product.users) != 1:
-        return False
-    if any(product.meta.get(k) != node.meta.get(k) for k in ("phase", "region", "data")):
+    if product.target is not aten.mm.default or len(product.users) != 1 or not together(product, node):
         return False
     whole, row = specs(product), specs(bias)
     if len(whole) != 1 or len(row) != 1 or whole[0].pending or row[0].pending or specs(node) != whole:

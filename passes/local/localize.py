@@ -24,15 +24,16 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.infer.infer import Decision, Decisions, OpRule, call_rule, decide_node
 from shardc.compiler.ir.collectives import all_reduce, fetch, indices_of, make_partial
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import INHERITED, operands, specs, tensors
+from shardc.compiler.ir.node import of, operands, specs, tensors
+from shardc.compiler.ir.rewrite import become, emit, replace
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.rules.facts import RESHAPES
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.rank_numbers import bind, local_place, local_size, local_start
 from shardc.compiler.spec.spec import Spec, axes_of, chunk, size_of
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Localize:
         """Localize a graph whose nodes have layouts; all it needs to know is the mesh."""
         changes: Counter = Counter()
         for node in call_nodes(gm):
-            if node.target in VIEWS:
+            if node.target in RESHAPES:
                 node.target = aten.reshape.default  # a piece may lie in memory otherwise than the whole
             rule = call_rule(node, known) if hasattr(node.target, "overloadpacket") else None
             if rule is None or not (_differs(node) or getattr(node.target, "namespace", "") == "shardc"):
@@ -82,20 +83,16 @@ def _localize(gm: GraphModule, node: Node, rule: OpRule, mesh: Mesh, known: Deci
 def _replace(gm: GraphModule, node: Node, result: Any) -> None:
     """Put what a localize function returned (a node, or one per result) in the node's place."""
     if isinstance(result, Node):
-        meta = {k: v for k, v in node.meta.items() if k not in ("rule", "wants")}
         if result is not node:
-            result.meta = {**meta, "origin": node.name, "made_by": result.meta.get("made_by", node.meta.get("made_by"))}
-            node.replace_all_uses_with(result)
-            gm.graph.erase_node(node)
+            replace(node, become(result, node, origin=node.name, made_by=of(node).made_by))
         return
     for user in list(node.users):
         if user.target is not operator.getitem:
             raise AssertionError(f"{user.name} takes all results of {node.name} at once")
         new = result[user.args[1]]
         if isinstance(new, Node):
-            new.meta = {**user.meta, "origin": user.name, "made_by": "localize"}
-        user.replace_all_uses_with(new)
-        gm.graph.erase_node(user)
+            become(new, user, origin=user.name)
+        replace(user, new)
     gm.graph.erase_node(node)
 
 
@@ -143,12 +140,8 @@ class GraphSite:
         return _shape(self._decision.operands[i])
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
-        node = self._gm.graph.call_function(op, args, kwargs)
-        node.meta = {k: self._node.meta[k] for k in INHERITED if k in self._node.meta}
-        coords = self._mesh.coords(0)
-        on_meta = bind((args, kwargs), self._mesh, coords, lambda x: self._on_meta(x))
-        node.meta["local"] = op(*on_meta[0], **on_meta[1])
-        return node
+        on_meta = bind((args, kwargs), self._mesh, self._mesh.coords(0), self._on_meta)
+        return emit(op, args, self._node, kwargs, value=None, local=op(*on_meta[0], **on_meta[1]))
 
     def _on_meta(self, leaf: Any) -> Any:
         if isinstance(leaf, Node):
@@ -196,9 +189,9 @@ def _shape(spec: Spec) -> list[Any]:
 
 def local_value(node: Node, mesh: Mesh) -> Any:
     """What rank 0 holds of a node, as a tensor on meta: rank 0's piece is the largest of any."""
-    if "local" not in node.meta:
+    if of(node).local is None:
         coords = mesh.coords(0)
         shapes = [s.local_shape(mesh, coords) for s in specs(node)]
         values = [torch.empty(n, dtype=t.dtype, device="meta") for t, n in zip(tensors(node), shapes, strict=True)]
-        node.meta["local"] = values[0] if len(values) == 1 else values
-    return node.meta["local"]
+        of(node).local = values[0] if len(values) == 1 else values
+    return of(node).local

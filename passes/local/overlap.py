@@ -25,17 +25,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import COLLECTIVES, all_gather, reduce_scatter, start, wait
 from shardc.compiler.ir.graph import call_nodes, early, returned
 from shardc.compiler.ir.moves import move_of
-from shardc.compiler.ir.node import local_nbytes
+from shardc.compiler.ir.node import local_nbytes, of
+from shardc.compiler.ir.rewrite import become
 from shardc.compiler.ir.signature import OutputKind, Signature
 from shardc.compiler.ir.views import is_kept, last_uses
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.rules.facts import computes
 from shardc.compiler.spec.mesh import Mesh
 
 
@@ -123,18 +124,18 @@ class _Schedule:
             self._make_room(ready, size)
             begin, end = ready, self._on(ready, need, size)
             self._reductions.append(node)
-        if any(_computes(n) for n in self.nodes[begin:end]):
+        if any(computes(n.target) for n in self.nodes[begin:end]):
             self.starts[node], self.waits[node] = begin, end
             self._fly(begin, end, size)
 
     def _hold(self, node: Node, begin: int, end: int) -> None:
         for held in self._held[begin:end]:
-            held.add(node.meta["unit"])
+            held.add(str(of(node).unit))
 
     def _free(self, node: Node, ready: int, need: int) -> int:
         """The first slot from which one more unit may be held."""
         begin = need
-        while begin > ready and len(self._held[begin - 1] | {node.meta["unit"]}) <= self.units:
+        while begin > ready and len(self._held[begin - 1] | {str(of(node).unit)}) <= self.units:
             begin -= 1
         return begin
 
@@ -186,7 +187,7 @@ class _Schedule:
         begin = end
         while begin > ready and self._flying[begin - 1] + size <= self.window:
             begin -= 1
-        while begin < end and not _computes(self.nodes[begin]):
+        while begin < end and not computes(self.nodes[begin].target):
             begin += 1  # not in the way of what is needed sooner
         return begin
 
@@ -208,11 +209,11 @@ class _Schedule:
 
 def _unit(node: Node) -> str | None:
     """The unit whose parameters a node gathers, if any."""
-    return node.meta.get("unit") if node.target is all_gather else None
+    return of(node).unit if node.target is all_gather else None
 
 
 def _scatters_unit(node: Node) -> bool:
-    return node.target is reduce_scatter and node.meta.get("unit") is not None
+    return node.target is reduce_scatter and of(node).unit is not None
 
 
 def _axis(node: Node) -> str:
@@ -221,17 +222,10 @@ def _axis(node: Node) -> str:
     return move.axis
 
 
-def _computes(node: Node) -> bool:
-    """Whether a node keeps a device busy: an operator that is no view."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and not target.is_view
-
-
 def _start(node: Node) -> Node:
     """The start of a collective, which itself becomes the wait for it."""
     operand, *rest = node.args
     args = (operand, node.target.__name__, *rest)  # pyright: ignore[reportAttributeAccessIssue]
     begun = node.graph.create_node("call_function", start, args, {}, f"start_{node.name}")
-    begun.meta = {k: v for k, v in node.meta.items() if k != "made_by"}
     node.target, node.args = wait, (begun,)
-    return begun
+    return become(begun, node)

@@ -13,19 +13,19 @@ of one rank.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import COLLECTIVES, all_reduce, bucket, start, wait
 from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.moves import move_of
-from shardc.compiler.ir.node import arguments
+from shardc.compiler.ir.node import arguments, of
+from shardc.compiler.ir.views import shows
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.rules.facts import computes
 from shardc.compiler.spec.mesh import Mesh
 
 
@@ -42,7 +42,7 @@ class ReduceInPlace:
             move = move_of(node)
             if move is None or move.target is not all_reduce or ctx.mesh[move.axis] == 1:
                 continue
-            if not node.meta.get("region") and _is_dead_after(move.args[0], node, order, ctx.mesh):
+            if not of(node).region and _is_dead_after(move.args[0], node, order, ctx.mesh):
                 node.kwargs = {**node.kwargs, "reuse": True}
                 changes["reused"] += 1
         return PassResult(changes)
@@ -51,21 +51,21 @@ class ReduceInPlace:
 def _is_dead_after(value: Node, reduction: Node, order: dict[Node, int], mesh: Mesh) -> bool:
     """Whether no node behind the reduction sees the memory that a value lies in."""
     source = value
-    while _shows(source):
+    while shows(source):
         source = arguments(source)[0]
     if not (_makes(source) or _arrives(source, mesh)):
         return False
     seen, stack = {source}, [source]
     while stack:
         node = stack.pop()
-        if node.meta.get("region"):
+        if of(node).region:
             return False
         for user in node.users:
             if user is reduction or user in seen:
                 continue
-            if order[user] > order[reduction] or user.meta.get("region"):  # which backward does once more
+            if order[user] > order[reduction] or of(user).region:  # which backward does once more
                 return False
-            if _shows(user):
+            if shows(user):
                 seen.add(user)
                 stack.append(user)
             elif not _makes(user):
@@ -73,25 +73,12 @@ def _is_dead_after(value: Node, reduction: Node, order: dict[Node, int], mesh: M
     return True
 
 
-def _shows(node: Node) -> bool:
-    """Whether a result may share memory with the first operand, as operators say of themselves."""
-    if not node.args or not isinstance(node.args[0], Node):
-        return False
-    if node.target is operator.getitem:
-        return True
-    return isinstance(node.target, torch._ops.OpOverload) and _aliases(node.target)
-
-
 def _makes(node: Node) -> bool:
     """Whether a result is memory of its own."""
-    return node.target is bucket or (isinstance(node.target, torch._ops.OpOverload) and not _aliases(node.target))
+    return node.target is bucket or computes(node.target)
 
 
 def _arrives(node: Node, mesh: Mesh) -> bool:
     """Whether a value is what a collective gave: memory of its own but over one rank, where it is the operand."""
     move = move_of(arguments(node)[0] if node.target is wait else node)
     return move is not None and move.target in COLLECTIVES and node.target is not start and mesh[move.axis] > 1
-
-
-def _aliases(op: torch._ops.OpOverload) -> bool:
-    return op.is_view or any(result.alias_info is not None for result in op._schema.returns)

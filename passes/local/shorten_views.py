@@ -26,7 +26,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import arguments, specs, tensors
+from shardc.compiler.ir.node import arguments, of, specs, tensors, together
+from shardc.compiler.ir.rewrite import retarget
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -87,10 +88,9 @@ def _without_kept_dims(node: Node) -> bool:
     left = tuple(dim for d, dim in enumerate(layout[0].dims) if d not in gone) if layout else None
     if not gone or not specs(node) or specs(node)[0].dims != left or specs(node)[0].pending != layout[0].pending:
         return False
-    if any(total.meta.get(k) != node.meta.get(k) for k in ("phase", "region", "data")):
+    if not together(total, node):
         return False
-    node.target, node.args = SUM, total.args[:2]
-    node.meta = {k: v for k, v in node.meta.items() if k != "rule"} | {"made_by": "shorten-views"}
+    retarget(node, SUM, total.args[:2])
     return True
 
 
@@ -101,10 +101,9 @@ def _skip(node: Node) -> bool:
     inner = arguments(node)[0]
     if inner.target is not RESHAPE or not _may_use(node, arguments(inner)[0]):
         return False
-    if any(inner.meta.get(k) != node.meta.get(k) for k in ("phase", "data")):
+    if (of(inner).phase, of(inner).data) != (of(node).phase, of(node).data):
         return False  # a reshape may be a copy: backward would need what it was made from as well
-    node.args = (arguments(inner)[0], *node.args[1:])
-    node.meta.pop("rule", None)
+    retarget(node, RESHAPE, (arguments(inner)[0], *node.args[1:]))
     return True
 
 
@@ -112,7 +111,7 @@ def _may_use(node: Node, source: Node) -> bool:
     """A recomputed region begins with what it is given, and a result is no input."""
     if source.op == "placeholder":
         return not any(user.op == "output" for user in node.users)
-    return len({n.meta.get("region") for n in (node, arguments(node)[0], source)}) == 1
+    return len({of(n).region for n in (node, arguments(node)[0], source)}) == 1
 
 
 SHORTER: dict[str, Callable[[Node], Node | None]] = {

@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import all_reduce, reduce_scatter
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import arguments, of, spec, tensors, val
+from shardc.compiler.ir.node import arguments, of, spec, tensors, together, val
 from shardc.compiler.ir.rewrite import emit
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
@@ -64,7 +64,7 @@ def _goes_on(node: Node) -> bool:
 
 
 def _belongs(node: Node, user: Node) -> bool:
-    return _together(node, user) and user.target is ADD and _is_plain(user) and user.args[0] is not user.args[1]
+    return together(node, user) and user.target is ADD and _is_plain(user) and user.args[0] is not user.args[1]
 
 
 def _summands(node: Node) -> Iterator[tuple[Node, Node]]:
@@ -110,12 +110,7 @@ def _is_sum(x: Node) -> bool:
 
 
 def _shares(x: Node, inside: Node) -> bool:
-    return _together(x, inside) and not of(x).unit
-
-
-def _together(a: Node, b: Node) -> bool:
-    """Whether two calls are made at once: in one half, and in one region that backward runs again."""
-    return of(a).phase == of(b).phase and of(a).region == of(b).region
+    return together(x, inside) and not of(x).unit
 
 
 def _add(a: Node, b: Node, like: Node) -> Node:

@@ -22,6 +22,7 @@ from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.collectives import Cut, cut_of
 from shardc.compiler.ir.moves import divides_a_sum, move_of
 from shardc.compiler.ir.node import spec
+from shardc.compiler.ir.rewrite import inherit
 from shardc.compiler.ir.views import outlives
 from shardc.compiler.spec.mesh import Mesh, place
 from shardc.compiler.spec.rank_numbers import bind
@@ -70,7 +71,7 @@ class _Binder:
         for node in self.gm.graph.nodes:
             target, args, kwargs = self._here(node)
             here = self.graph.create_node(node.op, target, args, kwargs, node.name)
-            here.meta = {k: node.meta[k] for k in KEPT if k in node.meta}
+            inherit(here, node, KEPT)
             self.env[node] = here
         self.graph.lint()
         return GraphModule(self.gm, self.graph, class_name="RankProgram")
@@ -158,10 +159,9 @@ class _Binder:
         assert move is not None
         cuts, shapes = [], []
         for part in move.each():
-            after = part.meta["spec"]
-            split = spec(part.args[0]) if part.target is c.all_gather else after
+            split = part.before if part.target is c.all_gather else part.after
             cuts.append(cut_of(split, part.args[1], part.axis, self.mesh, self.coords, split))
-            shapes.append(after.local_shape(self.mesh, self.coords))
+            shapes.append(part.after.local_shape(self.mesh, self.coords))
         return cuts, shapes
 
     def _shape(self, node: Node) -> tuple[int, ...]:

@@ -30,16 +30,17 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from shardc.compiler.ir.collectives import LOCAL_STEPS
-from shardc.compiler.ir.node import is_random
+from shardc.compiler.ir.node import is_random, of
+from shardc.compiler.ir.rewrite import inherit
 from shardc.compiler.ir.views import Kind
-from shardc.runtime.run.bind import piece
+from shardc.compiler.rules.facts import is_view
+from shardc.runtime.run.bind import KEPT, piece
 from shardc.runtime.run.direct_calls import DIRECT
 
 log = logging.getLogger(__name__)
 
 Backend = str | Callable[..., Any]
 DIRECTLY = {id(fn): op for op, fn in DIRECT.items()}
-RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default)
 
 
 class Stretches:
@@ -61,7 +62,6 @@ class Stretches:
             self._close(stretch, graph, env)
             stretch = []
             env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].meta = dict(node.meta)
         graph.lint()
         return GraphModule(gm, graph, class_name="RankProgram")
 
@@ -80,7 +80,6 @@ class Stretches:
         if all(_only_shows(node) for node in nodes):
             for node in nodes:
                 env[node] = graph.node_copy(node, env.__getitem__)
-                env[node].meta = dict(node.meta)
             return
         inside = {*nodes}
         given = [n for n in dict.fromkeys(n for node in nodes for n in node.all_input_nodes) if n not in inside]
@@ -90,10 +89,10 @@ class Stretches:
         stretch = self._of(nodes, given, results)
         self._calls.append((stretch, given))
         call = graph.call_function(stretch, tuple(env[n] for n in given))
-        call.meta = {k: nodes[0].meta[k] for k in ("where", "path", "phase") if k in nodes[0].meta}
+        inherit(call, nodes[0], ("where", "path", "phase"))
         for i, node in enumerate(results):
             env[node] = graph.call_function(operator.getitem, (call, i))
-            env[node].meta = dict(node.meta)
+            inherit(env[node], node, KEPT)
 
     def _of(self, nodes: Sequence[Node], given: Sequence[Node], results: Sequence[Node]) -> _Compiled:
         graph, env = Graph(), dict[Node, Node]()
@@ -159,7 +158,7 @@ def _place_on_host() -> tuple[int, int]:
 
 def _computes(node: Node, stretch: Sequence[Node]) -> bool:
     """Whether a node may be compiled together with those of a stretch before it."""
-    if node.op != "call_function" or is_random(node) or node.meta.get("data"):
+    if node.op != "call_function" or is_random(node) or of(node).data:
         return False
     if node.target is operator.getitem:
         return node.args[0] in stretch  # results of a collective are taken apart outside
@@ -178,4 +177,4 @@ def _is_ours(target: Any) -> bool:
 def _only_shows(node: Node) -> bool:
     """Whether a call does no work that could be compiled."""
     op = DIRECTLY.get(id(node.target), node.target)
-    return op is operator.getitem or op in RESHAPES or (isinstance(op, torch._ops.OpOverload) and op.is_view)
+    return op is operator.getitem or is_view(op)

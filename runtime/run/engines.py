@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.node import of
+from shardc.compiler.ir.graph import placeholders, returned
+from shardc.compiler.ir.node import of, spec
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec
 from shardc.runtime.run.consuming import boxed
@@ -30,39 +31,40 @@ class SimulatedRanks:
         self, forward: GraphModule, backward: GraphModule | None, mesh: Mesh, results: int, sources: Sequence[int]
     ) -> None:
         self._forward, self._backward, self._mesh, self._results = forward, backward, mesh, results
-        self._ways = [of(_inputs(forward)[i]).divided for i in sources]
+        given = placeholders(forward)
+        self._ways = [of(given[i]).divided for i in sources]
         self._coords = [mesh.coords(r) for r in range(mesh.size)]
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
         with torch.no_grad():
-            pieces = [self._cut(x, n.meta["spec"]) for x, n in zip(inputs, _inputs(self._forward), strict=True)]
+            pieces = [self._cut(x, spec(n)) for x, n in zip(inputs, placeholders(self._forward), strict=True)]
             found = self._run(self._forward, pieces)
-        returned = _returned(self._forward)[: self._results]
-        whole = [self._join(p, n) for p, n in zip(found, returned, strict=False)]
+        ends = returned(self._forward)[: self._results]
+        whole = [self._join(p, n) for p, n in zip(found, ends, strict=False)]
         return whole, [v for p in found[self._results :] for v in p]
 
     def backward(self, saved: list[Any], tangents: Sequence[Tensor], carries: Sequence[Any]) -> list[Any]:
         assert self._backward is not None and not carries
-        nodes = _inputs(self._backward)
+        nodes = placeholders(self._backward)
         n = self._mesh.size
         kept = [list(saved[i : i + n]) for i in range(0, len(saved), n)]
         with torch.no_grad():
             pairs = zip(tangents, nodes[len(kept) :], strict=True)
-            dealt = [self._cut(_times(t, of(x).divided), x.meta["spec"]) for t, x in pairs]
+            dealt = [self._cut(_times(t, of(x).divided), spec(x)) for t, x in pairs]
             found = self._run(self._backward, [*kept, *dealt])
-            whole = [self._join(p, x) for p, x in zip(found, _returned(self._backward), strict=True)]
+            whole = [self._join(p, x) for p, x in zip(found, returned(self._backward), strict=True)]
             return [_times(g, by) for g, by in zip(whole, self._ways, strict=True)]
 
     def _run(self, gm: GraphModule, inputs: Sequence[list[Any]]) -> list[list[Any]]:
         return simulate(gm, self._mesh, inputs)
 
-    def _cut(self, x: Tensor, spec: Spec) -> list[Tensor]:
-        return [cut(x.detach(), spec, self._mesh, at) for at in self._coords]
+    def _cut(self, x: Tensor, layout: Spec) -> list[Tensor]:
+        return [cut(x.detach(), layout, self._mesh, at) for at in self._coords]
 
     def _join(self, pieces: Sequence[Any], node: Any) -> Any:
-        if not hasattr(node, "meta") or node.meta["spec"].of_data:
+        if not isinstance(node, Node) or spec(node).of_data:
             return pieces[0]
-        return join(pieces, node.meta["spec"], self._mesh)
+        return join(pieces, spec(node), self._mesh)
 
 
 class ThisRank:
@@ -110,11 +112,3 @@ def _times(x: Any, by: int) -> Any:
 def _local(x: Tensor) -> Tensor:
     """The local tensor of a DTensor, without a dispatch."""
     return getattr(x, "_local_tensor", x)
-
-
-def _inputs(gm: GraphModule) -> list[Any]:
-    return [n for n in gm.graph.nodes if n.op == "placeholder"]
-
-
-def _returned(gm: GraphModule) -> list[Any]:
-    return list(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])

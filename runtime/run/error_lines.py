@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.node import target_name
+from shardc.compiler.ir.node import of, target_name
 
 
 @contextmanager
@@ -39,5 +39,5 @@ def blaming_line(gm: GraphModule) -> Iterator[None]:
 
 
 def _blame(error: Exception, node: Node) -> None:
-    where = node.meta.get("where")
+    where = of(node).where
     error.add_note((f"  --> {where}\n" if where else "") + f"   | > %{node.name} = {target_name(node.target)}")

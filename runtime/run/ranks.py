@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
 
+from shardc.compiler.ir.node import spec, val
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec, to_placements
 from shardc.runtime.run.bind import bind_program
@@ -111,8 +112,8 @@ class Ranks:
 
     def zeros(self, node: Node) -> Callable[[], Tensor]:
         """What makes this rank's zeros of a graph value."""
-        value, spec = node.meta["val"], node.meta["spec"]
-        shape = spec.local_shape(self.mesh, self.coords)
+        value = val(node)
+        shape = spec(node).local_shape(self.mesh, self.coords)
         return lambda: torch.zeros(shape, dtype=value.dtype, device=value.device)
 
 

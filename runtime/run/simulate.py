@@ -129,18 +129,10 @@ def _last_uses(gm: GraphModule) -> dict[Node, list[Node]]:
     return out
 
 
-def _groups(mesh: Mesh, axis: str) -> list[tuple[int, ...]]:
-    return mesh.groups(axis)
-
-
-def _layouts(move: Call) -> tuple[Spec, Spec]:
-    return move.args[0].meta["spec"], move.meta["spec"]
-
-
 def _all_reduce(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     axis, op = move.args[1], (*move.args, "sum")[2]
     out: Pieces = [None] * mesh.size
-    for group in _groups(mesh, axis):
+    for group in mesh.groups(axis):
         total = combine(op, [pieces[r] for r in group])
         for r in group:
             out[r] = total
@@ -148,10 +140,10 @@ def _all_reduce(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
 
 
 def _all_gather(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    before, after = _layouts(move)
+    before, after = move.before, move.after
     dim, axis = move.args[1], move.args[2]
     out: Pieces = [None] * mesh.size
-    for group in _groups(mesh, axis):
+    for group in mesh.groups(axis):
         for r in group:
             deal_ = cut_of(before, dim, axis, mesh, coords[r], before)
             whole = undeal([pieces[g] for g in group], deal_)
@@ -160,11 +152,11 @@ def _all_gather(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
 
 
 def _reduce_scatter(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    _, after = _layouts(move)
+    after = move.after
     dim, axis, *rest = move.args[1:]
     op = rest[0] if rest else "sum"
     out: Pieces = [None] * mesh.size
-    for group in _groups(mesh, axis):
+    for group in mesh.groups(axis):
         total = combine(op, [pieces[r] for r in group])
         for i, r in enumerate(group):
             out[r] = _piece(total, after, dim, axis, mesh, coords[r], i)
@@ -172,7 +164,7 @@ def _reduce_scatter(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pie
 
 
 def _local_slice(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    _, after = _layouts(move)
+    after = move.after
     dim, axis = move.args[1], move.args[2]
     return [_piece(x, after, dim, axis, mesh, at, place(at, axis)) for x, at in zip(pieces, coords, strict=True)]
 
@@ -183,10 +175,10 @@ def _piece(x: Tensor, after: Spec, dim: int, axis: str, mesh: Mesh, at: dict[str
 
 
 def _all_to_all(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    before, after = _layouts(move)
+    before, after = move.before, move.after
     source, dim, axis = move.args[1:]
     out: Pieces = [None] * mesh.size
-    for group in _groups(mesh, axis):
+    for group in mesh.groups(axis):
         dealt = [deal(pieces[r], cut_of(after, dim, axis, mesh, coords[r], before)) for r in group]
         for i, r in enumerate(group):
             mine = undeal([d[i] for d in dealt], cut_of(before, source, axis, mesh, coords[r], after))
@@ -197,7 +189,7 @@ def _all_to_all(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
 def _fetch(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
     dim, axis, _, wanted, *fill = move.args[1:]
     out: Pieces = [None] * mesh.size
-    for group in _groups(mesh, axis):
+    for group in mesh.groups(axis):
         whole = torch.cat([pieces[r] for r in group], dim)
         n = whole.shape[dim]
         beside = whole.new_full((*whole.shape[:dim], 1, *whole.shape[dim + 1 :]), *fill) if fill else whole

@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.passes.runtime_assert import insert_deferred_runtime_asserts
 
-from shardc.compiler.ir.node import ASSERT
+from shardc.compiler.rules.facts import ASSERT
 from shardc.compiler.spec.sizes import DataSize, Number, name_shape
 
 SYMBOLIC = (SymInt, SymFloat, SymBool)

@@ -1,0 +1,54 @@
+"""What is so of an operator whatever it is called on, each question answered once. What it does to layouts is its rule.
+
+Views are what operators' own schemas say, also where they may be copies: a reshape of what lies otherwise is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from shardc.compiler.rules.checks import CHECKS
+
+aten = torch.ops.aten
+CAST = aten._to_copy.default
+ASSERT = aten._assert_scalar.default
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+
+
+def is_view(op: Any) -> bool:
+    """Whether results lie in an operand's memory, or may."""
+    return isinstance(op, OpOverload) and (op.is_view or op is aten._unsafe_view.default)
+
+
+def computes(op: Any) -> bool:
+    """Whether an operator keeps a device busy and gives memory of its own."""
+    return isinstance(op, OpOverload) and not is_view(op) and not op._schema.is_mutable
+
+
+def is_cheap(op: Any) -> bool:
+    """Whether to make results again rather than keep them: they move no data, or as much as a gather does anyway."""
+    return is_view(op) or op is CAST
+
+
+def draws(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call draws random numbers; attention without dropout is tagged so but does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
+        return False
+    given = dict(zip([a.name for a in op._schema.arguments], args, strict=False)) | dict(kwargs)
+    return bool(given.get("dropout_p", None) != 0)
+
+
+def raises(op: Any) -> bool:
+    """Whether an operator is there to raise where one device would, and not for its result."""
+    return op in CHECKS or op is ASSERT
+
+
+def written(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(argument's declaration, value) of what a call writes to."""
+    for i, declared in enumerate(op._schema.arguments):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            yield declared, args[i] if i < len(args) else kwargs.get(declared.name)
