@@ -21,7 +21,7 @@ from shardc.compiler.analysis.program import Program
 from shardc.compiler.driver.call_keys import call_key, check_call, global_shape, held, shapes_of, text_key
 from shardc.compiler.driver.decide import decide
 from shardc.compiler.driver.kept_gradients import ALL, Kept, Sync
-from shardc.compiler.driver.precision import add_casts, call_dtypes, computed_as, info_as
+from shardc.compiler.driver.precision import add_casts, border_casts, call_dtypes, computed_as, info_as
 from shardc.compiler.driver.program_cache import Entries, Entry
 from shardc.compiler.driver.saved import trace_folder as trace_store
 from shardc.compiler.driver.saved.saved_programs import Traces, about, load, save
@@ -299,8 +299,9 @@ class Lowering:
         )  # fmt: skip
         training = tuple(m.training for m in self._modules)
         original = Original(
-            self.module, traced.signature, self.values, training, autocast_state(), self.rng, self.precision
-        )
+            self.module, traced.signature, self.values, training, autocast_state(), self.rng, self.precision,
+            border_casts(self.module, self.precision),
+        )  # fmt: skip
         return decide(traced, ctx, original)
 
     def _whole_call(self, args: Sequence[Any], kwargs: Mapping[str, Any], layouts: Any) -> tuple[Any, Any]:
@@ -323,7 +324,8 @@ class Lowering:
         """What tracing is told beside the call."""
         infos = {fqn: info_as(x, self.precision) for fqn, x in held(self.module).items()}
         grad = torch.is_grad_enabled() if grad is None else grad
-        return {"marks": self.plan.marked, "params": infos, "grad": grad}
+        casts = border_casts(self.module, self.precision)
+        return {"marks": self.plan.marked, "params": infos, "grad": grad, "casts": casts}
 
     def _traced(self, call: tuple[Any, Any], grad: bool | None = None) -> Traced:
         """From what is kept, or made now."""

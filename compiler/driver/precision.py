@@ -51,6 +51,15 @@ def info_as(x: Tensor, precision: Precision | None) -> TensorInfo:
     return replace(info, dtype=wanted) if cast else info
 
 
+def border_casts(module: nn.Module, precision: Precision | None) -> dict[str, torch.dtype]:
+    """Modules that own floating-point parameters, with the dtype in which their inputs arrive."""
+    wanted = precision and precision.param
+    if not wanted:
+        return {}
+    owners = ((fqn, owner.parameters(recurse=False)) for fqn, owner in module.named_modules() if fqn)
+    return {fqn: wanted for fqn, own in owners if any(p.is_floating_point() for p in own)}
+
+
 def add_casts(traced: Traced, given: Mapping[str, torch.dtype], precision: Precision) -> Traced:
     """The traced graph between the dtypes that its inputs really have and those it was traced with.
 

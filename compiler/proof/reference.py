@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.func import functional_call
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind, Signature
 from shardc.compiler.plan.layout import Precision
 from shardc.compiler.trace.eager_draws import NumberedDraws
+from shardc.compiler.trace.module.border_casts import casting
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Original:
     casts: tuple[tuple[str, torch.dtype], ...] = ()
     rng: str = "counter"
     precision: Precision | None = None
+    borders: Mapping[str, torch.dtype] = field(default_factory=dict)  # modules whose inputs arrive in a dtype of theirs
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The program's inputs at global shapes, tangents left out."""
@@ -56,7 +58,8 @@ class Original:
             with torch.set_grad_enabled(bool(needs)), self._modes():
                 computed = [self._cast(x, e) for x, e in zip(leaves, entries, strict=True)]
                 args, kwargs = self._arguments(computed)
-                result = functional_call(self.module, self._held(computed), args, kwargs)
+                with casting(self.module, self.borders):
+                    result = functional_call(self.module, self._held(computed), args, kwargs)
                 outputs = [self._cast(x) for x in pytree.tree_leaves(result)]
             tangents = self._tangents(outputs)
             return outputs, tangents, self._gradients(leaves, outputs, tangents, divided)

@@ -35,6 +35,7 @@ from shardc.compiler.trace.capture import Program, by_dispatch, by_dynamo, expor
 from shardc.compiler.trace.joint_graph import Argument, build
 from shardc.compiler.trace.layers.copy_layers import export_layers
 from shardc.compiler.trace.module.attributes import Attributes
+from shardc.compiler.trace.module.border_casts import casting
 from shardc.compiler.trace.module.reads import reads_of
 from shardc.compiler.trace.module.stand_ins import (
     Held,
@@ -75,6 +76,7 @@ def trace_once(
     grad: bool = True,
     symbolic: bool = False,
     data: bool = False,
+    casts: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> Traced:
     """The joint graph of `module(*args, **kwargs)`, in the train or eval mode it is in.
 
@@ -82,7 +84,8 @@ def trace_once(
     ones will do. `params` says the same of parameters and buffers whose tensors in the module do not
     (shards, meta tensors), by FQN. `marks` are the FQNs of modules whose border is kept (`marks.py`).
     Without `grad`, or where nothing needs a gradient, there is a forward only. `symbolic`: the arguments' sizes
-    are symbols (`trace_sizes.Template`). data: what tensors hold may decide sizes and numbers (`trace_unbacked.py`).
+    are symbols (`symbolic.Template`). data: what tensors hold may decide sizes and numbers (`data_decided.py`).
+    casts: modules whose floating-point inputs arrive in a dtype of theirs.
     """
     held = held_tensors(module, params)
     _refuse_mixed_scripts(module)
@@ -103,6 +106,7 @@ def trace_once(
             for name, info in named
         ]
         stack.enter_context(standing_in(module, held, fakes, mode, device))
+        stack.enter_context(casting(module, casts))
         stack.enter_context(bordered(module, tuple(marks)))
         program = Program(held, call.rebuild, Attributes(module), grad)
         joint = _joint(module, program, fakes, tensors, data)

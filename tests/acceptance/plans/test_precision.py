@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.func import functional_call
 
 import shardc
@@ -111,3 +113,37 @@ def test_parameters_are_cast_before_they_travel():
 def test_what_is_no_precision_is_refused():
     with pytest.raises(shardc.PlanError, match=r"precision is torch.bfloat16"):
         shardc.compile(nn.Linear(4, 4), FullyShard(), mesh=Mesh(dp=2), precision=BF16)  # pyright: ignore
+
+
+class Wider(nn.Module):
+    """What makes single precision of an activation: a table, an operator, a caller that passes by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.register_buffer("scale", torch.full((8,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x) * self.scale
+        x = self.norm(torch.nn.functional.softplus(x.float()))
+        return self.b(input=x + self.scale)
+
+
+@pytest.mark.parametrize("plan", [FullyShard("a", "b"), Replicated(), {"a": ColwiseParallel(), "b": RowwiseParallel()}])
+def test_what_enters_a_module_is_cast_to_what_it_computes_in(plan: Any):
+    model, x = Wider(), torch.randn(4, 8)
+    alone = copy.deepcopy(model)
+    for layer in (alone.a, alone.norm, alone.b):
+        layer.to(BF16)
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: pytree.tree_map(lambda t: t.to(BF16), (args, kwargs)), with_kwargs=True
+        )
+    compiled = shardc.compile(model, plan, mesh=Mesh(x=2), precision=Precision(param=BF16))
+    have, want = compiled(x), alone(x)
+    assert have.dtype is want.dtype is BF16
+    torch.testing.assert_close(have, want, rtol=2e-2, atol=2e-2)
+    have.float().square().sum().backward()
+    want.float().square().sum().backward()
+    for p, q in zip(compiled.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=5e-2, atol=5e-2, check_dtype=False)
+    compiled.programs[-1].verify(x)
