@@ -18,9 +18,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import output_node, placeholders
+from shardc.compiler.ir.graph import inputs_of, output_node, placeholders, returned
 from shardc.compiler.ir.node import set_val, tensors
-from shardc.compiler.ir.rewrite import emit
+from shardc.compiler.ir.rewrite import emit, redirect
 from shardc.compiler.ir.signature import InputKind, OutputKind, TensorInfo, Traced
 from shardc.compiler.plan.layout import Precision
 from shardc.compiler.plan.resolved import Resolved
@@ -66,12 +66,9 @@ def add_casts(traced: Traced, given: Mapping[str, torch.dtype], precision: Preci
     given: dtype of each parameter by name, and of each tensor of the call by its readable path.
     """
     gm, signature = traced.gm, traced.signature
-    nodes = {n.name: n for n in placeholders(gm)}
-    for entry in signature.inputs:
-        if entry.kind in (InputKind.PARAMETER, InputKind.BATCH):
-            _cast_input(gm, nodes[entry.node], given[entry.name], "forward")
-    end = output_node(gm)
-    ends: list[Any] = list(end.args[0])  # pyright: ignore[reportArgumentType]
+    for entry, node in inputs_of(gm, signature, InputKind.PARAMETER, InputKind.BATCH):
+        _cast_input(gm, node, given[entry.name], "forward")
+    ends, starts = returned(gm), inputs_of(gm, signature, InputKind.TANGENT)
     for i, entry in enumerate(signature.outputs):
         if not isinstance(ends[i], Node) or entry.kind is OutputKind.MUTATION:
             continue
@@ -80,10 +77,10 @@ def add_casts(traced: Traced, given: Mapping[str, torch.dtype], precision: Preci
             ends[i] = _cast_to(gm, ends[i], given.get(source.name))
         elif (out := _cast_to(gm, ends[i], precision.output)) is not ends[i]:
             ends[i] = out
-            for tangent in (e for e in signature.inputs if e.kind is InputKind.TANGENT and e.of == i):
+            for tangent in (node for start, node in starts if start.of == i):
                 assert precision.output is not None
-                _cast_input(gm, nodes[tangent.node], precision.output, "backward")
-    end.args = (tuple(ends),)
+                _cast_input(gm, tangent, precision.output, "backward")
+    output_node(gm).args = (tuple(ends),)
     return traced
 
 
@@ -95,8 +92,7 @@ def _cast_input(gm: GraphModule, node: Node, given: torch.dtype, phase: str) -> 
     users = [u for u in node.users if u.op != "output"]
     with gm.graph.inserting_after(placeholders(gm)[-1]):
         cast = emit(CAST, (node,), node, {"dtype": value.dtype}, value=value, phase=phase)
-    for user in users:
-        user.replace_input_with(node, cast)
+    redirect(users, node, cast)
     set_val(node, name_shape(value.to(given), named_shape(value)))
 
 

@@ -6,7 +6,7 @@ from torch.fx import GraphModule
 
 from shardc.compiler.infer.atoms import Atom, Atoms
 from shardc.compiler.infer.infer import Decisions
-from shardc.compiler.ir.graph import placeholders
+from shardc.compiler.ir.graph import inputs_of
 from shardc.compiler.ir.signature import InputKind, Signature
 from shardc.compiler.plan.resolved import ParamLayout, Resolved
 from shardc.compiler.spec.mesh import Mesh
@@ -17,21 +17,15 @@ def refinements(
     gm: GraphModule, signature: Signature, plan: Resolved, mesh: Mesh, known: Decisions | None = None
 ) -> dict[str, Spec]:
     """Better layouts to compute with, by parameter; those whose plain split is as good are left out."""
-    open_params = {
-        e.node: plan.params[e.name]
-        for e in signature.inputs
-        if e.kind is InputKind.PARAMETER and plan.params[e.name].open
-    }
-    if not open_params:
+    held = [(plan.params[entry.name], node) for entry, node in inputs_of(gm, signature, InputKind.PARAMETER)]
+    if not any(layout.open for layout, _ in held):
         return {}
     atoms, out = Atoms(gm, known), {}
-    for node in placeholders(gm):
-        layout = open_params.get(node.name)
-        if layout is not None:
-            plain = layout.compute
-            better = _refined(plain, layout, [atoms.of(node, d) for d in range(len(plain.dims))], mesh)
-            if better != plain:
-                out[layout.fqn] = better
+    for layout, node in held:
+        plain = layout.compute
+        better = _refined(plain, layout, [atoms.of(node, d) for d in range(len(plain.dims))], mesh)
+        if better != plain:
+            out[layout.fqn] = better
     return out
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.graph import call_nodes, placeholders
+from shardc.compiler.ir.graph import call_nodes, inputs_of
 from shardc.compiler.ir.marks import MARK, parse_key
 from shardc.compiler.ir.node import shape
 from shardc.compiler.ir.signature import InputKind, Output, Signature
@@ -35,9 +35,8 @@ def output_layout(node: Node, entry: Output, plan: Resolved) -> dict[str, Any]:
 
 def input_layouts(gm: GraphModule, signature: Signature, plan: Resolved) -> dict[int, dict[str, Any]]:
     """input_layout of every BATCH input, by position among the inputs."""
-    nodes = {n.name: n for n in placeholders(gm)}
-    batch = signature.indices(InputKind.BATCH)
-    return {i: input_layout(nodes[e.node], e.name, plan) for i in batch for e in [signature.inputs[i]]}
+    found = zip(signature.indices(InputKind.BATCH), inputs_of(gm, signature, InputKind.BATCH), strict=True)
+    return {i: input_layout(node, entry.name, plan) for i, (entry, node) in found}
 
 
 def needs_trace(plan: Resolved) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from shardc.compiler.ir.graph import output_node, placeholders
+from shardc.compiler.ir.graph import output_node, placeholders, returned
 from shardc.compiler.ir.node import of, val
 from shardc.compiler.ir.rewrite import emit, inherit
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind, Traced
@@ -20,11 +20,10 @@ from shardc.compiler.ir.signature import Input, InputKind, OutputKind, Traced
 def add_carries(traced: Traced, names: Collection[str]) -> Traced:
     """The traced graph with one more input for each of these parameters, added to its gradient."""
     gm, signature = traced.gm, traced.signature
-    end, entries = output_node(gm), list(signature.inputs)
-    returned = list(end.args[0])  # pyright: ignore[reportArgumentType]
+    end, entries, ends = output_node(gm), list(signature.inputs), returned(gm)
     for i in signature.indices(OutputKind.GRADIENT):
         source = signature.inputs[signature.outputs[i].of or 0]
-        gradient = returned[i]
+        gradient = ends[i]
         if source.kind is not InputKind.PARAMETER or source.name not in names or gradient is None:
             continue
         with gm.graph.inserting_after(placeholders(gm)[-1]):
@@ -32,7 +31,7 @@ def add_carries(traced: Traced, names: Collection[str]) -> Traced:
         inherit(carry, gradient, ("val", "path"))
         of(carry).phase = "backward"
         with gm.graph.inserting_before(end):
-            returned[i] = emit(torch.ops.aten.add.Tensor, (gradient, carry), gradient, value=val(gradient))
+            ends[i] = emit(torch.ops.aten.add.Tensor, (gradient, carry), gradient, value=val(gradient))
         entries.append(Input(carry.name, InputKind.CARRY, source.name))
-    end.args = (tuple(returned),)
+    end.args = (tuple(ends),)
     return Traced(gm, replace(signature, inputs=tuple(entries)))

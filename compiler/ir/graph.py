@@ -7,6 +7,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.ir.node import of, stays
+from shardc.compiler.ir.signature import Input, InputKind, Output, OutputKind, Signature
 from shardc.compiler.ir.views import is_kept
 
 
@@ -34,6 +35,30 @@ def returned(gm: GraphModule) -> list[Any]:
 
 def placeholders(gm: GraphModule) -> list[Node]:
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def inputs_of(gm: GraphModule, signature: Signature, *kinds: InputKind) -> list[tuple[Input, Node]]:
+    """The graph's placeholders, with what they are: all, or those of some kinds."""
+    pairs = zip(signature.inputs, placeholders(gm), strict=True)
+    return [(entry, node) for entry, node in pairs if not kinds or entry.kind in kinds]
+
+
+def results_of(gm: GraphModule, signature: Signature, *kinds: OutputKind) -> list[tuple[Output, Node]]:
+    """The values that the graph returns, with what they are: all, or those of some kinds."""
+    pairs = zip(signature.outputs, returned(gm), strict=True)
+    return [(e, node) for e, node in pairs if isinstance(node, Node) and (not kinds or e.kind in kinds)]
+
+
+def forward_of(gm: GraphModule, signature: Signature) -> set[Node]:
+    """What the caller's results are made of, and what forward makes besides."""
+    seen: set[Node] = set()
+    stack = [node for _, node in results_of(gm, signature, OutputKind.OUTPUT, OutputKind.MUTATION)] + early(gm)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
 
 
 class Unrun(GraphModule):

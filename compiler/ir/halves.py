@@ -12,11 +12,12 @@ leaves a recomputed region.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.ir.graph import Unrun, early, returned
+from shardc.compiler.ir.graph import Unrun, forward_of, inputs_of, returned
 from shardc.compiler.ir.moves import move_of
 from shardc.compiler.ir.node import is_random, of
 from shardc.compiler.ir.signature import InputKind, OutputKind, Signature
@@ -33,49 +34,34 @@ class Halves:
 
 def halves(gm: GraphModule, signature: Signature) -> Halves:
     """Split a joint graph of any stage; without gradients there is no backward half."""
-    ends = returned(gm)
-    first = signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)
-    last = signature.indices(OutputKind.GRADIENT)
-    forward = _ancestors([*(ends[i] for i in first), *early(gm)])
+    ends, forward = returned(gm), forward_of(gm, signature)
+    first = [ends[i] for i in signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)]
     # Results of a forward call that only backward needs are taken apart in forward: tensors are saved, not tuples.
     forward |= {n for n in gm.graph.nodes if n.target is operator.getitem and n.args[0] in forward}
-    gradients = [ends[i] for i in last]
-    late = signature.indices(InputKind.TANGENT, InputKind.CARRY)
-    tangents = {signature.inputs[i].node for i in late}
+    gradients = [ends[i] for i in signature.indices(OutputKind.GRADIENT)]
+    tangents = [node for _, node in inputs_of(gm, signature, InputKind.TANGENT, InputKind.CARRY)]
     if not tangents:
-        return Halves(_forward(gm, forward, [ends[i] for i in first], tangents), None, ())
+        return Halves(_forward(gm, forward, first, tangents), None, ())
     changed = {signature.inputs[signature.outputs[i].of or 0].node for i in signature.indices(OutputKind.MUTATION)}
     again = {n for n in forward if _may_run_again(n, changed) and not _leaves_region(n, forward)}
     body, saved = _backward_nodes(gradients, forward, again, tangents)
-    front = _forward(gm, forward, [*(ends[i] for i in first), *saved], tangents)
-    back = _graph(gm, [*saved, *(n for n in gm.graph.nodes if n.name in tangents)], body, gradients)
+    front = _forward(gm, forward, [*first, *saved], tangents)
+    back = _graph(gm, [*saved, *tangents], body, gradients)
     return Halves(front, back, tuple(n.name for n in saved))
 
 
-def _ancestors(roots: list) -> set[Node]:
-    seen: set[Node] = set()
-    stack = [n for n in roots if isinstance(n, Node)]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return seen
-
-
 def _backward_nodes(
-    gradients: list, forward: set[Node], again: set[Node], tangents: set[str]
+    gradients: list, forward: set[Node], again: set[Node], tangents: Collection[Node]
 ) -> tuple[list[Node], list[Node]]:
     """What backward computes, in order, and what it must be handed. again: of forward, what is not saved."""
     kept = forward - again
     needed = _reached(gradients, kept)
-    order = {n: i for i, n in enumerate(next(iter(needed)).graph.nodes)} if needed else {}
-    saved = sorted((n for n in needed if _is_saved(n, kept) and n.name not in tangents), key=order.__getitem__)
+    saved = sorted(n for n in needed if _is_saved(n, kept) and n not in tangents)
     body: list[Node] = []
     placed: set[Node] = set()
 
     def place(node: Node) -> None:
-        if node in placed or node in stop or node.name in tangents:
+        if node in placed or node in stop or node in tangents:
             return
         placed.add(node)
         for used in node.all_input_nodes:  # a recomputed value goes right before its first use
@@ -83,7 +69,7 @@ def _backward_nodes(
         body.append(node)
 
     stop = set(saved)
-    for node in sorted(needed, key=order.__getitem__):
+    for node in sorted(needed):
         if node not in forward:
             place(node)
     for node in gradients:  # a gradient may be a recomputed forward value itself
@@ -132,8 +118,8 @@ def _reads(node: Node, changed: set[str]) -> bool:
     return node.name in changed
 
 
-def _forward(gm: GraphModule, keep: set[Node], returned: list, tangents: set[str]) -> GraphModule:
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name not in tangents]
+def _forward(gm: GraphModule, keep: set[Node], returned: list, tangents: Collection[Node]) -> GraphModule:
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n not in tangents]
     return _graph(gm, inputs, [n for n in gm.graph.nodes if n in keep and n.op != "placeholder"], returned)
 
 

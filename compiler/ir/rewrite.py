@@ -2,7 +2,7 @@
 
 emit(target, args, like)        a new call at the graph's insert point, which comes from where `like` does
 become(new, old)                a node says all that another one says of its value, too
-replace(node, by)               another node in a node's place
+replace(node, by)               another node in a node's place; redirect(users, node, by): for some of its users
 retarget(node, target, args)    another call in a node, of the same value
 """
 
@@ -75,6 +75,12 @@ def _say(node: Node, said: Mapping[str, Any]) -> None:
 def replace(node: Node, by: Node) -> None:
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
+
+
+def redirect(users: Iterable[Node], node: Node, by: Node) -> None:
+    """Another node in a node's place, for these users alone."""
+    for user in users:
+        user.replace_input_with(node, by)
 
 
 def retarget(node: Node, target: Any, args: tuple) -> None:

@@ -17,7 +17,7 @@ from torch.fx import Interpreter, Node
 from shardc.compiler.analysis.lowered import Lowered
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.graph import placeholders, returned
+from shardc.compiler.ir.graph import inputs_of, placeholders, returned
 from shardc.compiler.ir.moves import move_of
 from shardc.compiler.ir.node import of, specs, target_name, val
 from shardc.compiler.ir.signature import InputKind, OutputKind
@@ -137,8 +137,7 @@ def _compare_ends(
 
 def _nothing_kept(program: Lowered) -> list[Tensor]:
     """Zeros for the gradients that earlier steps may have kept back."""
-    late = program.signature.indices(InputKind.CARRY)
-    kept = [val(n) for n in placeholders(program.gm) if n.name in {program.signature.inputs[i].node for i in late}]
+    kept = [val(node) for _, node in inputs_of(program.gm, program.signature, InputKind.CARRY)]
     return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in kept]
 
 

@@ -32,7 +32,7 @@ from shardc.compiler.infer.infer import call_rule
 from shardc.compiler.ir.graph import call_nodes, placeholders, returned
 from shardc.compiler.ir.marks import MARK
 from shardc.compiler.ir.node import arguments, local_nbytes, of, operands, spec, tensors, val
-from shardc.compiler.ir.rewrite import emit
+from shardc.compiler.ir.rewrite import emit, redirect
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
@@ -103,8 +103,7 @@ def _divide(source: Node, by: int, node: Node, users: Sequence[Node]) -> None:
     of(source).divided = by
     with node.graph.inserting_after(node):
         divided = emit(torch.ops.aten.div.Tensor, (node, by), node, value=val(node), phase="backward")
-    for user in users:
-        user.replace_input_with(node, divided)
+    redirect(users, node, divided)
 
 
 def _may_start(gm: GraphModule, given: Given, ends: Collection[Node], by: int, ctx: Context) -> bool:

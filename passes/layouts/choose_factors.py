@@ -18,9 +18,10 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.infer.open_splits import refinements
 from shardc.compiler.ir.collectives import reshard
-from shardc.compiler.ir.graph import placeholders
+from shardc.compiler.ir.graph import inputs_of
 from shardc.compiler.ir.node import set_spec, spec
-from shardc.compiler.ir.rewrite import emit
+from shardc.compiler.ir.rewrite import emit, redirect
+from shardc.compiler.ir.signature import InputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.spec import Spec
@@ -35,10 +36,9 @@ class ChooseFactors:
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()
         better = refinements(gm, ctx.signature, ctx.plan, ctx.mesh, ctx.decisions)
-        nodes = {n.name: n for n in placeholders(gm)} if better else {}
-        for entry in ctx.signature.inputs:
-            if entry.node in nodes and entry.name in better:
-                changes["refined"] += _compute_with(nodes[entry.node], better[entry.name])
+        for entry, node in inputs_of(gm, ctx.signature, InputKind.PARAMETER):
+            if entry.name in better:
+                changes["refined"] += _compute_with(node, better[entry.name])
         return PassResult(changes)
 
 
@@ -50,12 +50,10 @@ def _compute_with(param: Node, layout: Spec) -> int:
         set_spec(gather, layout)
     if gathers or spec(param) == layout:
         return len(gathers)
-    order = {n: i for i, n in enumerate(param.graph.nodes)}
     users = [u for u in param.users if u.op != "output"]
     if not users:
         return 0
-    with param.graph.inserting_before(min(users, key=order.__getitem__)):
+    with param.graph.inserting_before(min(users)):
         new = emit(reshard, (param, layout), param, layout=layout, why="whole heads, not pieces of them")
-    for user in users:
-        user.replace_input_with(param, new)
+    redirect(users, param, new)
     return 1

@@ -35,7 +35,7 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.node import arguments, of
-from shardc.compiler.ir.rewrite import emit
+from shardc.compiler.ir.rewrite import emit, redirect
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.rules.facts import is_cheap
@@ -64,7 +64,7 @@ class RegatherInBackward:
             elif view.regather and kept is None and _lies_within(gather, units, order):
                 changes["kept"] += 1
             elif view.regather:
-                changes["gathers"] += _gathered_again(gather, kept, order)
+                changes["gathers"] += _gathered_again(gather, kept)
         return PassResult(changes, tuple(notes))
 
 
@@ -94,9 +94,9 @@ def _uses(node: Node) -> list[Node]:
     return [use for u in users for use in (_uses(u) if is_cheap(u.target) else [u])]
 
 
-def _gathered_again(gather: Node, kept: Spec | None, order: dict[Node, int]) -> bool:
+def _gathered_again(gather: Node, kept: Spec | None) -> bool:
     """A second gather for backward, of what forward keeps of the first; without that, of what is stored."""
-    twin = _again(gather, order)
+    twin = _again(gather)
     if twin is not None and kept is not None:
         _, compute = arguments(gather)
         with gather.graph.inserting_after(gather):
@@ -105,21 +105,19 @@ def _gathered_again(gather: Node, kept: Spec | None, order: dict[Node, int]) -> 
     return twin is not None
 
 
-def _again(node: Node, order: dict[Node, int]) -> Node | None:
+def _again(node: Node) -> Node | None:
     """A second `node` for its uses in backward, through cheap calls; None where it has none, or only such."""
     late = [u for u in node.users if u.op != "output" and of(u).phase == "backward"]
     through = [u for u in node.users if u not in late and is_cheap(u.target)]
-    copies = [(u, copy) for u in through if (copy := _again(u, order)) is not None]
+    copies = [(u, copy) for u in through if (copy := _again(u)) is not None]
     if not late and not copies:
         return None
     if len(late) == len(node.users):
         of(node).phase = "backward"
         return None
     users = [*late, *(copy for _, copy in copies)]
-    with node.graph.inserting_before(min(users, key=order.__getitem__)):
+    with node.graph.inserting_before(min(users)):
         twin = node.graph.node_copy(node, lambda n: n)
     of(twin).phase = "backward"
-    order[twin] = min(order[u] for u in users)
-    for user in users:
-        user.replace_input_with(node, twin)
+    redirect(users, node, twin)
     return twin

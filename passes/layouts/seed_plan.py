@@ -24,10 +24,10 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.errors import PlanError
 from shardc.compiler.infer.root_layouts import input_layout, output_layout
 from shardc.compiler.ir.collectives import reshard
-from shardc.compiler.ir.graph import call_nodes, output_node, placeholders, returned
+from shardc.compiler.ir.graph import call_nodes, inputs_of, output_node, placeholders, returned
 from shardc.compiler.ir.marks import CONSTRAIN, MARK, MarkKey, UnlessPending, parse_key
 from shardc.compiler.ir.node import arguments, nbytes, of, set_spec, shape, spec, val
-from shardc.compiler.ir.rewrite import emit
+from shardc.compiler.ir.rewrite import emit, redirect
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
@@ -44,24 +44,17 @@ class SeedPlan:
 
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()
-        nodes = {n.name: n for n in placeholders(gm)}
         for mark in call_nodes(gm, MARK):
             changes["marks"] += _wish(mark, ctx)
-        for entry in ctx.signature.inputs:
-            set_spec(nodes[entry.node], _input_spec(nodes[entry.node], entry, ctx))
-            of(nodes[entry.node]).why = _reason(entry, ctx)
+        for entry, node in inputs_of(gm, ctx.signature):
+            set_spec(node, _input_spec(node, entry, ctx))
+            of(node).why = _reason(entry, ctx)
         outputs = _output_specs(gm, ctx)
-        for entry in ctx.signature.inputs:
-            if entry.kind is InputKind.TANGENT:
-                # Each rank's summand of a pending output has the whole gradient.
-                set_spec(nodes[entry.node], Spec(outputs[entry.of or 0].dims))
-            elif entry.kind is InputKind.CARRY:
-                set_spec(nodes[entry.node], ctx.carries[entry.name])
+        for entry, node in inputs_of(gm, ctx.signature, InputKind.TANGENT):
+            set_spec(node, Spec(outputs[entry.of or 0].dims))  # each rank's summand of a pending output has all of it
         _fix_outputs(gm, outputs, ctx)
-        order = {node: i for i, node in enumerate(gm.graph.nodes)}
-        for entry in ctx.signature.inputs:
-            if entry.kind is InputKind.PARAMETER:
-                changes["gathers"] += _compute_layout(nodes[entry.node], entry.name, order, ctx)
+        for entry, node in inputs_of(gm, ctx.signature, InputKind.PARAMETER):
+            changes["gathers"] += _compute_layout(node, entry.name, ctx)
         return PassResult(changes)
 
 
@@ -117,6 +110,8 @@ def _input_spec(node: Node, entry: Input, ctx: Context) -> Spec | None:
     if entry.kind is InputKind.BUFFER:
         layout = ctx.plan.buffers.get(entry.name)
         return layout.stored if layout is not None else Spec.whole(dims)
+    if entry.kind is InputKind.CARRY:
+        return ctx.carries[entry.name]
     if entry.kind is not InputKind.BATCH:
         return Spec.whole(dims)
     return _placed(dims, input_layout(node, entry.name, ctx.plan), ctx, f"input {entry.name}")
@@ -157,9 +152,7 @@ def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
 
 def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> None:
     """Every returned value leaves in its own layout: a reshard, or for gradients a mark that fixes mesh dims."""
-    nodes = {n.name: n for n in placeholders(gm)}
-    end = output_node(gm)
-    ends = returned(gm)
+    end, ends, inputs = output_node(gm), returned(gm), placeholders(gm)
     for i, entry in enumerate(ctx.signature.outputs):
         node = ends[i]
         if not isinstance(node, Node):
@@ -170,7 +163,7 @@ def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> Non
                 continue
             source = ctx.signature.inputs[entry.of or 0]
             if entry.kind is OutputKind.MUTATION or source.kind is not InputKind.PARAMETER:
-                target = Spec(spec(nodes[source.node]).dims)  # ... and so does each summand of a pending input
+                target = Spec(spec(inputs[entry.of or 0]).dims)  # ... and so does each summand of a pending input
                 ends[i] = emit(reshard, (node, target), node, why=f"the layout of {source.name}")
             else:
                 ends[i] = _gradient(node, source, ctx)
@@ -196,7 +189,7 @@ def _narrowed(node: Node) -> Node:
     return node
 
 
-def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) -> int:
+def _compute_layout(node: Node, fqn: str, ctx: Context) -> int:
     """The gather of a parameter stored in one layout and computed with in another."""
     layout = ctx.plan.params[fqn]
     if layout.stored == layout.compute:
@@ -205,13 +198,12 @@ def _compute_layout(node: Node, fqn: str, order: dict[Node, int], ctx: Context) 
     users = [u for u in node.users if u.op != "output"]
     if not users:
         return 0
-    with node.graph.inserting_before(min(users, key=order.__getitem__)):
+    with node.graph.inserting_before(min(users)):
         gather = emit(
             reshard, (node, layout.compute), node, phase="forward", regather=layout.kept != layout.compute,
             unit=layout.gather_unit, why="; ".join(layout.keys.values()),
         )  # fmt: skip
         if layout.kept not in (layout.compute, layout.stored):
             of(gather).kept = layout.kept
-    for user in users:
-        user.replace_input_with(node, gather)
+    redirect(users, node, gather)
     return 1

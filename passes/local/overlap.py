@@ -28,11 +28,10 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import COLLECTIVES, all_gather, reduce_scatter, start, wait
-from shardc.compiler.ir.graph import call_nodes, early, returned
+from shardc.compiler.ir.graph import call_nodes, forward_of
 from shardc.compiler.ir.moves import move_of
 from shardc.compiler.ir.node import local_nbytes, of
 from shardc.compiler.ir.rewrite import become
-from shardc.compiler.ir.signature import OutputKind, Signature
 from shardc.compiler.ir.views import is_kept, last_uses
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
@@ -56,7 +55,7 @@ class Overlap:
 
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()
-        forward = _forward(gm, ctx.signature)
+        forward = forward_of(gm, ctx.signature)
         calls = call_nodes(gm)
         halves = [[n for n in calls if (n in forward) is first] for first in (True, False)]
         end = gm.graph.output_node()
@@ -66,20 +65,6 @@ class Overlap:
                 end.prepend(node)
             changes["started"] += len(schedule.starts)
         return PassResult(changes)
-
-
-def _forward(gm: GraphModule, signature: Signature) -> set[Node]:
-    """What the caller's results are made of, and random draws."""
-    ends = returned(gm)
-    first = signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)
-    seen: set[Node] = set()
-    stack = [*(ends[i] for i in first), *early(gm)]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, Node) and node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return seen
 
 
 @dataclass
