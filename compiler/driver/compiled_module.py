@@ -66,7 +66,7 @@ class CompiledModule(nn.Module):
         signature = entry.program.signature
         plain = entry.plain and not kwargs and all(isinstance(x, Tensor) for x in args)
         given = args if plain else signature.flatten_inputs(args, kwargs)
-        rest, flat = (local_of(x) for x in given), []
+        rest, flat = (local_of(x) if x.requires_grad else x for x in given), []
         for item in signature.inputs:
             if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 flat.append(self._owners.get(item.name))

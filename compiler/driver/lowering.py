@@ -33,6 +33,7 @@ from shardc.compiler.infer.root_layouts import border_layout, check_counts, inpu
 from shardc.compiler.ir.carry import add_carries
 from shardc.compiler.ir.graph import copy_graph, placeholders, returned
 from shardc.compiler.ir.node import is_random
+from shardc.compiler.ir.owned import read_later
 from shardc.compiler.ir.signature import InputKind, OutputKind, Signature, Traced
 from shardc.compiler.pipeline.runner import Context, collecting_nothing
 from shardc.compiler.plan.layout import Precision
@@ -219,12 +220,14 @@ class Lowering:
     def _executable(self, program: Program) -> Executable:
         parts, signature = program.halves, program.signature
         results = len(signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION))
+        changed = {signature.outputs[i].of or 0 for i in signature.indices(OutputKind.MUTATION)}
+        later = read_later(parts.forward, results)
         if self.ranks is None:
             sources = [signature.outputs[i].of or 0 for i in signature.indices(OutputKind.GRADIENT)]
-            engine = SimulatedRanks(parts.forward, parts.backward, self.mesh, results, sources)
-            return Executable(signature, engine, {}, self.kept)
+            engine = SimulatedRanks(parts.forward, parts.backward, self.mesh, results, sources, later & changed)
+            return Executable(signature, engine, {}, self.kept, sorted(later - changed))
         stretches = Stretches(self.backend) if self.backend != "eager" else None
-        forward = self.ranks.bind(parts.forward, stretches)
+        forward = self.ranks.bind(parts.forward, stretches, len(signature.indices(OutputKind.OUTPUT)), changed)
         backward = self.ranks.bind(parts.backward, stretches) if parts.backward is not None else None
         if stretches is not None:
             stretches.compile_all(kinds_on(parts, self.mesh, self.ranks.coords))
@@ -232,7 +235,7 @@ class Lowering:
         blank = [self.ranks.zeros(n) for n in placeholders(program.gm) if n.name in _carries(signature)]
         drawing = [self._drawing(half) for half in (parts.forward, parts.backward)]
         engine = ThisRank(forward, backward, results, wraps, blank, *drawing)
-        return Executable(signature, engine, kept, self.kept)
+        return Executable(signature, engine, kept, self.kept, sorted(later - changed))
 
     def _drawing(self, half: GraphModule | None) -> Callable[[], AbstractContextManager[None]]:
         """Around a half in which torch draws whole tensors, all ranks draw alike. (A seed agrees by itself.)"""

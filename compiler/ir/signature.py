@@ -86,6 +86,7 @@ class Output:
     of: int | None = None  # of a GRADIENT or MUTATION: index in `inputs`
     constant: Any = None
     requires_grad: bool = False
+    same: int | None = None  # index of an earlier OUTPUT: to the user the very same tensor
     number: str = ""  # "int", "float" or "bool": the user gets that Python number of this tensor without dims
 
 
@@ -151,7 +152,10 @@ class Signature:
         if len(values) != wanted:
             raise ValueError(f"forward returns {wanted} tensors, given {len(values)}")
         rest = iter(values)
-        return self.out_spec.unflatten([o.constant if o.node is None else _result(o, next(rest)) for o in outputs])
+        found = [o.constant if o.node is None else _result(o, next(rest)) for o in outputs]
+        return self.out_spec.unflatten(
+            [v if o.same is None else found[o.same] for v, o in zip(found, outputs, strict=True)]
+        )
 
     def _check_counts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if len(args) == self.positional and set(kwargs) == set(self.keywords):

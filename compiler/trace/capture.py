@@ -73,6 +73,7 @@ class Program:
     leaves: list[Any] = field(default_factory=list)  # of the result: constants, None where a tensor stands
     paths: list[str] = field(default_factory=list)
     tensors: list[int] = field(default_factory=list)  # which leaves are tensors, or numbers that data decides
+    same: dict[int, int] = field(default_factory=dict)  # a leaf -> an earlier one that is the same tensor
     numbers: dict[int, str] = field(default_factory=dict)  # ... and of what type those are
     mutated: list[int] = field(default_factory=list)  # which inputs forward changes
     changed: list[str] = field(default_factory=list)  # attributes that forward sets
@@ -96,18 +97,13 @@ class Program:
             after = self._after(inputs)
             # Not by version counters: batch norm changes its statistics without counting.
             self.mutated = [i for i, t in enumerate(inputs) if after[i] is not t or has_data_mutation(t)]
-            reshaped = [(tensor.shape, tensor.stride()) for tensor in inputs]
-            self.replaced += [i for i, shape in enumerate(shapes) if reshaped[i] != shape]
+            self.replaced += [i for i, t in enumerate(inputs) if shapes[i] != (t.shape, t.stride())]
             self.attached = [i for i in self.mutated if i >= len(self.held) and after[i].requires_grad]
             self.changed = self.attributes.changed()
         finally:
             self.attributes.restore()
-        self._describe(result)
-        leaves = [as_tensor(leaf) if isinstance(leaf, SYMBOLIC) else leaf for leaf in pytree.tree_leaves(result)]
-        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        outputs = outputs if self.grad else [leaf.detach() for leaf in outputs]
-        outputs += [after[i].detach() for i in self.mutated]
-        return tuple(leaf.clone(memory_format=torch.contiguous_format) for leaf in outputs)
+        outputs = [*self._described(result), *(after[i].detach() for i in self.mutated)]
+        return tuple((x if self.grad else x.detach()).clone(memory_format=torch.contiguous_format) for x in outputs)
 
     def _after(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """What stands in each input's place now: forward may have assigned a new tensor to a buffer."""
@@ -123,12 +119,16 @@ class Program:
                 after[i] = now
         return after
 
-    def _describe(self, result: Any) -> None:
+    def _described(self, result: Any) -> list[Tensor]:
         paths, self.out_spec = pytree.tree_flatten_with_path(result)
         self.paths = [pytree.keystr(path) for path, _ in paths]
-        self.leaves = [None if isinstance(leaf, (Tensor, *SYMBOLIC)) else leaf for _, leaf in paths]
-        self.tensors = [i for i, (_, leaf) in enumerate(paths) if isinstance(leaf, (Tensor, *SYMBOLIC))]
-        self.numbers = {i: KINDS[type(leaf)] for i, (_, leaf) in enumerate(paths) if isinstance(leaf, SYMBOLIC)}
+        every = {i: leaf for i, (_, leaf) in enumerate(paths) if isinstance(leaf, (Tensor, *SYMBOLIC))}
+        first = {id(leaf): i for i, leaf in reversed(every.items())}
+        self.leaves = [None if i in every else leaf for i, (_, leaf) in enumerate(paths)]
+        self.same = {i: first[id(leaf)] for i, leaf in every.items() if first[id(leaf)] != i}
+        self.tensors = [i for i in every if i not in self.same]
+        self.numbers = {i: KINDS[type(leaf)] for i, leaf in every.items() if isinstance(leaf, SYMBOLIC)}
+        return [as_tensor(every[i]) if i in self.numbers else every[i] for i in self.tensors]
 
 
 class _Flat(nn.Module):

@@ -228,7 +228,7 @@ def _outputs(
         Output(None, OutputKind.OUTPUT, f"output{path}", constant=leaf, requires_grad=number.get(at) in joint.tangents)
         for at, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True))
     ]
-    out = [replace(output, number=program.numbers.get(at, "")) for at, output in enumerate(out)]
+    out = [replace(o, number=program.numbers.get(at, ""), same=program.same.get(at)) for at, o in enumerate(out)]
     for i in program.mutated:
         out.append(Output(None, OutputKind.MUTATION, arguments[i].name, of=position[i]))
     if joint.tangents:

@@ -28,7 +28,7 @@ from shardc.compiler.ir.graph import call_nodes, inputs_of, output_node, placeho
 from shardc.compiler.ir.marks import CONSTRAIN, MARK, MarkKey, UnlessPending, parse_key
 from shardc.compiler.ir.node import arguments, nbytes, of, set_spec, shape, spec, val
 from shardc.compiler.ir.rewrite import emit, redirect
-from shardc.compiler.ir.signature import Input, InputKind, OutputKind
+from shardc.compiler.ir.signature import Input, InputKind, Output, OutputKind
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.rules.facts import CAST
@@ -139,6 +139,8 @@ def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
     ends = returned(gm)
     out: dict[int, Spec] = {}
     for i, (node, entry) in enumerate(zip(ends, ctx.signature.outputs, strict=True)):
+        if entry.same is not None:
+            _check_same(ends[entry.same], entry, ctx)
         if entry.kind is not OutputKind.OUTPUT or not isinstance(node, Node):
             continue
         layout = output_layout(node, entry, ctx.plan)
@@ -148,6 +150,14 @@ def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
             layout = {}
         out[i] = _placed(shape(node), layout, ctx, f"output {entry.name or i}")
     return out
+
+
+def _check_same(node: Node, entry: Output, ctx: Context) -> None:
+    first = ctx.signature.outputs[entry.same or 0]
+    if output_layout(node, entry, ctx.plan) != output_layout(node, first, ctx.plan):
+        raise PlanError(
+            f"{entry.name} and {first.name} are one tensor, and asked for in two layouts", help="return a clone of it"
+        )
 
 
 def _fix_outputs(gm: GraphModule, outputs: dict[int, Spec], ctx: Context) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.collectives import Cut, cut_of
 from shardc.compiler.ir.moves import divides_a_sum, move_of
 from shardc.compiler.ir.node import spec
+from shardc.compiler.ir.owned import own
 from shardc.compiler.ir.rewrite import inherit
 from shardc.compiler.ir.views import outlives
 from shardc.compiler.spec.mesh import Mesh, place
@@ -42,18 +44,20 @@ def bind_program(
     groups: Mapping[str, ProcessGroup],
     look: Callable[[], None] | None = None,
     reuse: bool = True,
+    apart: Mapping[int, Sequence[Node]] = MappingProxyType({}),
 ) -> GraphModule:
     """A LOCAL or SCHEDULED program as the rank at `coords` runs it: local tensors in, local tensors out.
 
     groups: this rank's process group along each mesh dim that has more than one rank. look: see `wire.Line`.
     reuse: whether dead operands may be reduced where they lie; not where others decide what shares memory.
+    apart: of what is returned, what is to be `own`, and from what.
     Nodes keep their names. No gradient flows through collectives.
     Raises ValueError for a call that has no place in such a program.
     """
     moved = [move.axis for node in gm.graph.nodes if (move := move_of(node)) is not None]
     names = dict.fromkeys([*mesh.names, *moved])  # parts of mesh dims too
     lines = {a: Line(a, mesh[a], place(coords, a), groups.get(a), look) for a in names}
-    return _Binder(gm, mesh, coords, lines, reuse).bound()
+    return _Binder(gm, mesh, coords, lines, reuse).bound(apart)
 
 
 class _Binder:
@@ -67,14 +71,19 @@ class _Binder:
         self.started: dict[Node, Any] = {}  # the collective behind each start
         self.divided: set[Node] = set()  # divisions that a joint reduction makes at once
 
-    def bound(self) -> GraphModule:
+    def bound(self, apart: Mapping[int, Sequence[Node]]) -> GraphModule:
         for node in self.gm.graph.nodes:
             target, args, kwargs = self._here(node)
+            if node.op == "output":
+                args = (tuple(self._owned(x, apart.get(i)) for i, x in enumerate(args[0])),)
             here = self.graph.create_node(node.op, target, args, kwargs, node.name)
             inherit(here, node, KEPT)
             self.env[node] = here
         self.graph.lint()
         return GraphModule(self.gm, self.graph, class_name="RankProgram")
+
+    def _owned(self, x: Any, others: Sequence[Node] | None) -> Any:
+        return x if others is None else self.graph.call_function(own, (x, *map(self.env.__getitem__, others)))
 
     def _here(self, node: Node) -> tuple[Any, tuple, dict[str, Any]]:
         """(target, args, kwargs) of the node on this rank."""

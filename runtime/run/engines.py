@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,11 +25,19 @@ class SimulatedRanks:
 
     results: how many of forward's returns are the caller's. sources: which inputs the gradients belong to. There is
     one loss here, and not one a rank: what the program divides to average their gradients is multiplied at the door.
+    copied: inputs that are overwritten once forward has run, and needed in backward.
     """
 
     def __init__(
-        self, forward: GraphModule, backward: GraphModule | None, mesh: Mesh, results: int, sources: Sequence[int]
+        self,
+        forward: GraphModule,
+        backward: GraphModule | None,
+        mesh: Mesh,
+        results: int,
+        sources: Sequence[int],
+        copied: Collection[int],
     ) -> None:
+        self._copied = copied
         self._forward, self._backward, self._mesh, self._results = forward, backward, mesh, results
         given = placeholders(forward)
         self._ways = [of(given[i]).divided for i in sources]
@@ -37,7 +45,8 @@ class SimulatedRanks:
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
         with torch.no_grad():
-            pieces = [self._cut(x, spec(n)) for x, n in zip(inputs, placeholders(self._forward), strict=True)]
+            given = [x.clone() if i in self._copied else x for i, x in enumerate(inputs)]
+            pieces = [self._cut(x, spec(n)) for x, n in zip(given, placeholders(self._forward), strict=True)]
             found = self._run(self._forward, pieces)
         ends = returned(self._forward)[: self._results]
         whole = [self._join(p, n) for p, n in zip(found, ends, strict=False)]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from shardc.compiler.ir.signature import InputKind, OutputKind, Signature
 from shardc.compiler.spec.spec import Spec
 
 Flat = Sequence[Tensor]
+VERSION = attrgetter("_version")
 
 
 class Engine(Protocol):
@@ -76,12 +78,15 @@ class Executable:
     """One program bound to an engine. `inputs` of a call are in signature order, tangents and carries left out.
 
     kept: gradients (by position among the gradients) that stay pending here and go to the ledger: name and layout.
+    watched: distributed inputs, by position, whose local tensors backward reads as they are by then. Autograd, which
+    minds what it saves, does not see changes that go through a label.
     """
 
     signature: Signature
     engine: Engine
     kept: Mapping[int, tuple[str, Spec]]
     ledger: Ledger
+    watched: Sequence[int] = ()
 
     @cached_property
     def _places(self) -> _Places:
@@ -120,6 +125,16 @@ class Executable:
                 found[i] = None
         return found
 
+    def changed(self, tensors: Sequence[Tensor], versions: Sequence[int]) -> RuntimeError:
+        """In autograd's words: which of the watched inputs has another version than forward saw."""
+        every = zip(self.watched, tensors, versions, strict=True)
+        i, x, version = next(item for item in every if item[1]._version != item[2])
+        return RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"{self.signature.inputs[i].name}, of shape {list(x.shape)}, is at version {x._version}; expected version "
+            f"{version} instead. Hint: call backward before what changes it, or run forward again after it"
+        )
+
 
 @contextmanager
 def _casts_as_traced() -> Iterator[None]:
@@ -141,7 +156,11 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, program: Executable, *inputs: Tensor) -> tuple[Any, ...]:
         results, saved = program.engine.forward(inputs)
+        # To autograd no result is a view, which nobody could change in place; versions it shares all the same.
+        results = [r.detach() if isinstance(r, Tensor) and r._is_view() else r for r in results]
         ctx.program = program
+        ctx.watched = [inputs[i] for i in program.watched]
+        ctx.versions = list(map(VERSION, ctx.watched))
         ctx.tensors = [i for i, v in enumerate(saved) if isinstance(v, Tensor)]
         ctx.others = [None if isinstance(v, Tensor) else v for v in saved]
         ctx.save_for_backward(*(saved[i] for i in ctx.tensors))
@@ -154,6 +173,8 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         program: Executable = ctx.program
+        if ctx.versions != list(map(VERSION, ctx.watched)):
+            raise program.changed(ctx.watched, ctx.versions)
         saved, places = _unpacked(ctx), program._places
         tangents = [_tangent(grads, of, ctx.results) for of in places.tangents]
         out: list[Any] = [None] * places.given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.node import spec, val
+from shardc.compiler.ir.owned import apart
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec, to_placements
 from shardc.runtime.run.bind import bind_program
@@ -54,9 +55,18 @@ class Ranks:
         """The count of calls that these ranks make together, whatever the module."""
         return calls_of(self.groups.ranks)
 
-    def bind(self, gm: GraphModule, stretches: Stretches | None = None) -> GraphModule:
-        """A graph of symbolic collectives as this rank runs it. stretches: compile what is between them."""
-        bound = bind_program(gm, self.mesh, self.coords, self.groups, self.calls.look, reuse=stretches is None)
+    def bind(
+        self,
+        gm: GraphModule,
+        stretches: Stretches | None = None,
+        kept: int | None = None,
+        changed: Collection[int] = (),
+    ) -> GraphModule:
+        """A graph of symbolic collectives as this rank runs it. stretches: compile what is between them. kept,
+        changed: see `apart`."""
+        bound = bind_program(
+            gm, self.mesh, self.coords, self.groups, self.calls.look, stretches is None, apart(gm, kept, changed)
+        )
         return bound if stretches is None else stretches.compiled(bound)
 
     def wrapper(self, spec: Spec) -> Callable[[Tensor], Tensor]:

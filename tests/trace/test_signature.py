@@ -75,13 +75,14 @@ def test_another_structure_is_refused():
 
 def test_numbers_none_and_repeats_survive_among_outputs():
     signature = trace(Structured(), ({"x": X, "more": [torch.ones(4)]},)).signature
-    values = [torch.tensor(float(i)) for i in range(5)]
+    values = [torch.tensor(float(i)) for i in range(3)]
     back = signature.unflatten_outputs(values)
     assert back["pair"].hidden is values[0] and back["pair"].rows == 3
-    assert back["list"] == [values[1], None, 2.5] and back["both"] == (values[3], values[4])
+    assert back["list"] == [values[1], None, 2.5]
+    assert all(x is values[0] for x in back["both"])  # what is one tensor to eager
     assert type(back["pair"]).__name__ == "Pair"
-    with pytest.raises(ValueError, match="forward returns 5 tensors, given 4"):
-        signature.unflatten_outputs(values[:4])
+    with pytest.raises(ValueError, match="forward returns 3 tensors, given 2"):
+        signature.unflatten_outputs(values[:2])
 
 
 @dataclass

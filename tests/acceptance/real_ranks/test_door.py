@@ -1,0 +1,81 @@
+"""What a caller gets of a program on real ranks, changes in place, and hands on to autograd: as of one device."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+import shardc
+from shardc import CompiledModule, FullyShard, Plan, Replicated
+from tests.acceptance.door import KINDS, Probabilities, Twins, door, whole
+from tests.runtime.ranks import on_ranks, run_ranks
+
+PLANS = (Replicated(), FullyShard(), FullyShard("a", reshard_after_forward=False))
+
+
+def data_parallel() -> DeviceMesh:
+    return init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+
+
+def all_kinds(rank: int) -> None:
+    mesh = data_parallel()
+    for kind in KINDS:
+        for plan in PLANS:
+            door(kind, Plan(dp=plan), mesh, rank, 2)
+    clipped(rank, mesh)
+    stale(rank, mesh)
+
+
+def clipped(rank: int, mesh: DeviceMesh) -> None:
+    """Equal gradients count once each in a whole training step too."""
+    x = torch.ones(4, 4).double()
+    for plan in PLANS:
+        ours, alone = Twins(), Twins()
+        step = shardc.train_step(
+            ours, plan, lambda m, x: m(x).mean(), partial(torch.optim.SGD, lr=1.0), mesh=mesh, clip_norm=0.1
+        )
+        step(x[:2])
+        alone(x).mean().backward()
+        nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+        torch.optim.SGD(alone.parameters(), lr=1.0).step()
+        for (name, p), q in zip(ours.named_parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(whole(p.detach()), q.detach(), msg=lambda text, n=name: f"{n}: {text}")
+
+
+def stale(rank: int, mesh: DeviceMesh) -> None:
+    """What backward reads must be as forward saw it: parameters, inputs, and outputs that it needs."""
+    x = torch.ones(2, 4).double()
+
+    def weights(m: nn.Module) -> Tensor:
+        optim = torch.optim.SGD(m.parameters(), 0.5)
+        first, second = m(x).mean(), m(x.requires_grad_()).square().mean()
+        first.backward()
+        optim.step()
+        return second
+
+    def inputs(m: nn.Module) -> Tensor:
+        given = DTensor.from_local(x.detach().clone(), mesh, [Shard(0)]) if isinstance(m, CompiledModule) else x * 1
+        loss = m(given).mean()
+        given.add_(1)
+        return loss
+
+    def outputs(m: nn.Module) -> Tensor:
+        given = m(x)
+        given.mul_(2)
+        return given[0, 0]
+
+    for plan in PLANS[:2]:
+        for change in (weights, inputs, outputs):
+            for m in (shardc.compile(Probabilities(), Plan(dp=plan), mesh=mesh), Probabilities()):
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    change(m).backward()
+
+
+@on_ranks
+def test_values_of_a_program_are_the_callers_own():
+    run_ranks(all_kinds, 2)
