@@ -242,7 +242,7 @@ def _choose(
     free = [c for c, cost in proposals.items() if cost == 0]
     if free:
         return free[0], group
-    contracted = dict(rule.reductions)
+    contracted = {name for name, _ in rule.reductions if not all(_has(name, dims, rule) for dims in rule.results)}
     largest = max(nbytes, default=0)
 
     def total(choice: str | None) -> float:
@@ -290,12 +290,17 @@ def _cost(
     for i, (now, names, size) in enumerate(zip(state, rule.operands, nbytes, strict=True)):
         if choice == PENDING and i in group or now is None or now == choice:
             continue
-        has = any(choice == rule.leader(name) for dim in names for name in dim)
+        has = _has(choice, names, rule)
         if now == "pending":
             total += (1 if has else 2) * share * size
         else:
             total += share * size / (n if has else 1)
     return total
+
+
+def _has(factor: str | None, names: tuple, rule: OpRule) -> bool:
+    """Whether a tensor with these dims is split where this factor is."""
+    return any(factor == rule.leader(name) for dim in names for name in dim)
 
 
 def _merge(

@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
+import shardc
 from shardc import Layout, Mesh, Plan, Replicated
 from tests.acceptance.compare import (
     at_most,
@@ -177,3 +178,33 @@ def test_a_relayout_at_both_ends_of_a_module_wraps_what_is_inside():
     program = compare(Around(), plan, Mesh(tp=2), torch.randn(2, 6, 16))
     assert output_shape(program) == (2, 6, 16)
     assert counts(program)[("all_gather", "tp", "forward")] == 2
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.n, self.u, self.d = nn.Embedding(64, 64), nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.e(ids)
+        return x + self.d(torch.relu(self.u(self.n(x))))
+
+
+def test_freezing_parameters_never_makes_backward_move_more():
+    plan = {
+        "e": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "n": SequenceParallel(),
+        "u": ColwiseParallel(input_layouts=Shard(1)),
+        "d": RowwiseParallel(output_layouts=Shard(1)),
+    }
+
+    def moved(*frozen: str) -> int:
+        model = Frozen()
+        for name in frozen:
+            model.get_submodule(name).requires_grad_(False)
+        program = shardc.compile(model, plan, mesh=Mesh(tp=4), outputs=Shard(1)).lower(torch.randint(64, (8, 16)))
+        return sum(c.bytes_on_wire for c in program.collectives() if c.phase == "backward")
+
+    alone = {names: moved(*names) for names in ((), ("n",), ("d",), ("u", "d"), ("n", "u", "d"))}
+    assert all(n <= alone[()] for n in alone.values()), alone
+    assert alone[("n",)] == alone[()] - 2 * 384  # two sums of 64 numbers over 4 ranks, its own gradients
