@@ -61,6 +61,7 @@ META = ("compiler.ir", "compiler.trace")  # who may subscript node.meta
 ANNEX = "compiler.trace.torch_internals"  # the one file that names what is private in torch
 # Spelled with an underscore, yet in the manual or without any other spelling.
 OPEN = ("torch._check", "torch._foreach_", "torch._ops.OpOverload", "torch.utils._pytree", "torch.ops.")
+OPEN += ("torch._subclasses.fake_tensor.FakeTensorMode", "torch.utils._python_dispatch.TorchDispatchMode")
 # torch has no other name for the placement of a split inside a dim.
 STRIDED = ("torch.distributed.tensor.placement_types._StridedShard",)
 MOST_FILES, MOST_LINES, LONGEST_FUNCTION = 15, 400, 60

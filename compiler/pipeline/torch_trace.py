@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch._logging import trace_structured  # pyright: ignore[reportPrivateImportUsage]
+from shardc.compiler.trace.torch_internals import trace_structured
 
 if TYPE_CHECKING:
     from shardc.compiler.pipeline.runner import Record

@@ -16,47 +16,46 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch._inductor.config as inductor_config
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch._dynamo.convert_frame import fullgraph_capture
-from torch._dynamo.functional_export import create_fx_graph_from_captured_output
-from torch._dynamo.utils import dynamo_timed, get_metrics_context
-from torch._functorch._aot_autograd.functional_utils import has_data_mutation
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._guards import TracingContext, tracing
-from torch._library.simple_registry import singleton as simple_registry
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.jit._fuser import optimized_execution
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.compiler.rules.checks import CHECK
 from shardc.compiler.trace.module.attributes import Attributes
-from shardc.compiler.trace.module.forms import as_they_run
 from shardc.compiler.trace.module.reads import Look, of_guards
 from shardc.compiler.trace.module.results import opened
 from shardc.compiler.trace.module.rewrites import Rewrites
 from shardc.compiler.trace.module.stand_ins import Held
-from shardc.compiler.trace.sizes.data_decided import KINDS, SYMBOLIC, as_tensor, questions
+from shardc.compiler.trace.sizes.data_decided import KINDS, SYMBOLIC, as_tensor
 from shardc.compiler.trace.sources import without_data, writes_to_constant
+from shardc.compiler.trace.torch_internals import (
+    UNKNOWN_SHAPE,
+    UNKNOWN_VALUE,
+    FakeTensor,
+    FunctionalTensor,
+    TorchDispatchMode,
+    TracingContext,
+    as_if_compiling,
+    ignored_when_reading,
+    is_changed,
+    is_plain,
+    questions,
+    read_bytecode,
+)
 from shardc.compiler.user_code import is_users
 
 LOG_METHODS = ("debug", "info", "warn", "error", "exception", "critical", "log")
 MARK = torch.ops.shardc.mark.default
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
-Run = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass
@@ -96,7 +95,7 @@ class Program:
             self.objects = objects
             after = self._after(inputs)
             # Not by version counters: batch norm changes its statistics without counting.
-            self.mutated = [i for i, t in enumerate(inputs) if after[i] is not t or has_data_mutation(t)]
+            self.mutated = [i for i, t in enumerate(inputs) if after[i] is not t or is_changed(t)]
             self.replaced += [i for i, t in enumerate(inputs) if shapes[i] != (t.shape, t.stride())]
             self.attached = [i for i in self.mutated if i >= len(self.held) and after[i].requires_grad]
             self.changed = self.attributes.changed()
@@ -129,17 +128,6 @@ class Program:
         self.tensors = [i for i in every if i not in self.same]
         self.numbers = {i: KINDS[type(leaf)] for i, leaf in every.items() if isinstance(leaf, SYMBOLIC)}
         return [as_tensor(every[i]) if i in self.numbers else every[i] for i in self.tensors]
-
-
-class _Flat(nn.Module):
-    """The program in the form AOTAutograd takes."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.run = run
-
-    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
-        return self.run(*flat)
 
 
 class _Root(nn.Module):
@@ -190,7 +178,6 @@ def by_dynamo(module: nn.Module, program: Program, tensors: Sequence[Tensor]) ->
     """The captured forward, and the context AOTAutograd must run it in."""
     args, kwargs = program.rebuild(tensors)
     root = _root(module)
-    config: Any = torch._dynamo.config
     # Those that libraries add to Logger too, such as warning_once.
     logs = {method for name, method in vars(logging.Logger).items() if name.startswith(LOG_METHODS)}
     options = {
@@ -199,13 +186,11 @@ def by_dynamo(module: nn.Module, program: Program, tensors: Sequence[Tensor]) ->
         "automatic_dynamic_shapes": False,
         "specialize_int": True,
         "specialize_float": True,
-        "ignore_logging_functions": {*config.ignore_logging_functions, print, warnings.warn, *logs},
+        "ignore_logging_functions": {*ignored_when_reading(), print, warnings.warn, *logs},
         "side_effect_replay_policy": "silent",
         "skip_nnmodule_hook_guards": False,
     }
-    with config.patch(**options), get_metrics_context(), dynamo_timed("fullgraph_capture"):
-        captured = fullgraph_capture(root, args, kwargs)
-    gm = create_fx_graph_from_captured_output(captured, root, args, kwargs)
+    gm, captured = read_bytecode(root, args, kwargs, **options)
     program.read = partial(of_guards, captured, root, (args, kwargs))
     return gm, gm.meta["tracing_context"]
 
@@ -221,8 +206,8 @@ def by_dispatch(module: nn.Module, blind: bool = False) -> Call:
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with (
-            patch.object(torch.compiler, "_is_compiling_flag", True),
-            optimized_execution(False),
+            as_if_compiling(),
+            torch.jit.optimized_execution(False),
             _Stamp(fqns, blind, call.__code__) as stamp,
             _Alias(),
             questions() as asked,
@@ -233,23 +218,6 @@ def by_dispatch(module: nn.Module, blind: bool = False) -> Call:
         return result
 
     return call
-
-
-LINALG_CHECK = "aten::_linalg_check_errors"
-
-
-def export(run: Run, flat: Sequence[Tensor], context: TracingContext | None) -> GraphModule:
-    """The joint graph, descriptors in `meta["desc"]` of its placeholders and output; nothing is decomposed."""
-    with ExitStack() as stack:
-        # Else torch takes unused random operators out, and eager would draw other numbers from then on.
-        stack.enter_context(inductor_config.patch(fallback_random=True))
-        stack.enter_context(as_they_run())
-        if context is not None:
-            stack.enter_context(tracing(context))
-        # Backward's own checks, of what forward has checked, go.
-        stack.enter_context(patch.object(simple_registry.find(LINALG_CHECK).effect, "_effect", None))
-        joint = aot_export_joint_with_descriptors(stack, _Flat(run), tuple(flat), {}, decompositions={})
-        return joint.graph_module
 
 
 class _Checks(TorchDispatchMode):
@@ -322,7 +290,7 @@ class Replay(Interpreter):
             self._marked.join(operands[0], result)
         elif any(t._version != v for t, v in zip(operands, versions, strict=True)):
             self._marked.sync()
-            if any(has_data_mutation(constant) for constant in self._constants):
+            if any(is_changed(constant) for constant in self._constants):
                 raise writes_to_constant(n.meta.get("stack_trace"))
         return result
 
@@ -344,11 +312,6 @@ class _Alias(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         self._marked.sync()
         super().__exit__(*error)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """A tensor of the user's own, whose value of today is not that of every call."""
-    return not isinstance(x, (FunctionalTensor, FakeTensor))
 
 
 def _written(func: Any, args: Sequence[Any]) -> Iterator[Any]:
@@ -378,10 +341,10 @@ class _Stamp(TorchDispatchMode):
         meta["stack_trace"] = line
         meta["nn_module_stack"] = {str(owner): self._fqns[owner]} if owner else {}
         try:
-            if self._blind and func is torch.ops.aten._local_scalar_dense.default and _is_plain(args[0]):
-                raise DataDependentOutputException(func)
+            if self._blind and func is torch.ops.aten._local_scalar_dense.default and is_plain(args[0]):
+                raise UNKNOWN_VALUE(func)
             return func(*args, **(kwargs or {}))
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        except (UNKNOWN_VALUE, UNKNOWN_SHAPE) as error:
             self.asked = error
             raise
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.compiler.rules.ops.random.distributions import DISTRIBUTIONS, SEED, Draw, like_of
+from shardc.compiler.trace.torch_internals import TorchDispatchMode
 
 aten = torch.ops.aten
 IN_PLACE = {aten.bernoulli_.float: aten.bernoulli.p, aten.normal_.default: aten.normal_functional.default}

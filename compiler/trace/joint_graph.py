@@ -16,13 +16,6 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._functorch._aot_autograd.descriptors import (
-    GradAOTOutput,
-    PlainAOTInput,
-    PlainAOTOutput,
-    TangentAOTInput,
-)
-from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
@@ -33,6 +26,7 @@ from shardc.compiler.trace.capture import Program
 from shardc.compiler.trace.sizes.data_decided import Settled, decides, is_needed, with_checks
 from shardc.compiler.trace.sizes.symbolic import SYMBOLIC, Sized, depends_on_data, symbols_of
 from shardc.compiler.trace.sources import VALUE_HELP, refusal_at
+from shardc.compiler.trace.torch_internals import Gradient, Primal, Result, Tangent, is_higher_order
 
 aten = torch.ops.aten
 IDENTITIES = (
@@ -72,9 +66,9 @@ class Joint:
         primals, tangents = {}, {}
         for node in nodes:
             match node.op, node.meta.get("desc"):
-                case "placeholder", PlainAOTInput(idx=idx):
+                case "placeholder", Primal(idx=idx):
                     primals[idx] = node
-                case "placeholder", TangentAOTInput(output=PlainAOTOutput(idx=idx)):
+                case "placeholder", Tangent(output=Result(idx=idx)):
                     tangents[idx] = node
                 case "placeholder", other:
                     raise ShardingError(f"tracing made an input that has no place in a program: {other}")
@@ -101,9 +95,9 @@ class Joint:
         values: Any = output.args[0]
         for value, desc in zip(values, output.meta["desc"], strict=True):
             match desc:
-                case PlainAOTOutput(idx=idx):
+                case Result(idx=idx):
                     self.results[idx] = self.resolve(value.args[0])  # every result is a copy
-                case GradAOTOutput(grad_of=PlainAOTInput(idx=idx)):
+                case Gradient(grad_of=Primal(idx=idx)):
                     self.gradients[idx] = value if value is None else self.resolve(value)
 
     def needed(self) -> set[Node]:
@@ -296,7 +290,7 @@ def _refuse_unsupported(joint: Joint, needed: Iterable[Node], data: bool) -> Non
     for node in joint.nodes:
         if node not in chosen or node.op != "call_function":
             continue
-        if isinstance(node.target, HigherOrderOperator):
+        if is_higher_order(node.target):
             name = node.target.name()
             raise refusal_at(node, f"{name} cannot be part of a sharded program", "write it with plain operators")
         if not data and depends_on_data(_numbers(node.meta.get("val")), sizes):

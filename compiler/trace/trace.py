@@ -26,12 +26,11 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir.signature import InputKind, Leaf, OutputKind, Signature, TensorInfo, Traced
-from shardc.compiler.trace.capture import Program, by_dispatch, by_dynamo, export, quiet
+from shardc.compiler.trace.capture import Program, by_dispatch, by_dynamo, quiet
 from shardc.compiler.trace.joint_graph import Argument, build
 from shardc.compiler.trace.layers.copy_layers import export_layers
 from shardc.compiler.trace.module.attributes import Attributes
@@ -45,9 +44,10 @@ from shardc.compiler.trace.module.stand_ins import (
     standing_in,
     trace_device,
 )
-from shardc.compiler.trace.sizes.data_decided import capturing, data_mode
+from shardc.compiler.trace.sizes.data_decided import data_mode
 from shardc.compiler.trace.sizes.symbolic import symbolic_mode, symbolic_stand_in
 from shardc.compiler.trace.sources import VALUE_HELP, annotate, depends_on_values, refusal
+from shardc.compiler.trace.torch_internals import FakeTensorMode, as_they_run, aside, capturing, joint_graph
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +94,11 @@ def trace_once(
     device = trace_device(infos)
     mode = symbolic_mode() if symbolic else data_mode() if data else FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
-        for context in (unset_fake_temporarily(), torch.inference_mode(False), torch.set_grad_enabled(grad)):
+        for context in (aside(), torch.inference_mode(False), torch.set_grad_enabled(grad)):
             stack.enter_context(context)
         stack.enter_context(_plain_operators())
         stack.enter_context(capturing(data))
+        stack.enter_context(as_they_run())
         stack.callback(Attributes(module).restore)
         fakes = [stand_in(h.info, mode, device, h.tensor) for h in held]
         named = [(name, info) for name, info in zip(call.names, call.infos, strict=True) if info is not None]
@@ -143,7 +144,7 @@ def _joint(
         with _drawing_nothing():
             try:
                 program.call = by_dispatch(module, blind=data or refused is not None)
-                return export(program.run, flat, None)
+                return joint_graph(program.run, flat, None)
             except ShardingError as error:
                 raise (refused if refused and refused.where else error) from None
             except Exception as error:
@@ -317,11 +318,11 @@ def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signatu
 @contextmanager
 def _plain_operators() -> Iterator[None]:
     """Keeps attention and LSTM from fused inference operators, so that every mode has the same few operators."""
-    attention, rnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    attention, rnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags also sets TF32, which warns
+    torch.backends.mkldnn.enabled = False  # its `flags` would also set TF32, which warns
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(attention)
-        torch._C._set_mkldnn_enabled(rnn)
+        torch.backends.mkldnn.enabled = rnn

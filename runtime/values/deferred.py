@@ -49,8 +49,7 @@ class _WaitingTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__self__", None) is Tensor.data:
             raise _changed(getattr(args[0], "_fqn", "a tensor"))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return Tensor.__torch_function__(func, (), args, kwargs or {})  # its results are plain tensors
 
 
 class _WaitingParameter(_WaitingTensor, nn.Parameter):

@@ -80,7 +80,7 @@ def both(
     """Traces by layers and in the ordinary way, and holds one against the other."""
     traces = Traces()
     with monkeypatch.context() as patched:
-        patched.setattr(trace_layers, "export", partial(traces.export, trace_layers.export))
+        patched.setattr(trace_layers, "joint_graph", partial(traces.export, trace_layers.joint_graph))
         found = trace(module, args, **options)
     with monkeypatch.context() as patched:
         patched.setattr(trace_layers, "repeats", lambda graph: [])

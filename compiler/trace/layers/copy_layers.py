@@ -25,20 +25,25 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor
-from torch._functorch._aot_autograd.functional_utils import has_data_mutation, to_fun
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import has_side_effect
-from torch.overrides import _pop_mode, _push_mode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from shardc.compiler.ir.marks import MARK
-from shardc.compiler.trace.capture import Program, Replay, export, recording, replay
+from shardc.compiler.trace.capture import Program, Replay, recording, replay
 from shardc.compiler.trace.joint_graph import Joint
 from shardc.compiler.trace.layers.repeats import Layer, Place, about, repeats, with_calls
 from shardc.compiler.trace.sources import innermost
+from shardc.compiler.trace.torch_internals import (
+    FakeTensorMode,
+    FunctionalTensor,
+    TracingContext,
+    aside,
+    functional,
+    functionalizing,
+    is_changed,
+    joint_graph,
+    writes,
+)
 
 log = logging.getLogger(__name__)
 TAG = "partitioner_tag"
@@ -96,8 +101,8 @@ class Layers:
         """Forward, each place one operator."""
         self.handled.clear()
         result = Replay(self.gm, self.graph).run(*args, *kwargs.values())
-        for tensor, writes, layer in self.handled:
-            if _writes(tensor) != writes:
+        for tensor, before, layer in self.handled:
+            if writes(tensor) != before:
                 raise Unfit(layer, "what goes in or comes out of it is written to elsewhere")
         return result
 
@@ -110,7 +115,7 @@ class Layers:
         for x in (*inputs, *made):
             if not isinstance(x, FunctionalTensor):
                 raise Unfit(place.layer, "it is given what is no traced tensor")
-            self.handled.append((x, _writes(x), place.layer))
+            self.handled.append((x, writes(x), place.layer))
         passed_on = [inputs[i] for i in place.layer.passed_on]
         return (*made, *passed_on[len(_passed_on(key, inputs)) :])
 
@@ -123,28 +128,25 @@ class Layers:
         return [None if node is None else next(made) for node in wanted]
 
     def _fakes(self, key: Key) -> list[Tensor]:
-        with self.mode, torch.no_grad():
-            fakes = [torch.empty_strided(a[0], a[1], dtype=a[2], device=a[3]) for a in key[1]]
-        return [x.requires_grad_(a[4]) for x, a in zip(fakes, key[1], strict=True)]
+        with aside():
+            with self.mode, torch.no_grad():
+                fakes = [torch.empty_strided(a[0], a[1], dtype=a[2], device=a[3]) for a in key[1]]
+            return [x.requires_grad_(a[4]) for x, a in zip(fakes, key[1], strict=True)]
 
     def _dry_run(self, key: Key) -> list[tuple[Any, ...]]:
         """What the outputs look like, those passed on included. Refuses what is no function of its inputs."""
         layer, infos, before = key
         if any(conj or neg for *_, conj, neg in infos):
             raise Unfit(layer, "an input is a view that conjugates or negates")
-        above = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
-        with ExitStack() as stack:
-            stack.enter_context(_aside())
-            fakes = self._fakes(key)
-            for context in (torch._C._ExcludeDispatchKeyGuard(above), self.mode, FunctionalTensorMode()):
-                stack.enter_context(context)
-            inputs = [to_fun(x).clone() for x in fakes]
+        fakes = self._fakes(key)
+        with aside(), functionalizing(self.mode):
+            inputs = [functional(x).clone() for x in fakes]
             shapes = [about(x)[:2] for x in inputs]
             with recording():
                 outputs = Replay(self.gm, layer.body).run(*inputs)
             if _surroundings(inputs) != before:
                 raise Unfit(layer, "it leaves autocast or gradients on or off")
-            if any(map(has_data_mutation, inputs)) or [about(x)[:2] for x in inputs] != shapes:
+            if any(map(is_changed, inputs)) or [about(x)[:2] for x in inputs] != shapes:
                 raise Unfit(layer, "it changes an input in place")
             storages = [x.untyped_storage()._cdata for x in (*inputs, *outputs)]
             if len(set(storages)) < len(storages):
@@ -154,8 +156,8 @@ class Layers:
     def _joint(self, key: Key, tangents: tuple[Any, ...]) -> Joint:
         found = self.joints.get((key, tangents))
         if found is None:
-            with _aside(), torch.enable_grad():
-                gm = export(partial(self._run, key, tangents), self._fakes(key), TracingContext(self.mode))
+            with aside(), torch.enable_grad():
+                gm = joint_graph(partial(self._run, key, tangents), self._fakes(key), None)
             found = self.joints[key, tangents] = Joint.read(gm)
         return found
 
@@ -312,11 +314,6 @@ def _border(joint: Joint) -> int:
     return next(late, len(joint.nodes))
 
 
-def _writes(x: Any) -> int:
-    """How often a tensor, or another view of the same memory, has been written to."""
-    return torch._functionalize_mutation_counter(x.elem)  # pyright: ignore[reportPrivateImportUsage]
-
-
 def _passed_on(key: Key, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The inputs whose gradient goes through the layer. Where gradients are off they would lose theirs in it."""
     layer, _, (grad, *_) = key
@@ -328,19 +325,6 @@ def _surroundings(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
     devices = sorted({"cpu", *(x.device.type for x in inputs)})
     autocasts = ((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
     return (torch.is_grad_enabled(), *autocasts)
-
-
-@contextmanager
-def _aside() -> Iterator[None]:
-    """Nothing of the trace under way is in force: its modes, and its notes on the node at hand."""
-    modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
-    try:
-        with _disable_current_modes(), fx_traceback.preserve_node_meta(False):
-            fx_traceback.current_meta = {}
-            yield
-    finally:
-        for mode in reversed(modes):
-            _push_mode(mode)
 
 
 @contextmanager
@@ -369,7 +353,7 @@ def export_layers(program: Program, flat: Sequence[Tensor], gm: GraphModule, con
         program.call = layers.replay
         try:
             with _left_as_found(flat):
-                joint = export(program.run, flat, context)
+                joint = joint_graph(program.run, flat, context)
                 layers.expand(joint)
             return joint
         except Unfit as unfit:
@@ -379,4 +363,4 @@ def export_layers(program: Program, flat: Sequence[Tensor], gm: GraphModule, con
             log.info("every layer is traced in place: %s", error)
             break
     program.call = replay(gm)
-    return export(program.run, flat, context)
+    return joint_graph(program.run, flat, context)

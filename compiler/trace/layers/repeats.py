@@ -25,16 +25,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.ir.marks import GRAD, MARK, parse_key
+from shardc.compiler.trace.torch_internals import AMBIENT
 
 TRACES = 3  # of one layer: for its first, middle and last place
 CALL = 4  # what a call costs, in nodes
 PLAIN = (bool, int, str, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout)
-# What changes how later operators behave; whoever runs a layer sees to it.
-AMBIENT = (
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-)
 # What changes how autograd treats a tensor. A layer's border makes another tensor of it, which this would miss.
 AUTOGRAD = ("detach_", "requires_grad_", "register_hook")
 

@@ -26,6 +26,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from shardc.compiler.trace.module.attributes import DEPTH, DERIVED, PLAIN, inner_of, is_recomputed
+from shardc.compiler.trace.torch_internals import guards_of
 
 log = logging.getLogger(__name__)
 TABLES = ("_parameters", "_buffers", "_modules")  # which the compiled module looks after
@@ -185,9 +186,8 @@ def of_guards(captured: Any, root: nn.Module, call: Any) -> Look:
     module; call: (args, kwargs)."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda _: None, call)
     names = {"L": {"self": root, "args": args, "kwargs": kwargs}, "G": type(root).forward.__globals__}
-    guards = captured.graph_capture_output.output_graph.guards
-    told = {(g.name, getattr(g.create_fn, "keywords", {}).get("attr")) for g in guards if g.name}
-    parsed = [(ast.parse(name, mode="eval").body, name, attr) for name, attr in sorted(told, key=str) if _counts(name)]
+    told = sorted(guards_of(captured), key=str)
+    parsed = [(ast.parse(name, mode="eval").body, name, attr) for name, attr in told if _counts(name)]
     wanted = [read for read in parsed if _is_there(*read[:2], names)]
 
     def look(survey: Survey) -> None:

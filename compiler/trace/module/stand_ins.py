@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir.marks import border_key, mark
 from shardc.compiler.ir.signature import TensorInfo
+from shardc.compiler.trace.torch_internals import FakeTensorMode
 
 TABLES = ("_parameters", "_buffers")
 

@@ -11,62 +11,29 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
-from torch._subclasses import fake_impls
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.passes.runtime_assert import insert_deferred_runtime_asserts
 
 from shardc.compiler.rules.facts import ASSERT
 from shardc.compiler.spec.sizes import DataSize, Number, name_shape
+from shardc.compiler.trace.torch_internals import FakeTensorMode
 
 SYMBOLIC = (SymInt, SymFloat, SymBool)
 KINDS = {SymInt: "int", SymFloat: "float", SymBool: "bool"}
 DTYPES = {"int": torch.int64, "bool": torch.int64, "float": torch.float64}
 NO_BOUND = 2**40  # what torch states beyond this is the largest integer, not a bound
-MASKED_SELECT = torch.ops.aten.masked_select.default
-SELECT_OF_ONE_SHAPE = fake_impls.op_implementations_dict[MASKED_SELECT]
 WRONG = "what tensors hold makes other sizes than this program is for"
 MADE = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_storage_offset.default)
 
 
 def data_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-
-
-@contextmanager
-def capturing(data: bool) -> Iterator[None]:
-    """Within, bounds are right. data: Dynamo puts calls whose sizes or numbers data decides into its graph."""
-    config: Any = torch._dynamo.config
-    options = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True} if data else {}
-    with config.patch(**options), patch.dict(fake_impls.op_implementations_dict, {MASKED_SELECT: _masked_select}):
-        yield
-
-
-@contextmanager
-def questions() -> Iterator[list[Exception]]:
-    """The errors for branches on symbols, within: also those that somebody caught."""
-    asked: list[Exception] = []
-    make = ShapeEnv._make_data_dependent_error
-
-    def made(*args: Any, **kwargs: Any) -> Exception:
-        asked.append(make(*args, **kwargs))
-        return asked[-1]
-
-    with patch.object(ShapeEnv, "_make_data_dependent_error", made):
-        yield asked
-
-
-def _masked_select(mode: Any, op: Any, x: Tensor, mask: Tensor) -> Tensor:
-    """torch 2.13 takes the elements of `x` for a bound, where the mask may have more."""
-    return SELECT_OF_ONE_SHAPE(mode, op, x.expand(torch.broadcast_shapes(x.shape, mask.shape)), mask)
 
 
 def as_tensor(leaf: Any) -> Tensor:

@@ -20,13 +20,12 @@ from typing import Any
 import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from shardc.compiler.ir.graph import copy_graph
 from shardc.compiler.ir.signature import InputKind, Signature, TensorInfo
+from shardc.compiler.trace.torch_internals import FakeTensorMode, size_symbol
 
 SYMBOLIC = (SymInt, SymFloat, SymBool)
 Values = Mapping[sympy.Symbol, int]
@@ -36,11 +35,7 @@ def symbolic_stand_in(info: TensorInfo, mode: FakeTensorMode, device: torch.devi
     """A fake tensor like `info`, dense, each of its sizes a symbol of the mode's own."""
     env = mode.shape_env
     assert env is not None
-    sizes: list[Any] = []
-    for dim, n in enumerate(info.shape):
-        source = ConstantSource(f"{name}_{dim}")
-        symbol = env.create_symbol(n, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-        sizes.append(env.create_symintnode(symbol, hint=n, source=source))
+    sizes = [size_symbol(env, n, f"{name}_{dim}") for dim, n in enumerate(info.shape)]
     strides: list[Any] = [0] * len(sizes)
     step: Any = 1
     for dim in sorted(range(len(sizes)), key=lambda d: (info.stride[d], info.shape[d], -d)):

@@ -1,0 +1,393 @@
+"""Every name that is private in torch, in one file: what it is for, and a probe that a torch of tomorrow may fail.
+
+    broken()    what this torch lacks, or does otherwise than this room counts on: a line each
+
+What torch's manual describes under an underscore (fake tensors, dispatch modes, pytrees) is as good as public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch._dynamo.config as dynamo_config
+import torch._inductor.config as inductor_config
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, nn
+from torch._C import DispatchKey
+from torch._dynamo.convert_frame import fullgraph_capture
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.functional_export import create_fx_graph_from_captured_output
+from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+)
+from torch._functorch._aot_autograd.functional_utils import has_data_mutation, to_fun
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._guards import TracingContext, tracing
+from torch._library.simple_registry import singleton as registry
+from torch._logging import trace_structured  # pyright: ignore[reportPrivateImportUsage]
+from torch._ops import HigherOrderOperator
+from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import DimDynamic, PendingUnbackedSymbolNotFound, ShapeEnv
+from torch.overrides import _pop_mode, _push_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+# Passed on as they are.
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "FunctionalTensor",
+    "TorchDispatchMode",
+    "TracingContext",
+    "trace_structured",
+]
+
+aten = torch.ops.aten
+Flat = Callable[..., tuple[Tensor, ...]]
+
+# ---- forward, read
+
+
+class NothingComputed(Exception):
+    """Forward calls nothing of torch's, and Dynamo gives no graph."""
+
+
+# What says that a forward cannot be read, beside what forward itself raises.
+REFUSALS = (TorchDynamoException, PendingUnbackedSymbolNotFound, NothingComputed)
+# What Dynamo writes into a graph where forward turns gradients or autocast on or off. They have no other name.
+AMBIENT = (
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+)
+
+
+def read_bytecode(root: nn.Module, args: Any, kwargs: Any, **options: Any) -> tuple[GraphModule, Any]:
+    """Forward as one graph of calls, and what Dynamo tells of it. torch.export reads alike, but keeps no guards, and
+    refuses a module whose attributes change."""
+    with dynamo_config.patch(**options), get_metrics_context(), dynamo_timed("fullgraph_capture"):
+        captured = fullgraph_capture(root, args, kwargs)
+    if captured.backend_input is None:
+        raise NothingComputed("forward computes nothing")
+    return create_fx_graph_from_captured_output(captured, root, args, kwargs), captured
+
+
+def ignored_when_reading() -> set[Any]:
+    """The functions whose calls Dynamo leaves out."""
+    return {*dynamo_config.ignore_logging_functions}
+
+
+def guards_of(captured: Any) -> set[tuple[str, str | None]]:
+    """(expression, attribute asked for or None) of all that forward was read to depend on."""
+    guards = captured.graph_capture_output.output_graph.guards
+    return {(g.name, getattr(g.create_fn, "keywords", {}).get("attr")) for g in guards if g.name}
+
+
+@contextmanager
+def capturing(data: bool) -> Iterator[None]:
+    """data: calls whose sizes or numbers data decides go into the graph, instead of being refused."""
+    with dynamo_config.patch(capture_scalar_outputs=data, capture_dynamic_output_shape_ops=data):
+        yield
+
+
+@contextmanager
+def as_if_compiling() -> Iterator[None]:
+    """torch.compiler.is_compiling() is true, as it is for code that Dynamo reads."""
+    with patch.object(torch.compiler, "_is_compiling_flag", True):
+        yield
+
+
+# What an operator raises for fake tensors where its result depends on what they hold.
+UNKNOWN_VALUE, UNKNOWN_SHAPE = DataDependentOutputException, DynamicOutputShapeException
+
+
+# ---- forward and backward, joined
+
+# What an input of the joint graph is, the idx-th or the gradient of an `output`; and what an output is.
+Primal, Tangent, Result, Gradient = PlainAOTInput, TangentAOTInput, PlainAOTOutput, GradAOTOutput
+CHECKED = "aten::_linalg_check_errors"
+# Of tensors under trace: one made of a fake tensor, and whether it is one that has been written to.
+functional, is_changed = to_fun, has_data_mutation
+
+
+def joint_graph(flat: Flat, inputs: Sequence[Tensor], context: TracingContext | None) -> GraphModule:
+    """The joint graph, descriptors in `meta["desc"]` of its placeholders and output; nothing is decomposed.
+
+    context: what Dynamo gave with the graph that `flat` runs. torch.export adds no backward of more than a loss.
+    """
+    with ExitStack() as stack:
+        # Else torch takes unused random operators out, and eager would draw other numbers from then on.
+        stack.enter_context(inductor_config.patch(fallback_random=True))
+        if context is not None:
+            stack.enter_context(tracing(context))
+        # Backward's own checks, of what forward has checked, go.
+        check = registry.find(CHECKED).effect
+        stack.enter_context(patch.object(check, "_effect", None))
+        return aot_export_joint_with_descriptors(stack, _Flat(flat), tuple(inputs), {}, decompositions={}).graph_module
+
+
+class _Flat(nn.Module):
+    """A function in the form that AOTAutograd takes."""
+
+    def __init__(self, flat: Flat) -> None:
+        super().__init__()
+        self.flat = flat
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.flat(*inputs)
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether an operator is given functions, such as cond."""
+    return isinstance(target, HigherOrderOperator)
+
+
+def is_plain(x: Tensor) -> bool:
+    """A tensor of the user's own, whose value of today is not that of every call."""
+    return not isinstance(x, (FunctionalTensor, FakeTensor))
+
+
+def writes(x: Any) -> int:
+    """How often a tensor under trace, or another view of the same memory, has been written to."""
+    return torch._functionalize_mutation_counter(x.elem)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@contextmanager
+def functionalizing(mode: FakeTensorMode) -> Iterator[None]:
+    """As within a joint trace, below its autograd, on fake tensors: `functional` makes its tensors of theirs."""
+    above = torch._C.DispatchKeySet(DispatchKey.Functionalize)
+    with torch._C._ExcludeDispatchKeyGuard(above), mode, FunctionalTensorMode():
+        yield
+
+
+# ---- surroundings
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Nothing that this is called in is in force, modes and notes on the node at hand; but the default device is."""
+    device = torch.get_default_device()
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        with _disable_current_modes(), fx_traceback.preserve_node_meta(False), ExitStack() as stack:
+            if device.type != "cpu":
+                stack.enter_context(device)
+            fx_traceback.current_meta = {}
+            yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
+# ---- operators whose form for tracing computes something else than they do
+
+SHRINKS: tuple[Any, ...] = (aten.hardshrink.default, aten.softshrink.default)
+MASKED_SELECT = aten.masked_select.default
+_select_of_one_shape = fake_impls.op_implementations_dict[MASKED_SELECT]
+
+
+@contextmanager
+def as_they_run() -> Iterator[None]:
+    """Within, what is traced is what runs."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(fake_impls.op_implementations_dict, {MASKED_SELECT: _masked_select}))
+        for op in SHRINKS:  # in torch 2.13 their forms for tracing give a NaN another gradient
+            stack.callback(op._dispatch_cache.clear)
+            stack.enter_context(patch.dict(op.py_kernels))
+            op.py_kernels.pop(DispatchKey.Autograd, None)
+            op._dispatch_cache.clear()
+        yield
+
+
+def _masked_select(mode: Any, op: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """torch 2.13 takes the elements of `x` for a bound, where the mask may have more."""
+    return _select_of_one_shape(mode, op, x.expand(torch.broadcast_shapes(x.shape, mask.shape)), mask)
+
+
+# ---- sizes and numbers that are not known
+
+
+def size_symbol(env: ShapeEnv, n: int, name: str) -> Any:
+    """A symbol for a size of an argument, n in this call. torch's own, for dims marked dynamic, forgets the name."""
+    source = ConstantSource(name)
+    symbol = env.create_symbol(n, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    return env.create_symintnode(symbol, hint=n, source=source)
+
+
+@contextmanager
+def questions() -> Iterator[list[Exception]]:
+    """The errors for branches on symbols, within: also those that somebody caught."""
+    asked: list[Exception] = []
+    make = ShapeEnv._make_data_dependent_error
+
+    def made(*args: Any, **kwargs: Any) -> Exception:
+        asked.append(make(*args, **kwargs))
+        return asked[-1]
+
+    with patch.object(ShapeEnv, "_make_data_dependent_error", made):
+        yield asked
+
+
+# ---- probes
+
+
+class _Sample(nn.Module):
+    """A little of what forward may do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.ones(2, 2)), 2
+
+    def forward(self, x: Tensor, branch: bool, calls: bool) -> Any:
+        if branch and x.sum() > 0 or not calls:
+            return 0
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            torch.rand(2)
+        return x @ self.weight * self.scale
+
+
+def _reading() -> bool:
+    ignored = ignored_when_reading()
+    gm, captured = read_bytecode(_Sample(), (torch.ones(2, 2), False, True), {}, ignore_logging_functions=ignored)
+    known = ("L['self'].scale", None) in guards_of(captured) and isinstance(gm.meta["tracing_context"], TracingContext)
+    return known and {*AMBIENT} <= {node.target for node in gm.graph.nodes}
+
+
+def _refusing() -> bool:
+    for branch, calls in ((True, True), (False, False)):
+        try:
+            read_bytecode(_Sample(), (torch.ones(2, 2), branch, calls), {})
+        except REFUSALS:
+            continue
+        return False
+    with capturing(True):
+        gm, _ = read_bytecode(nn.Flatten(0), (torch.ones(2, 2),), {})
+    return len(gm.graph.nodes) == 3
+
+
+def _joining() -> bool:
+    """What is what is told, a draw that nobody uses stays, backward is marked."""
+
+    def flat(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        torch.rand(2)
+        return (torch.linalg.inv(x) @ w,)
+
+    with FakeTensorMode() as mode:
+        inputs = [torch.ones(2, 2), torch.ones(2, 2, requires_grad=True)]
+    nodes = [*joint_graph(flat, inputs, TracingContext(mode)).graph.nodes]
+    described = [n.meta["desc"] for n in nodes if n.op == "placeholder"] + list(nodes[-1].meta["desc"])
+    told = [type(x) for x in described] == [Primal, Primal, Tangent, Result, type(None), Gradient]
+    calls = {n.target: n.meta.get("partitioner_tag") for n in nodes if n.op == "call_function"}
+    kinds = is_higher_order(torch.ops.higher_order.cond) and not any(map(is_higher_order, calls))
+    return told and kinds and aten.rand.default in calls and calls[aten.mm.default] == "is_backward"
+
+
+def _checking() -> bool:
+    return registry.find(CHECKED).effect._effect is not None
+
+
+def _functional() -> bool:
+    with FakeTensorMode() as mode:
+        fake = torch.ones(2)
+    with functionalizing(mode):
+        x = functional(fake)
+        before = writes(x), is_changed(x), is_plain(x), is_plain(fake), isinstance(x, FunctionalTensor)
+        x.add_(1)
+        return before == (0, False, False, False, True) and writes(x) == 1 and is_changed(x)
+
+
+def _surroundings() -> bool:
+    with torch.device("meta"), aside():
+        kept = torch.empty(1).is_meta
+    with FakeTensorMode(), aside():
+        real = is_plain(torch.empty(1))
+    with as_if_compiling():
+        asked = torch.compiler.is_compiling()
+    return kept and real and asked and not torch.compiler.is_compiling()
+
+
+def _logging() -> bool:
+    trace_structured("artifact", metadata_fn=dict, payload_fn=str, expect_trace_id=False)
+    return True
+
+
+def _as_they_run() -> bool:
+    """Both mendings are still needed, and do their work."""
+    x, mask = torch.ones(3, 1), torch.ones(3, 4, dtype=torch.bool)
+    bounds = []
+    for mended in (nullcontext(), as_they_run()):
+        with mended, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+            (n,) = x.masked_select(mask).shape
+            upper: Any = n.node.shape_env.bound_sympy(n.node.expr).upper  # pyright: ignore[reportAttributeAccessIssue]
+            bounds.append((upper, DispatchKey.Autograd in SHRINKS[0].py_kernels))
+    return bounds == [(3, True), (12, False)]
+
+
+def _unknown() -> bool:
+    env = ShapeEnv()
+    with questions() as asked, FakeTensorMode(allow_non_fake_inputs=True):
+        for ask, error in (
+            (lambda: bool(env.create_unbacked_symint() == 3), RuntimeError),
+            (lambda: torch.ones(1).item(), UNKNOWN_VALUE),
+            (lambda: torch.ones(1).nonzero(), UNKNOWN_SHAPE),
+        ):
+            try:
+                ask()
+            except error:
+                continue
+            return False
+    return len(asked) == 1 and size_symbol(env, 4, "x_0").node.expr.is_Symbol
+
+
+# What each private name that is used here is held against. test_torch_internals.py sees to it that none is missing.
+PROBES: dict[Callable[[], bool], str] = {
+    _reading: """_dynamo.config _dynamo.config.patch _dynamo.config.ignore_logging_functions
+        _dynamo.convert_frame.fullgraph_capture _dynamo.utils.dynamo_timed _dynamo.utils.get_metrics_context
+        _dynamo.functional_export.create_fx_graph_from_captured_output _guards.TracingContext
+        _C._set_grad_enabled amp.autocast_mode._enter_autocast amp.autocast_mode._exit_autocast""",
+    _refusing: "_dynamo.exc.TorchDynamoException",
+    _joining: """_functorch.aot_autograd.aot_export_joint_with_descriptors _guards.tracing _ops.HigherOrderOperator
+        _functorch._aot_autograd.descriptors.PlainAOTInput _functorch._aot_autograd.descriptors.PlainAOTOutput
+        _functorch._aot_autograd.descriptors.GradAOTOutput _functorch._aot_autograd.descriptors.TangentAOTInput
+        _inductor.config _inductor.config.patch""",
+    _checking: "_library.simple_registry.singleton _library.simple_registry.singleton.find",
+    _functional: """_functionalize_mutation_counter _functorch._aot_autograd.functional_utils.has_data_mutation
+        _functorch._aot_autograd.functional_utils.to_fun _subclasses.functional_tensor.FunctionalTensor
+        _subclasses.functional_tensor.FunctionalTensorMode _C._ExcludeDispatchKeyGuard _C.DispatchKeySet
+        _C.DispatchKey _C.DispatchKey.Functionalize""",
+    _surroundings: """_C._len_torch_function_stack overrides._pop_mode overrides._push_mode
+        utils._python_dispatch._disable_current_modes _subclasses.fake_tensor.FakeTensor""",
+    _logging: "_logging.trace_structured",
+    _as_they_run: "_subclasses.fake_impls _subclasses.fake_impls.op_implementations_dict _C.DispatchKey.Autograd",
+    _unknown: """_dynamo.source.ConstantSource fx.experimental.symbolic_shapes.ShapeEnv._make_data_dependent_error
+        _subclasses.fake_tensor.DataDependentOutputException _subclasses.fake_tensor.DynamicOutputShapeException""",
+}
+
+
+def broken() -> list[str]:
+    """The probes that this torch fails, each with the names that it is about and what went wrong."""
+    out = []
+    for probe, names in PROBES.items():
+        try:
+            held, why = probe(), "it does something else"
+        except Exception as error:
+            held, why = False, f"{type(error).__name__}: {error}"
+        if not held:
+            out.append(f"{why}: {' '.join(names.split())}")
+    return out
