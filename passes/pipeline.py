@@ -14,9 +14,8 @@ from shardc.passes.layouts.number_draws import NumberDraws
 from shardc.passes.layouts.propagate import Propagate
 from shardc.passes.layouts.regather_in_backward import RegatherInBackward
 from shardc.passes.layouts.seed_plan import SeedPlan
-from shardc.passes.local.bucket_collectives import BucketCollectives
 from shardc.passes.local.fuse_bias import FuseBias
-from shardc.passes.local.join_units import JoinUnits
+from shardc.passes.local.join_messages import JoinMessages
 from shardc.passes.local.localize import Localize
 from shardc.passes.local.overlap import Overlap
 from shardc.passes.local.reduce_in_place import ReduceInPlace
@@ -36,8 +35,7 @@ OPTIONAL = (
     "delay-reductions",
     "shorten-views",
     "fuse-bias",
-    "join-units",
-    "bucket-collectives",
+    "join-messages",
     "overlap",
     "reduce-in-place",
 )
@@ -76,8 +74,7 @@ def _passes(ctx: Context) -> list[Any]:
         LOCALIZE,  # global shapes end here                                        RESHARDED -> LOCAL
         ShortenViews(),  # fewer calls: the ends of chains of views
         FuseBias(),  # ... and the product with its bias, where it is no pending sum
-        JoinUnits(),  # latency: what one unit gathers, and reduces, moves at once
-        BucketCollectives(),  # latency: few large reductions of gradients
+        JoinMessages(),  # latency: what a unit gathers, and gradients, move at once
         overlap,  # it fixes the order                                             LOCAL -> SCHEDULED
         ReduceInPlace(),  # ... and so what is dead when a reduction starts
     ]

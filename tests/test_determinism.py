@@ -42,7 +42,7 @@ def test_the_text_does_not_depend_on_the_hash_seed():
     running = [in_a_process(seed) for seed in (0, 1, 4242)]
     texts = [process.communicate(timeout=200)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
-    assert "shardc.bucket(" in texts[0] and "shardc.reduce_scatter(" in texts[0]
+    assert "shardc.start([" in texts[0] and "shardc.reduce_scatter(" in texts[0]
     assert texts[0] == texts[1] == texts[2]
 
 

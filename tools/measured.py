@@ -13,8 +13,7 @@ from typing import Any
 NEAR = 400  # events between two operators of a half
 ENOUGH = 0.8  # of the operators must be found, else the trace is of something else
 CARRIERS = ("alltoall", "allgather")  # by which ranks also carry out other collectives
-RUN_AS_OTHERS = ("input", "getitem", "shardc.wait", "shardc.make_partial", "shardc.local_slice", "shardc.bucket",
-                 "shardc.unbucket")  # fmt: skip
+RUN_AS_OTHERS = ("input", "getitem", "shardc.wait", "shardc.make_partial", "shardc.local_slice")
 
 
 def load_trace(path: str | os.PathLike[str]) -> dict[str, Any]:

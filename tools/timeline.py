@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardc.compiler.spec.cost import seconds
 from shardc.tools.links import Links
-
-STEPS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "fetch": 1}
 
 
 @dataclass
@@ -108,8 +107,7 @@ class _Clock:
 
     def _on_the_wire(self, move: dict[str, Any]) -> float:
         axis, ranks = self._ranks(move["mesh_dim"])
-        steps = STEPS[move["kind"]] * (ranks - 1)
-        return steps * self.links.latency + move["bytes_on_wire"] / self.links.dims[axis][1]
+        return seconds(move["kind"], move["bytes_on_wire"], ranks, self.links.latency, self.links.dims[axis][1])
 
     def _ranks(self, axis: str) -> tuple[str, int]:
         """The mesh dim and the number of ranks along it that take part: `dp/2` is every two of dp."""

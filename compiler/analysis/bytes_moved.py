@@ -1,8 +1,6 @@
 """What a program moves, in integers: collectives with their bytes.
 
-Bytes on the wire are per rank, for the rank that sends most, with ring algorithms and the padding that
-uneven pieces need: all_gather (n-1) p, reduce_scatter and all_to_all (n-1) p, all_reduce 2 (n-1) s/n for
-pieces of p bytes and a value of s bytes over n ranks.
+Bytes on the wire are per rank, for the rank that sends most, with the padding that uneven pieces need.
 """
 
 from __future__ import annotations
@@ -14,10 +12,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.collectives import Cut, cut_of
 from shardc.compiler.ir.moves import Call, move_of
-from shardc.compiler.ir.node import of, specs, tensors
+from shardc.compiler.ir.node import local_nbytes, of, tensors
+from shardc.compiler.ir.routes import cuts_of, joint_rows
 from shardc.compiler.rules.table import tensors_in
+from shardc.compiler.spec.cost import wire_bytes
 from shardc.compiler.spec.mesh import Mesh
 
 
@@ -44,30 +43,19 @@ def collectives_of(gm: GraphModule, mesh: Mesh) -> list[Collective]:
 
 
 def _entry(node: Node, move: Call, mesh: Mesh) -> Collective:
-    axis, coords = move.axis, mesh.coords(0)
-    n = mesh[axis]
     value = (tensors(node) or tensors_in(of(node).local))[0]
-    if move.target is c.all_reduce:
-        shape = specs(node)[0].local_shape(mesh, coords) if specs(node) else value.shape
-        numel = math.prod(shape)
-        sent = 2 * (n - 1) * numel * value.element_size() // n
-    elif move.target is c.fetch:
+    n, size = mesh[move.axis], value.element_size()
+    if move.target is c.fetch:
         numel, sent = _fetched(move, value)
+    elif move.target is c.all_reduce:
+        numel = local_nbytes(node, mesh) // size
+        sent = wire_bytes("all_reduce", numel * size, n)
     else:
-        dealt = [cut_in(part, mesh).numels for part in move.each()]
-        pieces = [sum(numels) for numels in zip(*dealt, strict=True)]
-        numel, largest = sum(pieces), max(pieces)
-        sent = (n - 1) * largest * value.element_size()
-    view, kind = of(node), move.target.__name__
-    found = (kind, axis, view.phase, value.dtype, numel, sent)
+        pieces = joint_rows(cuts_of(move, mesh, mesh.coords(0)))
+        numel, sent = sum(pieces), wire_bytes(move.target.__name__, n * max(pieces) * size, n)
+    view = of(node)
+    found = (move.target.__name__, move.axis, view.phase, value.dtype, numel, int(sent))
     return Collective(*found, view.path, view.where, node.name, view.why)
-
-
-def cut_in(part: Call, mesh: Mesh) -> Cut:
-    """How one value that moves is dealt into pieces, on the first rank."""
-    split = part.before if part.target is c.all_gather else part.after
-    dim = part.args[2] if part.target is c.all_to_all else part.args[1]
-    return cut_of(split, dim, part.axis, mesh, mesh.coords(0), part.before)
 
 
 def _fetched(move: Call, value: torch.Tensor) -> tuple[int, int]:

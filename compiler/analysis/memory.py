@@ -17,14 +17,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.analysis.bytes_moved import cut_in
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.collectives import SMALL
 from shardc.compiler.ir.graph import output_node, placeholders
 from shardc.compiler.ir.halves import Halves
 from shardc.compiler.ir.moves import Call, divides_a_sum, move_of
 from shardc.compiler.ir.node import arguments, specs, tensors
+from shardc.compiler.ir.routes import cuts_of, route_of
 from shardc.compiler.ir.text import excerpt
 from shardc.compiler.ir.views import Kind, outlives
 from shardc.compiler.rules.table import tensors_in
@@ -129,6 +128,7 @@ class _Half:
         self.env: dict[Node, Any] = {}
         self.shown: dict[Node, list[tuple[int, int]]] = {}  # the memory behind each value
         self.known: set[int] = set()  # ... behind any so far
+        self.late: set[int] = set()  # ... that is taken when the operands of its step are gone
         self.extra: list[Life] = []  # what a collective takes for one step
         for node, (_, value) in zip(placeholders(gm), inputs, strict=True):
             self._add(node, value)
@@ -151,8 +151,8 @@ class _Half:
             for key, nbytes in _storages(value):
                 lives.setdefault(key, Life(name, nbytes, -1, end))
         for i, node in enumerate(self.nodes):
-            begin = -1 if node.op == "placeholder" else i
             for key, nbytes in self.shown.get(node, ()):
+                begin = -1 if node.op == "placeholder" else i + (key in self.late)
                 lives.setdefault(key, Life(node.name, nbytes, begin, last[key]))
         values = [*lives.values(), *self.extra]
         start = sum(life.nbytes for life in values if life.begin < 0)
@@ -180,9 +180,13 @@ class _Half:
         if move is not None and move.target in c.COLLECTIVES:
             wire = self._wire(move, bool(node.kwargs.get("reuse")))
             if node.target is c.start:
+                self.late.update(key for key, _ in _storages(wire.late))
                 return wire
-            shown = [] if wire.shows else [wire.received]
-            here = sum(x.nbytes for x in [*wire.sent, *shown] if x.untyped_storage()._cdata not in self.known)
+            lasting = self.known | {key for key, _ in _storages(wire.shown)}
+            here = sum(nbytes for key, nbytes in _storages(wire.held) if key not in lasting)
+            if wire.late:  # the message is laid out, then the operands are gone
+                self.extra.append(Life(node.name, here, i, i))
+                i, here = i + 1, here + sum(x.nbytes for x in wire.late)
             return self._arrived(node, wire._replace(extra=wire.extra + here), i)
         if move is not None and move.target is c.local_slice:
             return self._sliced(node, self.env[move.args[0]])
@@ -210,57 +214,51 @@ class _Half:
         return x[: made.shape[0]] if first and x.dim() else made
 
     def _arrived(self, node: Node, wire: _Wire, i: int) -> Any:
-        made = _fresh(node, self.mesh, self.coords)
         if wire.extra:
             self.extra.append(Life(node.name, wire.extra, i, i))
-        if not wire.shows:
+        made = _fresh(node, self.mesh, self.coords)
+        if wire.shown is None and not wire.joint:
             return made
-        return wire.received[: made.nbytes].view(made.dtype).view(made.shape)
+        sizes = [x.nbytes for x in tensors_in(made)]
+        shown = _bytes(sum(sizes)) if wire.shown is None else wire.shown[: sum(sizes)]
+        views = [part.view(x.dtype).view(x.shape) for part, x in zip(shown.split(sizes), tensors_in(made), strict=True)]
+        return views[0] if isinstance(made, Tensor) else views
 
     def _wire(self, move: Call, reuse: bool) -> _Wire:
-        parts = list(move.each())
-        values = [self.env[part.args[0]] for part in parts]
-        ways, nbytes = self.mesh[move.axis], sum(x.nbytes for x in values)
+        values = [self.env[part.args[0]] for part in move.each()]
+        x, several, ways, nbytes = values[0], len(values) > 1, self.mesh[move.axis], sum(v.nbytes for v in values)
         if ways == 1:
-            return _Wire([], values[0].contiguous().view(-1).view(torch.uint8), len(values) == 1)
-        if move.target is c.all_reduce:
-            return self._reduced(move, values[0], ways, reuse)
+            return _Wire([], None if several else _as_bytes(x))
         if move.target is c.fetch:
-            return _Wire([], _bytes(0), False, 2 * nbytes)
-        size, cuts = values[0].element_size(), [cut_in(part, self.mesh) for part in parts]
-        rows = [sum(numels) * size for numels in zip(*(cut.numels for cut in cuts), strict=True)]
-        leading = len(parts) == 1 and cuts[0].leading
-        if move.target is c.all_gather:
-            sent = values if len(parts) == 1 and values[0].is_contiguous() else [_bytes(max(rows))]
-            filled = [n for n in rows if n]
-            shows = leading and len(set(filled[:-1])) <= 1
-            return _Wire(sent, _bytes(ways * max(rows)), shows)
-        together = len(parts) > 1
-        sent = values if leading and values[0].is_contiguous() else [_bytes(nbytes)]
-        if move.target is c.all_to_all:
-            return _Wire(sent, _bytes(nbytes), False)
-        return _Wire(sent, _bytes(ways * rows[0]), False, rows[0] * (together + (ways > 2)))
-
-    def _reduced(self, move: Call, x: Tensor, ways: int, reuse: bool) -> _Wire:
-        summed = len(move.args) < 3 or move.args[2] == "sum"
-        sent = [x] if x.is_contiguous() else [_bytes(x.nbytes)]
-        if ways == 2 and summed and (x.dtype.is_floating_point or x.dtype in (torch.int32, torch.int64)):
-            if reuse and x.nbytes > SMALL:
-                return _Wire([], x.contiguous().view(-1).view(torch.uint8), True)
-            return _Wire(sent, _bytes(x.nbytes), True)
-        if x.nbytes * ways <= SMALL:
-            return _Wire(sent, _bytes(x.nbytes * ways), False, x.nbytes * (ways > 2))  # the sum before the last one
-        return _Wire(sent, _bytes(x.nbytes), False, -(-x.nbytes // ways))
+            return _Wire([], extra=2 * nbytes)
+        cuts = [] if move.target is c.all_reduce else cuts_of(move, self.mesh, self.mesh.coords(0))
+        lies = not several and x.is_contiguous() and (move.target is c.all_gather or all(cut.leading for cut in cuts))
+        route = route_of(move, cuts, nbytes, ways, x.dtype, reuse or not lies)
+        sent = x if lies else _bytes(nbytes)
+        received = [_bytes(route.received)] if route.received else []
+        if route.shows == "sent":
+            return _Wire(received, _as_bytes(sent), route.extra)
+        if route.shows == "received":
+            return _Wire([sent], received[0], route.extra)
+        reduces = several and move.target is not c.all_gather  # its operands are laid out first
+        held, late = ([sent], received) if reduces else ([sent, *received], [])
+        return _Wire(held, None, route.extra, reduces and move.target is c.all_reduce, late)
 
 
 class _Wire(NamedTuple):
-    """A collective under way. shows: the result is a view of what was received; else it is new. extra: bytes that
-    finishing takes besides."""
+    """A collective under way. held: memory that it takes until it is there. shown: bytes that the result is a view of;
+    else it is new. extra: bytes that finishing takes besides. joint: what is new is one stretch. late: what is held
+    from when the operands are gone."""
 
-    sent: list[Tensor]
-    received: Tensor
-    shows: bool
+    held: list[Tensor]
+    shown: Tensor | None = None
     extra: int = 0
+    joint: bool = False
+    late: Sequence[Tensor] = ()
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)
 
 
 def _bytes(n: int) -> Tensor:
@@ -288,7 +286,7 @@ def _laid(x: Tensor, shape: Sequence[int]) -> Tensor:
 def _storages(value: Any) -> Iterator[tuple[int, int]]:
     """(key, bytes) of the memory behind a value; the key is good for as long as the value is kept."""
     if isinstance(value, _Wire):
-        value = [*value.sent, value.received]
+        value = [*value.held, value.shown, *value.late]
     for x in pytree.tree_leaves(value):
         if isinstance(x, Tensor):
             storage = x.untyped_storage()

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shardc.compiler.spec.mesh import Mesh
@@ -37,8 +36,9 @@ def reduce_scatter(x: Value, dim: int | Sequence[int], axis: str, op: str = "sum
     return x
 
 
-def all_reduce(x: Tensor, axis: str, op: str = "sum", *, reuse: bool = False) -> Tensor:
-    """[n]+axis -> [n]; reuse: nothing needs the operand any more, and the result may lie in its memory"""
+def all_reduce(x: Value, axis: str, op: str = "sum", *, reuse: bool = False) -> Value:
+    """[n]+axis -> [n]; of several values in one go. reuse: nothing needs the operand any more, and the result may lie
+    in its memory"""
     return x
 
 
@@ -81,24 +81,10 @@ def wait(started: Value) -> Value:
     return started
 
 
-def bucket(pieces: Sequence[Tensor]) -> Tensor:
-    """Local tensors laid flat, one after another, to be reduced at once."""
-    return torch.cat([x.reshape(-1) for x in pieces])
-
-
-def unbucket(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Views of a flat tensor in these (local) shapes, one after another."""
-    pieces = flat.split([math.prod(shape) for shape in shapes])
-    return [x.view(list(shape)) for x, shape in zip(pieces, shapes, strict=True)]
-
-
-# bytes: up to here an all-reduce gathers all summands in one round; beyond, two rounds are faster (gloo, measured)
-SMALL = 1 << 20
 COLLECTIVES = (all_gather, reduce_scatter, all_reduce, all_to_all, fetch)
 LOCAL_MOVES = (local_slice, make_partial)
-LOCAL_STEPS = (bucket, unbucket)  # what they do is written here; no rank needs to know another
 NAMED = {move.__name__: move for move in COLLECTIVES}
-SYMBOLIC = frozenset((reshard, *COLLECTIVES, *LOCAL_MOVES, *LOCAL_STEPS, start, wait))
+SYMBOLIC = frozenset((reshard, *COLLECTIVES, *LOCAL_MOVES, start, wait))
 
 
 @dataclass(frozen=True)
@@ -126,6 +112,13 @@ class Cut:
     def leading(self) -> bool:
         """Whether the whole is its pieces one after another."""
         return math.prod(self.view[: self.dim]) == 1
+
+    @property
+    def gapless(self) -> bool:
+        """Whether only trailing ranks hold less than the longest piece: then rows of that length hold the whole."""
+        longest = max(self.sizes)
+        filled = sum(self.sizes) // longest if longest else 0
+        return set(self.sizes[:filled]) <= {longest}
 
 
 def cut_of(split: Spec, dim: int, axis: str, mesh: Mesh, coords: Mapping[str, int], others: Spec) -> Cut:

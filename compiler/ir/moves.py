@@ -42,9 +42,9 @@ class Call(NamedTuple):
         if isinstance(values, Node):
             yield self
             return
-        dims, *rest = rest
-        for value, dim, layout in zip(values, dims, self.layouts, strict=True):
-            yield Call(self.target, (value, dim, *rest), (layout,))
+        dims = [] if self.target is c.all_reduce else [rest.pop(0)]
+        for value, layout, *dim in zip(values, self.layouts, *dims, strict=True):
+            yield Call(self.target, (value, *dim, *rest), (layout,))
 
 
 def move_of(node: Node) -> Call | None:

@@ -18,7 +18,7 @@ from shardc.compiler.rules import facts
 def shows(node: Node) -> bool:
     """Whether a node's results lie in the memory of its first operand, or may."""
     shown = node.args[0] if node.args else None
-    return isinstance(shown, Node) and (node.target in (operator.getitem, c.unbucket) or facts.is_view(node.target))
+    return isinstance(shown, Node) and (node.target is operator.getitem or facts.is_view(node.target))
 
 
 def _owner(node: Node) -> Node:
@@ -29,11 +29,12 @@ def _owner(node: Node) -> Node:
 
 
 def is_part(node: Node) -> bool:
-    """Whether a node picks one of the values that a collective moved together."""
+    """Whether a node picks one of the values that a collective moved together, and gave memory of its own."""
     if node.target is not operator.getitem:
         return False
     source = arguments(node)[0]
-    return source.target is c.wait or move_of(source) is not None
+    move = move_of(arguments(source)[0] if source.target is c.wait else source)
+    return move is not None and move.target is not c.all_reduce
 
 
 def is_view(node: Node) -> bool:

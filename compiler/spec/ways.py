@@ -1,8 +1,4 @@
-"""What collectives cost: bytes each rank puts on the wire (ring algorithms), and the shortest way between layouts.
-
-Wire bytes per rank for a local operand of b bytes over n ranks: all_gather sends (n-1) b, reduce_scatter
-and all_to_all (n-1)/n b, all_reduce 2 (n-1)/n b (Thakur, Rabenseifner, Gropp 2005).
-"""
+"""The cheapest way from one layout to another."""
 
 from __future__ import annotations
 
@@ -13,19 +9,9 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
-import torch
-
+from shardc.compiler.spec.cost import price
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec, axes_of, restrict
-
-# Of this many bytes on, copying costs more than another collective. On gloo and CPU, 2 ranks on 2 cores, a message
-# takes 0.3 ms and a MiB copied to a bucket of 25 MiB 0.24 ms; of 0.5, 1, 2, 4 and 25 MiB this one gave the shortest
-# step.
-# Elsewhere it is an estimate that nobody has measured: 20 us a message, 1 TB/s.
-WORTH_A_MESSAGE = {"cpu": 2**20}
-ELSEWHERE = 20 * 2**20
-LATENCY = 1024.0  # a collective's fixed cost in bytes: of two ways that move as much, the shorter wins
-SLICE = 1.0  # a local move is nearly free
 
 
 class Move(NamedTuple):
@@ -34,24 +20,6 @@ class Move(NamedTuple):
     kind: str
     args: tuple
     after: Spec
-
-
-def wire_bytes(kind: str, local_bytes: float, n: int) -> float:
-    """Bytes one rank sends for one collective over n ranks, given the bytes of its local operand."""
-    if n == 1:
-        return 0
-    share = {
-        "all_gather": n - 1,
-        "reduce_scatter": (n - 1) / n,
-        "all_to_all": (n - 1) / n,
-        "all_reduce": 2 * (n - 1) / n,
-    }
-    return share[kind] * local_bytes
-
-
-def worth_a_message(device: torch.device) -> int:
-    """From how many bytes on a tensor of this device had better travel by itself than be copied to others."""
-    return WORTH_A_MESSAGE.get(device.type, ELSEWHERE)
 
 
 def local_elements(spec: Spec, mesh: Mesh) -> float:
@@ -74,16 +42,15 @@ def ways(source: Spec, target: Spec, itemsize: int, mesh: Mesh) -> tuple[Move, .
         seen.add(at)
         for move in _moves(at, target, mesh):
             if move.after not in seen:
-                price = _price(move, at, itemsize, mesh)
-                heapq.heappush(queue, (cost + price, next(tie), move.after, (*path, move)))
+                further = cost + _price(move, at, itemsize, mesh)
+                heapq.heappush(queue, (further, next(tie), move.after, (*path, move)))
     raise AssertionError(f"no way from {source} to {target}")
 
 
 def _price(move: Move, at: Spec, itemsize: int, mesh: Mesh) -> float:
-    if move.kind in ("local_slice", "make_partial"):
-        return SLICE
-    axis = next(a for a in move.args if isinstance(a, str))
-    return LATENCY + wire_bytes(move.kind, local_elements(at, mesh) * itemsize, mesh[axis])
+    n = mesh[next(a for a in move.args if isinstance(a, str))]
+    local = local_elements(at, mesh) * itemsize
+    return price(move.kind, n * local if move.kind == "all_gather" else local, n)
 
 
 def _moves(at: Spec, target: Spec, mesh: Mesh) -> Iterator[Move]:

@@ -1,14 +1,14 @@
 """An all_reduce whose operand nothing needs any more leaves the sum where the operand lay.
 
-    %bucket: f32[160] = shardc.bucket([%mm, %mm_1])
-    %start_all_reduce: f32[160] = shardc.start(%bucket, all_reduce, dp)
+    %mm: f32[8, 16]+dp = aten.mm(%t, %tangent)
+    %start_all_reduce: f32[8, 16] = shardc.start(%mm, all_reduce, dp)
   ==>
-    %start_all_reduce: f32[160] = shardc.start(%bucket, all_reduce, dp, reuse=True)
+    %start_all_reduce: f32[8, 16] = shardc.start(%mm, all_reduce, dp, reuse=True)
 
-It spares a copy of the operand, in time and in memory. Left alone: operands that are inputs, or results of anything
-but an operator or collective that makes memory of its own, or views of such; those that are used afterwards, in
-backward or by the caller, themselves or as another view of the same memory; what backward computes again; a mesh dim
-of one rank.
+It spares a copy of the operand, in time and in memory. Left alone: several values, whose message is memory of its own
+already; operands that are inputs, or results of anything but an operator or collective that makes memory of its own,
+or views of such; those that are used afterwards, in backward or by the caller, themselves or as another view of the
+same memory; what backward computes again; a mesh dim of one rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir.collectives import COLLECTIVES, all_reduce, bucket, start, wait
+from shardc.compiler.ir.collectives import COLLECTIVES, all_reduce, start, wait
 from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.moves import move_of
 from shardc.compiler.ir.node import arguments, of
@@ -42,7 +42,9 @@ class ReduceInPlace:
             move = move_of(node)
             if move is None or move.target is not all_reduce or ctx.mesh[move.axis] == 1:
                 continue
-            if not of(node).region and _is_dead_after(move.args[0], node, order, ctx.mesh):
+            if not isinstance(move.args[0], Node) or of(node).region:
+                continue
+            if _is_dead_after(move.args[0], node, order, ctx.mesh):
                 node.kwargs = {**node.kwargs, "reuse": True}
                 changes["reused"] += 1
         return PassResult(changes)
@@ -75,7 +77,7 @@ def _is_dead_after(value: Node, reduction: Node, order: dict[Node, int], mesh: M
 
 def _makes(node: Node) -> bool:
     """Whether a result is memory of its own."""
-    return node.target is bucket or computes(node.target)
+    return computes(node.target)
 
 
 def _arrives(node: Node, mesh: Mesh) -> bool:

@@ -25,11 +25,11 @@ from shardc.compiler.ir.moves import divides_a_sum, move_of
 from shardc.compiler.ir.node import spec
 from shardc.compiler.ir.owned import own
 from shardc.compiler.ir.rewrite import inherit
+from shardc.compiler.ir.routes import cuts_of
 from shardc.compiler.ir.views import outlives
 from shardc.compiler.spec.mesh import Mesh, place
 from shardc.compiler.spec.rank_numbers import bind
 from shardc.runtime.run.direct_calls import direct
-from shardc.runtime.wire.joint_messages import GatherTogether, ScatterTogether
 from shardc.runtime.wire.wire import AllGather, AllReduce, AllToAll, Fetch, Line, ReduceScatter
 
 aten = torch.ops.aten
@@ -91,36 +91,42 @@ class _Binder:
             options = {k: v for k, v in node.kwargs.items() if k != "reuse"}
             x, *rest = inspect.signature(node.target).bind(*node.args, **options).arguments.values()  # pyright: ignore
             target, args = MOVES[node.target](self, node, x, *rest)
-            return target, (self.env[x] if isinstance(x, Node) else [self.env[value] for value in x], *args), {}
-        ours = node.target in c.SYMBOLIC and node.target not in c.LOCAL_STEPS
-        if ours or node.op not in ("placeholder", "get_attr", "call_function", "output"):
+            return target, (self.env[x] if isinstance(x, Node) else self._several(node, x, target), *args), {}
+        if node.target in c.SYMBOLIC or node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise ValueError(f"%{node.name}: {node.op} of {node.target} has no place in a local program")
         args, kwargs = bind((tuple(node.args), dict(node.kwargs)), self.mesh, self.coords, self._leaf)
         if self.reuse and divides_a_sum(node, self.mesh):
             return (given if node in self.divided else torch.Tensor.div_), args, kwargs
         return direct(node.target, args, kwargs), args, kwargs
 
+    def _several(self, node: Node, values: Sequence[Node], target: Any) -> Any:
+        """Values that move together. Summands are laid out by a call of its own: they need not live until they are
+        gone."""
+        here = [self.env[value] for value in values]
+        collective = self.started.get(node, target)
+        if isinstance(collective, AllGather):
+            return here
+        laid = self.graph.call_function(collective.lay, (here,))
+        inherit(laid, node, KEPT)
+        return laid
+
     def _leaf(self, leaf: Any) -> Any:
         return self.env[leaf] if isinstance(leaf, Node) else leaf
 
-    def all_reduce(self, node: Node, x: Node, axis: str, op: str = "sum") -> Bound:
+    def all_reduce(self, node: Node, x: Any, axis: str, op: str = "sum") -> Bound:
         reuse = self.reuse and bool(node.kwargs.get("reuse"))
-        return AllReduce(op, self.lines[axis], f"%{node.name}", reuse), ()
+        return AllReduce(op, self.lines[axis], f"%{node.name}", reuse, self._divisor(node)), ()
 
     def all_gather(self, node: Node, x: Any, dim: Any, axis: str) -> Bound:
-        if not isinstance(x, Node):
-            return GatherTogether(*self._cuts(node), self.lines[axis], f"%{node.name}"), ()
-        cut = cut_of(spec(x), dim, axis, self.mesh, self.coords, spec(x))
-        return AllGather(cut, self._shape(node), self.lines[axis], f"%{node.name}"), ()
+        return AllGather(*self._cuts(node), self.lines[axis], f"%{node.name}"), ()
 
     def reduce_scatter(self, node: Node, x: Any, dim: Any, axis: str, op: str = "sum") -> Bound:
-        if not isinstance(x, Node):
-            return ScatterTogether(*self._cuts(node), op, self.lines[axis], f"%{node.name}", self._divisor(node)), ()
-        cut = cut_of(spec(node), dim, axis, self.mesh, self.coords, spec(node))
-        return ReduceScatter(cut, self._shape(node), op, self.lines[axis], f"%{node.name}"), ()
+        return ReduceScatter(*self._cuts(node), op, self.lines[axis], f"%{node.name}", self._divisor(node)), ()
 
     def _divisor(self, node: Node) -> float | None:
         """By what all that a joint reduction gives is divided, each where it lies; None where they differ."""
+        if isinstance(node.args[0], Node):
+            return None
         arrived = next(iter(node.users)) if node.target is c.start else node
         divisions = [user for item in arrived.users for user in item.users]
         if not self.reuse or not all(divides_a_sum(n, self.mesh) for n in divisions):
@@ -132,13 +138,13 @@ class _Binder:
         return numbers[0]  # pyright: ignore[reportReturnType]
 
     def all_to_all(self, node: Node, x: Node, source: int, dim: int, axis: str) -> Bound:
-        before, after = spec(x), spec(node)
-        send = cut_of(after, dim, axis, self.mesh, self.coords, before)
-        receive = cut_of(before, source, axis, self.mesh, self.coords, after)
+        before = spec(x)
+        (send,), (shape,) = self._cuts(node)
+        receive = cut_of(before, source, axis, self.mesh, self.coords, spec(node))
         line = self.lines[axis]
         along = [{**self.coords, axis: i} for i in range(line.size)]
         moves = any(math.prod(before.local_shape(self.mesh, at)) for at in along)
-        return AllToAll(send, receive, self._shape(node), moves, line, f"%{node.name}"), ()
+        return AllToAll(send, receive, shape, moves, line, f"%{node.name}"), ()
 
     def fetch(
         self, node: Node, x: Node, dim: int, axis: str, held: Sequence[int], wanted: Sequence[c.Runs], *fill: float
@@ -166,12 +172,8 @@ class _Binder:
         """How each value that moves here is dealt, and the shape of what this rank gets of it."""
         move = move_of(node)
         assert move is not None
-        cuts, shapes = [], []
-        for part in move.each():
-            split = part.before if part.target is c.all_gather else part.after
-            cuts.append(cut_of(split, part.args[1], part.axis, self.mesh, self.coords, split))
-            shapes.append(part.after.local_shape(self.mesh, self.coords))
-        return cuts, shapes
+        shapes = [part.after.local_shape(self.mesh, self.coords) for part in move.each()]
+        return cuts_of(move, self.mesh, self.coords), shapes
 
     def _shape(self, node: Node) -> tuple[int, ...]:
         return spec(node).local_shape(self.mesh, self.coords)

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from shardc.compiler.ir.collectives import LOCAL_STEPS
 from shardc.compiler.ir.node import is_random, of
 from shardc.compiler.ir.rewrite import inherit
 from shardc.compiler.ir.views import Kind
@@ -162,16 +161,12 @@ def _computes(node: Node, stretch: Sequence[Node]) -> bool:
         return False
     if node.target is operator.getitem:
         return node.args[0] in stretch  # results of a collective are taken apart outside
-    return isinstance(node.target, torch._ops.OpOverload) or _is_ours(node.target) or id(node.target) in DIRECTLY
+    return isinstance(node.target, torch._ops.OpOverload) or node.target is piece or id(node.target) in DIRECTLY
 
 
 def _is_users(target: Any) -> bool:
     """Whether an operator is neither torch's nor ours: only its author knows what one call more would do."""
     return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims", "shardc")
-
-
-def _is_ours(target: Any) -> bool:
-    return target is piece or target in LOCAL_STEPS
 
 
 def _only_shows(node: Node) -> bool:

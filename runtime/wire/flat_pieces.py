@@ -8,43 +8,59 @@ import torch
 from torch import Tensor
 
 from shardc.compiler.ir.collectives import Cut
+from shardc.compiler.ir.routes import joint_rows
+
+aten = torch.ops.aten
 
 
 class Pieces:
-    """The pieces of one cut as they lie on the wire: flat, one after another in rank order."""
+    """How values that move together lie on the wire: a row for each rank, in which its pieces of them follow one
+    another."""
 
-    def __init__(self, cut: Cut) -> None:
-        self.cut = cut
-        self.views = [cut.piece_view(i) for i in range(len(cut.sizes))]
-        self.numels, self.leading = cut.numels, cut.leading
+    def __init__(self, cuts: Sequence[Cut]) -> None:
+        self.cuts, self.one = cuts, len(cuts) == 1
+        self.each = [cut.numels for cut in cuts]
+        self.numels = joint_rows(cuts)
         self.longest = max(self.numels)
-        filled = sum(self.numels) // self.longest if self.longest else 0
-        self.gapless = set(self.numels[:filled]) <= {self.longest}  # only trailing ranks hold less
+        self.leading, self.gapless = all(cut.leading for cut in cuts), all(cut.gapless for cut in cuts)
+        # every whole is its ranks' pieces one after another, all of one length
+        self.even = self.leading and all(self.numels) and all(len(set(numels)) == 1 for numels in self.each)
 
-    def dealt(self, x: Tensor, width: int = 0) -> Tensor:
-        """The pieces of a whole in a row; with a width, each at the start of as many elements."""
-        if self.leading and (not width or set(self.numels) == {width}):
-            return flattened(x)
-        sizes = [width or n for n in self.numels]
-        out = room(x, sum(sizes))
-        parts = x.reshape(self.cut.view).split_with_sizes(list(self.cut.sizes), self.cut.dim)
-        for part, space in zip(parts, out.split_with_sizes(sizes), strict=True):
-            space[: part.numel()].view(part.shape).copy_(part)
-        return out
+    def dealt(self, xs: Sequence[Tensor], width: int = 0) -> Tensor:
+        """The rows of these wholes one after another; with a width, each at the start of as many elements."""
+        if self.one and self.leading and (not width or {*self.numels} == {width}):
+            return flattened(xs[0])
+        if self.even:
+            return torch.cat([x.reshape(len(self.numels), -1) for x in xs], 1).view(-1)
+        flat = room(xs[0], sum(sizes := [width or n for n in self.numels]))
+        rows, filled = flat.split_with_sizes(sizes), [0] * len(sizes)
+        for cut, x in zip(self.cuts, xs, strict=True):
+            for i, part in enumerate(x.reshape(cut.view).split_with_sizes(list(cut.sizes), cut.dim)):
+                rows[i][filled[i] :][: part.numel()].view(part.shape).copy_(part)
+                filled[i] += part.numel()
+        return flat
 
-    def joined(self, got: Tensor) -> Tensor:
-        """The whole, flat or in its own shape, from its pieces one after another."""
-        return got if self.leading else self.join(got.split_with_sizes(self.numels))
+    def joined(self, flat: Tensor, width: int = 0) -> list[Tensor]:
+        """The wholes, flat or in a shape of their own, from such rows. Several lie in memory of their own each: they
+        are freed one by one."""
+        if self.one and self.leading and (not width or self.gapless):
+            return [flat[: sum(self.numels)]]
+        if self.even:
+            widths = [numels[0] for numels in self.each]
+            return list(aten.split_with_sizes_copy.default(flat.view(len(self.numels), -1), widths, 1))
+        rows = zip(flat.split_with_sizes([width or n for n in self.numels]), self.numels, strict=True)
+        by_rank = [[numels[i] for numels in self.each] for i in range(len(self.numels))]
+        dealt = [row[:n].split_with_sizes(sizes) for (row, n), sizes in zip(rows, by_rank, strict=True)]
+        return [
+            torch.cat([flat.view(cut.piece_view(i)) for i, flat in enumerate(flats)], cut.dim)
+            for cut, flats in zip(self.cuts, zip(*dealt, strict=True), strict=True)
+        ]
 
-    def joined_rows(self, rows: Tensor) -> Tensor:
-        """The whole, flat or in its own shape, from rows of the longest piece, less what else they hold."""
-        if self.leading and self.gapless:
-            return rows.view(-1)[: sum(self.numels)]
-        return self.join([row[:n] for row, n in zip(rows.unbind(), self.numels, strict=True)])
-
-    def join(self, flats: Sequence[Tensor]) -> Tensor:
-        """The whole, from its flat pieces."""
-        return torch.cat([p.view(v) for p, v in zip(flats, self.views, strict=True)], self.cut.dim)
+    def taken(self, row: Tensor, index: int) -> list[Tensor]:
+        """One rank's pieces from its row, several in memory of their own each."""
+        if self.one:
+            return [row]
+        return list(aten.split_with_sizes_copy.default(row, [numels[index] for numels in self.each]))
 
 
 def plain(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Collectives on real ranks: small callables, made once per program with every size worked out beforehand.
 
 Two things move: pieces gathered from all ranks, and pieces exchanged with all ranks. They move as bytes, so
-every dtype travels. Uneven pieces travel padded where the wire needs equal ones, and are trimmed here.
+every dtype travels. Uneven pieces travel padded where the wire needs equal ones, and are trimmed here. Several values
+move in one message: one row for each rank. Which way is taken is in `compiler/ir/routes.py`.
 
 Values are reduced in rank order by the ranks themselves, which gives the bits that a simulation of all ranks
 gives, and every dtype and NaN as torch has them. The backend does it where that means the same: sums of two
@@ -27,15 +28,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardc.compiler.errors import RankFailure, RankMismatchError
-from shardc.compiler.ir.collectives import SMALL, Cut, Runs, indices_of
+from shardc.compiler.ir.collectives import Cut, Runs, indices_of
+from shardc.compiler.ir.routes import reduced, scattered, swaps
 from shardc.runtime.shards import combine
 from shardc.runtime.wire.flat_pieces import Pieces, as_bytes, flattened, plain, room
 
 # torch 2.13 has these under new names and warns about the old ones, which are all that 2.11 has
 _gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-SUMMED = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 PATIENCE = timedelta(seconds=2)  # before a rank looks whether the others are elsewhere
 
 
@@ -53,9 +54,9 @@ class Line:
         config = dist.get_backend_config(group) if group is not None and size > 1 else ""
         self._backends = dict(part.split(":") for part in config.split(",") if part)
 
-    def backend(self, x: Tensor) -> str | None:
-        """What carries a tensor of this device."""
-        return self._backends.get(x.device.type)
+    def backend(self, x: Tensor) -> str:
+        """What carries a tensor of this device; empty where it is not known."""
+        return self._backends.get(x.device.type, "")
 
     def __str__(self) -> str:
         ranks = dist.get_process_group_ranks(self.group) if self.group is not None else []
@@ -66,36 +67,54 @@ class Issued(NamedTuple):
     """A collective under way: what to wait for, and then to do. It keeps what is still being sent."""
 
     work: Any  # a torch.distributed.Work, or None where nothing moves
-    finish: Callable[[], Any]  # the result, or a list of them
+    finish: Callable[[], list[Tensor]]
     sent: Tensor
+    one: bool = False  # whether a tensor was given, not a list of them
+
+
+class Laid(NamedTuple):
+    """Operands as one message in memory of its own: they need not live until it is gone."""
+
+    flat: Tensor
+    shapes: Sequence[torch.Size]
 
 
 class Collective:
-    """A function of one local tensor that all ranks of a line call together.
+    """A function of one local tensor, or of a list of them, that all ranks of a line call together.
 
-    `start` issues it, `wait` finishes it; between the two a rank may do anything else. The operand may lie in
-    memory in any way; the result is contiguous and shares no memory with it, except on a line of one rank,
+    `start` issues it, `wait` finishes it; between the two a rank may do anything else. An operand may lie in
+    memory in any way; a result is contiguous and shares no memory with it, except on a line of one rank,
     where nothing moves and the result is the operand. No gradient flows through.
     Raises RankFailure naming the node, mesh dim and ranks where the backend reports an error or timeout, and
     RankMismatchError where the others' inputs call for another program.
     """
 
-    def __init__(self, kind: str, line: Line, node: str, moves: bool) -> None:
+    def __init__(self, kind: str, line: Line, node: str, moves: bool, shapes: Sequence[Sequence[int]] = ()) -> None:
+        """moves: whether any rank of the line has anything to send. shapes: of what this rank gets."""
         self.__name__ = kind  # generated code names its globals after this
         self.line, self.node, self.moves = line, node, moves
+        self.shapes = [tuple(shape) for shape in shapes]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Sequence[Tensor] | Laid) -> Any:
         return self.wait(self.start(x))
 
-    def start(self, x: Tensor) -> Issued:
-        """Issue the collective for this rank's operand."""
-        x = plain(x)
+    def start(self, x: Tensor | Sequence[Tensor] | Laid) -> Issued:
+        """Issue the collective for this rank's operand, or operands of one dtype, perhaps laid out already."""
+        if isinstance(x, Tensor):
+            return self._issued([plain(x)])._replace(one=True)
+        return self._send(x) if isinstance(x, Laid) else self._issued([plain(value) for value in x])
+
+    def lay(self, xs: Sequence[Tensor]) -> Laid | Sequence[Tensor]:
+        """What `start` takes for several operands of a reduction."""
+        return self._laid([plain(x) for x in xs]) if self.line.size > 1 and self.moves else xs
+
+    def _issued(self, xs: list[Tensor]) -> Issued:
         if self.line.size == 1:
-            return Issued(None, lambda: self._alone(x), x)
-        return self._start(x) if self.moves else Issued(None, lambda: self._empty(x), x)
+            return Issued(None, lambda: self._alone(xs), xs[0])
+        return self._start(xs) if self.moves else Issued(None, lambda: self._empty(xs), xs[0])
 
     def wait(self, issued: Issued) -> Any:
-        """The result of what `start` issued."""
+        """The result of what `start` issued, or a list of them."""
         if issued.work is not None:
             try:
                 self._finish(issued)
@@ -103,7 +122,8 @@ class Collective:
                 raise
             except RuntimeError as error:
                 raise self._lost(error) from error
-        return issued.finish()
+        found = issued.finish()
+        return found[0] if issued.one else found
 
     def _finish(self, issued: Issued) -> None:
         if self.line.look is None or self.line.backend(issued.sent) != "gloo":  # elsewhere a wait does not block
@@ -118,13 +138,22 @@ class Collective:
                     raise
             self.line.look()
 
-    def _alone(self, x: Tensor) -> Tensor:
+    def _alone(self, xs: list[Tensor]) -> list[Tensor]:
+        return [x.reshape(shape).contiguous() for x, shape in zip(xs, self.shapes, strict=True)]
+
+    def _empty(self, xs: list[Tensor]) -> list[Tensor]:
+        return self._shaped([room(xs[0], 0)] * len(xs))
+
+    def _shaped(self, found: Sequence[Tensor]) -> list[Tensor]:
+        return [x.view(shape) for x, shape in zip(found, self.shapes, strict=True)]
+
+    def _start(self, xs: list[Tensor]) -> Issued:
+        return self._send(self._laid(xs))
+
+    def _laid(self, xs: list[Tensor]) -> Laid:
         raise NotImplementedError
 
-    def _empty(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _start(self, x: Tensor) -> Issued:
+    def _send(self, laid: Laid) -> Issued:
         raise NotImplementedError
 
     def _issue(self, op: Callable, *args: Any) -> Any:
@@ -143,7 +172,7 @@ class Collective:
         is undefined. And what is being sent."""
         numel = sum(x.numel() for x in flats)
         rows = room(flats[0], self.line.size * longest).view(self.line.size, longest)
-        if self._is_pair(rows):
+        if swaps(self.line.size, self.line.backend(rows)):
             mine, other = rows.unbind()[:: 1 if self.line.index == 0 else -1]
             torch.cat(flats, out=mine[:numel])
             return self._swap(mine, other)[0], rows, mine
@@ -152,10 +181,6 @@ class Collective:
             row = room(flats[0], longest)
             torch.cat(flats, out=row[:numel])
         return self._issue(_gather_whole, as_bytes(rows.view(-1)), as_bytes(row)), rows, row
-
-    def _is_pair(self, x: Tensor) -> bool:
-        """Whether two ranks swap what they have: on gloo that takes half the time of any other collective."""
-        return self.line.size == 2 and self.line.backend(x) == "gloo"
 
     def _swap(self, mine: Tensor, other: Tensor) -> tuple[Any, Tensor]:
         """Two ranks give each other what they have."""
@@ -173,7 +198,7 @@ class Collective:
     def _summands(self, flat: Tensor, sizes: Sequence[int]) -> tuple[Any, Sequence[Tensor]]:
         """Every rank's piece for this one, in rank order; `flat` is this one's pieces for each."""
         index, n = self.line.index, self.line.size
-        if self._is_pair(flat):
+        if swaps(n, self.line.backend(flat)):
             pieces = list(flat.split_with_sizes(list(sizes)))
             work, pieces[1 - index] = self._swap(pieces[1 - index], room(flat, sizes[index]))
             return work, pieces
@@ -185,95 +210,123 @@ class Collective:
 
 
 class AllReduce(Collective):
-    """Every rank's summand (or operand of max, min, prod) in; the reduced value out, on all of them."""
+    """Every rank's summands (or operands of max, min, prod) in; the reduced values out, on all of them."""
 
-    def __init__(self, op: str, line: Line, node: str = "all_reduce", reuse: bool = False) -> None:
-        """reuse: the result may lie in the operand's memory, where that is one stretch."""
+    def __init__(
+        self, op: str, line: Line, node: str = "all_reduce", reuse: bool = False, divisor: float | None = None
+    ) -> None:
+        """reuse: the result may lie in the operand's memory, where that is one stretch. divisor: what the result is
+        divided by then."""
         super().__init__("all_reduce", line, node, moves=True)
-        self.op, self.reuse = op, reuse
+        self.op, self.reuse, self.divisor = op, reuse, divisor
 
-    def _alone(self, x: Tensor) -> Tensor:
-        return x.contiguous()
+    def _alone(self, xs: list[Tensor]) -> list[Tensor]:
+        return [x.contiguous() for x in xs]
 
-    def _start(self, x: Tensor) -> Issued:
-        if x.numel() == 0:
-            return Issued(None, lambda: room(x, 0).view(x.shape), x)
-        flat, n = flattened(x), self.line.size
-        if self._is_pair(x) and flat.nbytes <= SMALL:
+    def _start(self, xs: list[Tensor]) -> Issued:
+        if len(xs) > 1:
+            return self._send(self._laid(xs))
+        flat = flattened(xs[0])
+        return self._sent(flat, [xs[0].shape], self.reuse or flat.data_ptr() != xs[0].data_ptr())
+
+    def _laid(self, xs: list[Tensor]) -> Laid:
+        return Laid(torch.cat([x.reshape(-1) for x in xs]), [x.shape for x in xs])
+
+    def _send(self, laid: Laid) -> Issued:
+        return self._sent(laid.flat, laid.shapes, owned=True)
+
+    def _sent(self, flat: Tensor, shapes: Sequence[torch.Size], owned: bool) -> Issued:
+        n = self.line.size
+        if flat.numel() == 0:
+            return Issued(None, lambda: self._parts(room(flat, 0), shapes), flat)
+        route = reduced(flat.nbytes, n, self.op, flat.dtype, self.line.backend(flat), owned)
+        if route.how == "swap":
             work, got = self._swap(flat, room(flat, flat.numel()))
-            if self.reuse and self.op == "sum":  # of two summands the order is all the same
-                return Issued(work, lambda: flat.add_(got).view(x.shape), flat)
+            if route.shows:  # of two summands the order is all the same
+                return Issued(work, lambda: self._parts(flat.add_(got), shapes), flat)
             pair = (flat, got) if self.line.index == 0 else (got, flat)
-            return Issued(work, lambda: combine(self.op, pair).view(x.shape), flat)
-        if self.op == "sum" and x.dtype in SUMMED and (n == 2 or self.line.backend(x) == "nccl"):
-            total = flat if self.reuse or flat.data_ptr() != x.data_ptr() else flat.clone()
+            return Issued(work, lambda: self._parts(combine(self.op, pair), shapes), flat)
+        if route.how == "backend":
+            total = flat if owned else flat.clone()
             work = self._issue(dist.all_reduce, total, dist.ReduceOp.SUM)
-            return Issued(work, lambda: total.view(x.shape), flat)
-        if flat.nbytes * n <= SMALL:
+            return Issued(work, lambda: self._parts(total, shapes), flat)
+        if route.how == "gather":
             work, rows, sent = self._gather([flat], flat.numel())
-            return Issued(work, lambda: combine(self.op, rows.unbind()).view(x.shape), sent)
-        return self._in_two_rounds(flat, x.shape)
+            return Issued(work, lambda: self._parts(combine(self.op, rows.unbind()), shapes), sent)
+        work, finish = self._in_two_rounds(flat)
+        return Issued(work, lambda: self._parts(finish(), shapes), flat)
 
-    def _in_two_rounds(self, flat: Tensor, shape: torch.Size) -> Issued:
+    def _in_two_rounds(self, flat: Tensor) -> tuple[Any, Callable[[], Tensor]]:
         longest = -(-flat.numel() // self.line.size)
         sizes = [p.numel() for p in flat.split(longest)]
         sizes += [0] * (self.line.size - len(sizes))
         work, summands = self._summands(flat, sizes)
 
         def finish() -> Tensor:
-            reduced = combine(self.op, summands)
-            gathering, rows, sent = self._gather([reduced], longest)
-            self.wait(Issued(gathering, lambda: rows, sent))
-            return rows.view(-1)[: flat.numel()].view(shape)
+            gathering, rows, sent = self._gather([combine(self.op, summands)], longest)
+            self.wait(Issued(gathering, lambda: [rows], sent))
+            return rows.view(-1)[: flat.numel()]
 
-        return Issued(work, finish, flat)
+        return work, finish
+
+    def _parts(self, total: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        if self.divisor is not None:
+            total.div_(self.divisor)
+        flats = total.split_with_sizes([shape.numel() for shape in shapes])
+        return [flat.view(shape) for flat, shape in zip(flats, shapes, strict=True)]
 
 
 class AllGather(Collective):
-    """[n@axis] -> [n]. cut: how the axis deals the whole into pieces; shape: of the whole, on this rank."""
+    """[n@axis] -> [n]. cuts: how the axis deals each whole into pieces; shapes: of the wholes, on this rank."""
 
-    def __init__(self, cut: Cut, shape: Sequence[int], line: Line, node: str = "all_gather") -> None:
-        pieces = Pieces(cut)
-        super().__init__("all_gather", line, node, moves=any(pieces.numels))
-        self.pieces, self.shape = pieces, tuple(shape)
+    def __init__(
+        self, cuts: Sequence[Cut], shapes: Sequence[Sequence[int]], line: Line, node: str = "all_gather"
+    ) -> None:
+        self.pieces = Pieces(cuts)
+        super().__init__("all_gather", line, node, any(self.pieces.numels), shapes)
 
-    def _alone(self, x: Tensor) -> Tensor:
-        return x.reshape(self.shape).contiguous()
-
-    def _empty(self, x: Tensor) -> Tensor:
-        return room(x, 0).view(self.shape)
-
-    def _start(self, x: Tensor) -> Issued:
-        work, rows, sent = self._gather([flattened(x)], self.pieces.longest)
-        return Issued(work, lambda: self.pieces.joined_rows(rows).view(self.shape), sent)
+    def _start(self, xs: list[Tensor]) -> Issued:
+        longest = self.pieces.longest
+        work, rows, sent = self._gather([flattened(x) for x in xs], longest)
+        return Issued(work, lambda: self._shaped(self.pieces.joined(rows.view(-1), longest)), sent)
 
 
 class ReduceScatter(Collective):
-    """[n]+axis -> [n@axis]. cut: how the axis deals the reduced whole; shape: of this rank's piece of it."""
+    """[n]+axis -> [n@axis]. cuts: how the axis deals each reduced whole; shapes: of this rank's pieces. divisor: what
+    all of them are divided by then."""
 
-    def __init__(self, cut: Cut, shape: Sequence[int], op: str, line: Line, node: str = "reduce_scatter") -> None:
-        pieces = Pieces(cut)
-        super().__init__("reduce_scatter", line, node, moves=any(pieces.numels))
-        self.pieces, self.shape, self.op = pieces, tuple(shape), op
+    def __init__(
+        self,
+        cuts: Sequence[Cut],
+        shapes: Sequence[Sequence[int]],
+        op: str,
+        line: Line,
+        node: str = "reduce_scatter",
+        divisor: float | None = None,
+    ) -> None:
+        self.pieces, self.op, self.divisor = Pieces(cuts), op, divisor
+        super().__init__("reduce_scatter", line, node, any(self.pieces.numels), shapes)
 
-    def _alone(self, x: Tensor) -> Tensor:
-        return x.reshape(self.shape).contiguous()
+    def _laid(self, xs: list[Tensor]) -> Laid:
+        return Laid(self.pieces.dealt(xs, self.pieces.longest if self._is_backends(xs[0]) else 0), ())
 
-    def _empty(self, x: Tensor) -> Tensor:
-        return room(x, 0).view(self.shape)
+    def _send(self, laid: Laid) -> Issued:
+        pieces, mine = self.pieces, self.pieces.numels[self.line.index]
+        if self._is_backends(laid.flat):
+            total = room(laid.flat, pieces.longest)
+            work = self._issue(_reduce_pieces, total, laid.flat, dist.ReduceOp.SUM)
+            return Issued(work, lambda: self._mine(total[:mine]), laid.flat)
+        work, summands = self._summands(laid.flat, pieces.numels)
+        return Issued(work, lambda: self._mine(combine(self.op, summands)), laid.flat)
 
-    def _start(self, x: Tensor) -> Issued:
-        if self.op == "sum" and x.dtype in SUMMED and self.line.backend(x) == "nccl":
-            return self._by_backend(x, self.pieces.numels[self.line.index])
-        flat = self.pieces.dealt(x)
-        work, summands = self._summands(flat, self.pieces.numels)
-        return Issued(work, lambda: combine(self.op, summands).view(self.shape), flat)
+    def _is_backends(self, x: Tensor) -> bool:
+        pieces, backend = self.pieces, self.line.backend(x)
+        return scattered(pieces.numels, not pieces.one, self.line.index, self.op, x.dtype, backend).how == "backend"
 
-    def _by_backend(self, x: Tensor, mine: int) -> Issued:
-        flat = self.pieces.dealt(x, self.pieces.longest)
-        total = room(flat, self.pieces.longest)
-        work = self._issue(reduce_pieces, total, flat, dist.ReduceOp.SUM)
-        return Issued(work, lambda: total[:mine].view(self.shape), flat)
+    def _mine(self, row: Tensor) -> list[Tensor]:
+        if self.divisor is not None:
+            row.div_(self.divisor)
+        return self._shaped(self.pieces.taken(row, self.line.index))
 
 
 class AllToAll(Collective):
@@ -285,19 +338,13 @@ class AllToAll(Collective):
     def __init__(
         self, send: Cut, receive: Cut, shape: Sequence[int], moves: bool, line: Line, node: str = "all_to_all"
     ) -> None:
-        super().__init__("all_to_all", line, node, moves)
-        self.send, self.receive, self.shape = Pieces(send), Pieces(receive), tuple(shape)
+        super().__init__("all_to_all", line, node, moves, [shape])
+        self.send, self.receive = Pieces([send]), Pieces([receive])
 
-    def _alone(self, x: Tensor) -> Tensor:
-        return x.reshape(self.shape).contiguous()
-
-    def _empty(self, x: Tensor) -> Tensor:
-        return room(x, 0).view(self.shape)
-
-    def _start(self, x: Tensor) -> Issued:
-        flat = self.send.dealt(x)
+    def _start(self, xs: list[Tensor]) -> Issued:
+        flat = self.send.dealt(xs)
         work, got = self._exchange(flat, self.send.numels, self.receive.numels)
-        return Issued(work, lambda: self.receive.joined(got).view(self.shape), flat)
+        return Issued(work, lambda: self._shaped(self.receive.joined(got)), flat)
 
 
 class Fetch(Collective):
@@ -328,18 +375,20 @@ class Fetch(Collective):
         found = iter(range(len(place)))
         self.order = [place[next(found)] if 0 <= i < len(owner) else len(place) for i in every[me]]
 
-    def _alone(self, x: Tensor) -> Tensor:
-        return self._ordered(_rows(x, self.dim, self.send).movedim(self.dim, 0))
+    def _alone(self, xs: list[Tensor]) -> list[Tensor]:
+        return [self._ordered(self._sent(xs))]
 
-    def _empty(self, x: Tensor) -> Tensor:
-        return self._ordered(_rows(x, self.dim, []).movedim(self.dim, 0))
+    _empty = _alone
 
-    def _start(self, x: Tensor) -> Issued:
-        rows = _rows(x, self.dim, self.send).movedim(self.dim, 0)
+    def _sent(self, xs: list[Tensor]) -> Tensor:
+        return _rows(xs[0], self.dim, self.send).movedim(self.dim, 0)
+
+    def _start(self, xs: list[Tensor]) -> Issued:
+        rows = self._sent(xs)
         wide = math.prod(rows.shape[1:])
         flat = flattened(rows)
         work, got = self._exchange(flat, [n * wide for n in self.sent], [n * wide for n in self.got])
-        return Issued(work, lambda: self._ordered(got.view(sum(self.got), *rows.shape[1:])), flat)
+        return Issued(work, lambda: [self._ordered(got.view(sum(self.got), *rows.shape[1:]))], flat)
 
     def _ordered(self, rows: Tensor) -> Tensor:
         if self.fill is not None:

@@ -54,7 +54,7 @@ def test_a_program_is_right_without_any_one_pass(name: str, whole: Any):
     ran = [record for record in less.records if record.name == name]
     assert bool(ran) == (name in PLAIN)
     assert any(record.name == name for record in whole.records)
-    if name == "join-units":
+    if name == "join-messages":
         assert moves(less) > moves(whole)
     if name == "overlap":
         assert not any(record.changes.get("started") for record in ran)

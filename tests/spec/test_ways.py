@@ -12,7 +12,7 @@ from shardc.compiler.ir import collectives
 from shardc.compiler.pipeline.stages import Stage, verify
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Part, Spec, canonical
-from shardc.compiler.spec.ways import Move, ways, wire_bytes
+from shardc.compiler.spec.ways import Move, ways
 from tests.build import parse, simulated
 from tests.spec.test_spec import specs
 
@@ -98,21 +98,6 @@ def test_a_gather_waits_for_the_sum():
 def test_two_mesh_dims_change_places():
     moves = way("[16@dp, 8@tp]", "[16@tp, 8@dp]")
     assert sorted({m.split("(")[0] for m in moves} - {"local_slice"}) in (["all_gather", "all_to_all"], ["all_to_all"])
-
-
-# ---- bytes
-
-
-@pytest.mark.parametrize(
-    ("kind", "sent"), [("all_gather", 300), ("reduce_scatter", 75), ("all_to_all", 75), ("all_reduce", 150)]
-)
-def test_bytes_one_of_four_ranks_sends(kind: str, sent: int):
-    assert wire_bytes(kind, 100, 4) == sent
-
-
-@pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter", "all_to_all", "all_reduce"])
-def test_one_rank_sends_nothing(kind: str):
-    assert wire_bytes(kind, 100, 1) == 0
 
 
 # ---- any way, executed

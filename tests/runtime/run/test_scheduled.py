@@ -1,4 +1,4 @@
-"""Scheduled programs on real ranks: what was started is waited for, what was bucketed comes back in its shape."""
+"""Scheduled programs on real ranks: what was started is waited for, what moved together comes back apart."""
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -8,7 +8,7 @@ from shardc.compiler.ir.graph import placeholders, returned
 from shardc.compiler.ir.node import spec
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.mesh import Mesh
-from shardc.passes.local.bucket_collectives import BucketCollectives
+from shardc.passes.local.join_messages import JoinMessages
 from shardc.passes.local.localize import Localize
 from shardc.passes.local.overlap import Overlap
 from shardc.runtime.run.bind import bind_program
@@ -23,7 +23,7 @@ TYPES = dict(x="f64[5@dp, 3]", w="f64[3@dp, 3]", u="f64[3, 3]", v="f64[3, 3]", t
 
 
 def step(x, w, u, v, tangent):
-    """A forward, a gradient scattered, and two that share a bucket; every kind of collective on the way."""
+    """A forward, a gradient scattered, and two that are reduced in one message; every kind of collective on the way."""
     whole = all_gather(w, 0, "dp")
     turned = all_to_all(aten.relu(x), 0, 1, "dp")
     h = aten.mm(aten.neg(x), whole)
@@ -36,7 +36,7 @@ def step(x, w, u, v, tangent):
 def program():
     gm = build(step, DP, Stage.RESHARDED, **TYPES)
     ctx = context(gm, DP, ("w", "u", "v"), data_axes=("dp",))
-    for passed in (Localize(), BucketCollectives(), Overlap()):
+    for passed in (Localize(), JoinMessages(), Overlap()):
         apply(passed, gm, ctx)
     return gm
 
@@ -56,10 +56,11 @@ def run_scheduled(rank: int) -> None:
 
 
 def test_the_program_holds_what_the_ranks_are_to_show():
-    targets = [n.target for n in program().graph.nodes]
-    started = [n.args[1] for n in program().graph.nodes if n.target is c.start]
+    nodes = list(program().graph.nodes)
+    started = [n.args[1] for n in nodes if n.target is c.start]
     assert sorted(started) == ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
-    assert targets.count(c.wait) == 4 and targets.count(c.bucket) == targets.count(c.unbucket) == 1
+    assert [len(n.args[0]) for n in nodes if n.target is c.start and n.args[1] == "all_reduce"] == [2]
+    assert sum(n.target is c.wait for n in nodes) == 4
 
 
 @on_ranks

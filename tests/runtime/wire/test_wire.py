@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.errors import RankFailure
 from shardc.compiler.ir import collectives as c
+from shardc.compiler.ir import routes
 from shardc.compiler.ir.collectives import Cut, cut_of
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Part, Spec, canonical, chunk, restrict
@@ -23,7 +24,6 @@ from shardc.runtime.run.simulate import simulate
 from shardc.runtime.shards import combine
 from shardc.runtime.shards import cut as cut_tensor
 from shardc.runtime.wire import flat_pieces as pieces
-from shardc.runtime.wire import joint_messages as together
 from shardc.runtime.wire import wire
 from shardc.runtime.wire.groups import Groups
 from tests.runtime.ranks import on_ranks, run_ranks
@@ -49,7 +49,7 @@ def poisoned(like: Tensor, numel: int) -> Tensor:
 
 
 def poison_memory() -> None:
-    for module in (wire, pieces, together):
+    for module in (wire, pieces):
         module.room = poisoned
 
 
@@ -183,11 +183,12 @@ def joint_program(cases: list[Case]) -> GraphModule:
     at_once: dict[tuple, list[int]] = {}
     for i, (x, case) in enumerate(zip(inputs, cases, strict=True)):
         x.meta["spec"] = case.before
-        at_once.setdefault((case.kind, *case.args[1:], case.pieces[0].dtype), []).append(i)
+        rest = case.args if case.kind is c.all_reduce else case.args[1:]
+        at_once.setdefault((case.kind, *rest, case.pieces[0].dtype), []).append(i)
     results: dict[int, Node] = {}
     for (kind, *rest, _), members in at_once.items():
-        dims = [cases[i].args[0] for i in members]
-        move = graph.call_function(kind, ([inputs[i] for i in members], dims, *rest))
+        dims = [] if kind is c.all_reduce else [[cases[i].args[0] for i in members]]
+        move = graph.call_function(kind, ([inputs[i] for i in members], *dims, *rest))
         move.meta["spec"] = tuple(cases[i].after for i in members)
         for place, i in enumerate(members):
             results[i] = graph.call_function(operator.getitem, (move, place))
@@ -206,7 +207,7 @@ def compare(rank: int, mesh: Mesh, groups: Groups, cases: list[Case]) -> None:
     alone = program(cases)
     expected = simulate(alone, mesh, [case.pieces for case in cases])
     check(rank, mesh, groups, cases, alone, expected)
-    joint = [i for i, case in enumerate(cases) if case.kind in (c.all_gather, c.reduce_scatter)]
+    joint = [i for i, case in enumerate(cases) if case.kind in (c.all_gather, c.reduce_scatter, c.all_reduce)]
     some = [cases[i] for i in joint]
     check(rank, mesh, groups, some, joint_program(some), [expected[i] for i in joint])
 
@@ -266,7 +267,7 @@ def through_the_backend(line: wire.Line, monkeypatch: pytest.MonkeyPatch) -> Non
         coords = {"tp": line.index}
         cut = cut_of(split, dim, "tp", mesh, coords, split)
         local = split.local_shape(mesh, coords)
-        found = wire.ReduceScatter(cut, local, "sum", line)(pieces[line.index])
+        found = wire.ReduceScatter([cut], [local], "sum", line)(pieces[line.index])
         total = combine("sum", pieces)
         torch.testing.assert_close(found, cut_tensor(total, split, mesh, coords))
         torch.testing.assert_close(wire.AllReduce("sum", line)(pieces[line.index]), total)
@@ -278,7 +279,7 @@ def handles(line: wire.Line) -> None:
     n = line.size
     pieces = summands(n, 10, torch.float32)
     reduce = wire.AllReduce("sum", line)
-    gather = wire.AllGather(Cut((10 * n,), 0, (10,) * n), (10 * n,), line)
+    gather = wire.AllGather([Cut((10 * n,), 0, (10,) * n)], [(10 * n,)], line)
     leaf = torch.nn.Parameter(pieces[line.index])
     first, second = reduce.start(leaf), gather.start(leaf)
     assert same_bits(gather.wait(second), torch.cat(pieces))
@@ -298,6 +299,36 @@ def absent_rank(rank: int) -> str:
     return str(caught.value)
 
 
+def memory_of_each_route(line: wire.Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a collective takes is what its route says."""
+    taken: list[int] = []
+
+    def counted(like: Tensor, numel: int) -> Tensor:
+        taken.append(numel * like.element_size())
+        return like.new_empty(numel)
+
+    monkeypatch.setattr(wire, "room", counted)
+    n, gathers = line.size, Cut((2 * line.size,), 0, (2,) * line.size)
+    for numel in (4 * n, (1 << 18) // n, 1 << 20):
+        for op, reuse in (("sum", True), ("sum", False), ("max", False)):
+            route = routes.reduced(4 * numel, n, op, torch.float32, "gloo", reuse)
+            taken.clear()
+            issued = wire.AllReduce(op, line, reuse=reuse).start(torch.ones(numel))
+            assert sum(taken) == (0 if route.how == "backend" else route.received), route  # a copy is no room
+            wire.AllReduce(op, line).wait(issued)
+    for several in (False, True):
+        cuts = [gathers] * (1 + several)
+        rows, xs = routes.joint_rows(cuts), [torch.ones(2 * n)] * (1 + several)
+        route, taken[:] = routes.scattered(rows, several, line.index, "max", torch.float32, "gloo"), []
+        wire.ReduceScatter(cuts, [(2,)] * len(cuts), "max", line)(xs)
+        assert sum(taken) == route.received, route
+        route, taken[:] = routes.gathered(rows, 4, not several), []
+        wire.AllGather(cuts, [(2 * n,)] * len(cuts), line)([x[:2] for x in xs])
+        laid = 4 * rows[0] * (several and n > 2)  # of two ranks each sends from where it receives
+        assert sum(taken) == route.received + laid, route
+    monkeypatch.undo()
+
+
 def every_route(rank: int, nproc: int) -> str:
     poison_memory()
     everyone = dist.group.WORLD
@@ -306,6 +337,7 @@ def every_route(rank: int, nproc: int) -> str:
     large_reductions(line)
     with pytest.MonkeyPatch.context() as monkeypatch:
         through_the_backend(line, monkeypatch)
+        memory_of_each_route(line, monkeypatch)
     handles(line)
     return absent_rank(rank)
 
@@ -324,8 +356,8 @@ def test_a_rank_alone_gets_its_operand_back():
     cut = Cut((2, 3), 0, (2,))
     for call in (
         wire.AllReduce("sum", line),
-        wire.AllGather(cut, (2, 3), line),
-        wire.ReduceScatter(cut, (2, 3), "sum", line),
+        wire.AllGather([cut], [(2, 3)], line),
+        wire.ReduceScatter([cut], [(2, 3)], "sum", line),
         wire.AllToAll(cut, cut, (2, 3), True, line),
     ):
         assert same_bits(call(x), x) and call(x).data_ptr() == x.data_ptr()
@@ -335,12 +367,12 @@ def test_a_rank_alone_gets_its_operand_back():
 @pytest.mark.parametrize("sizes", [(2, 2), (2, 1), (3, 0), (1, 3, 1), (0, 2)])
 @pytest.mark.parametrize("leading", [1, 2])
 def test_pieces_are_dealt_and_joined_whichever_rank_holds_less(sizes: tuple[int, ...], leading: int):
-    dealer = pieces.Pieces(Cut((leading, sum(sizes), 2), 1, sizes))
+    dealer = pieces.Pieces([Cut((leading, sum(sizes), 2), 1, sizes)])
     x = torch.arange(leading * sum(sizes) * 2.0)
-    shape = dealer.cut.view
-    dealt = dealer.dealt(x)
-    assert torch.equal(dealer.joined(dealt).view(shape), x.view(shape))
-    rows = dealer.dealt(x, dealer.longest).view(len(sizes), dealer.longest)
-    assert torch.equal(dealer.joined_rows(rows).view(shape), x.view(shape))
-    for row, flat in zip(rows, dealt.split_with_sizes(dealer.numels), strict=True):
+    shape = dealer.cuts[0].view
+    dealt = dealer.dealt([x])
+    assert torch.equal(dealer.joined(dealt)[0].view(shape), x.view(shape))
+    rows = dealer.dealt([x], dealer.longest)
+    assert torch.equal(dealer.joined(rows, dealer.longest)[0].view(shape), x.view(shape))
+    for row, flat in zip(rows.view(len(sizes), -1), dealt.split_with_sizes(dealer.numels), strict=True):
         assert torch.equal(row[: flat.numel()], flat)

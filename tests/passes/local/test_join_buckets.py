@@ -1,4 +1,4 @@
-"""Goldens of passes/bucket_collectives.py. EXPECTTEST_ACCEPT=1 rewrites the expectations."""
+"""Gradients that are reduced whole: goldens of passes/join_messages.py. EXPECTTEST_ACCEPT=1 rewrites them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch.fx import GraphModule
 
 from shardc.compiler.analysis.bytes_moved import collectives_of
 from shardc.compiler.ir.collectives import all_reduce as ALL_REDUCE
-from shardc.compiler.ir.collectives import bucket
 from shardc.compiler.ir.graph import returned
 from shardc.compiler.ir.text import text
 from shardc.compiler.spec.mesh import Mesh
-from shardc.passes.local.bucket_collectives import BucketCollectives
+from shardc.passes.local.join_messages import JoinMessages
 from tests.build import all_gather, all_reduce, apply, context, local, random_inputs, reduce_scatter, simulated
 
 aten = torch.ops.aten
@@ -38,14 +37,14 @@ def average(grad):
 def bucketed(fn, mesh: Mesh, gradients: tuple[str, ...], types: dict[str, str], **plan: Any) -> GraphModule:
     gm = local(fn, mesh, **types)
     plan.setdefault("data_axes", ("dp",))
-    apply(BucketCollectives(), gm, context(gm, mesh, gradients, **plan))
+    apply(JoinMessages(), gm, context(gm, mesh, gradients, **plan))
     return gm
 
 
-def kinds(gm: GraphModule) -> Counter[str]:
-    """How often each symbolic step occurs."""
-    targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
-    return Counter(t.__name__ for t in targets if t.__module__ == bucket.__module__)
+def reductions(gm: GraphModule) -> list[int]:
+    """How many values each all_reduce moves, in order."""
+    found = [n.args[0] for n in gm.graph.find_nodes(op="call_function", target=ALL_REDUCE)]
+    return [len(values) if isinstance(values, list) else 1 for values in found]
 
 
 def test_gradients_are_reduced_as_one_as_soon_as_the_last_is_there():
@@ -65,14 +64,13 @@ mesh dp=2
 %t_2: f32[4, 4] = aten.t(%u)
 %mm_2: f32[8@dp, 4] = aten.mm(%tangent, %t_2)
 %mm_3: f32[4, 4]+dp = aten.mm(%t_1, %mm_2)
-%bucket: f32[32] = shardc.bucket([%mm_1, %mm_3])  # bucket-collectives
-%all_reduce_2: f32[32] = shardc.all_reduce(%bucket, dp)  # bucket-collectives
+%all_reduce_2: (f32[4, 4], f32[4, 4]) = shardc.all_reduce([%mm_1, %mm_3], dp)  # join-messages
 %mm_4: f32[8@dp, 4] = aten.mm(%mm, %u)
-%div_tensor: f32[32] = aten.div.Tensor(%all_reduce_2, 2)  # bucket-collectives
-%unbucket: (f32[4, 4], f32[4, 4]) = shardc.unbucket(%div_tensor, [[4, 4], [4, 4]])  # bucket-collectives
-%getitem: f32[4, 4] = getitem(%unbucket, 0)  # bucket-collectives
-%getitem_1: f32[4, 4] = getitem(%unbucket, 1)  # bucket-collectives
-return (%mm_4, %getitem_1, %getitem)""",
+%getitem: f32[4, 4] = getitem(%all_reduce_2, 0)  # join-messages
+%getitem_1: f32[4, 4] = getitem(%all_reduce_2, 1)  # join-messages
+%div: f32[4, 4] = aten.div.Tensor(%getitem_1, 2)
+%div_1: f32[4, 4] = aten.div.Tensor(%getitem, 2)
+return (%mm_4, %div, %div_1)""",
     )
 
 
@@ -84,14 +82,10 @@ def test_buckets_hold_at_most_their_bytes():
     names = ("a", "b", "c", "d")
     types = {"x": "f32[8@dp, 4]", "tangent": "f32[8@dp, 4]"} | dict.fromkeys(names, "f32[4, 4]")
     sizes = {
-        limit: _bucket_sizes(bucketed(gradients, DP, names, types, bucket_bytes={"dp": limit}))
+        limit: reductions(bucketed(gradients, DP, names, types, bucket_bytes={"dp": limit}))
         for limit in (64, 100, 128, 191, 192, 999)
     }
-    assert sizes == {64: [], 100: [], 128: [2, 2], 191: [2, 2], 192: [3], 999: [4]}
-
-
-def _bucket_sizes(gm: GraphModule) -> list[int]:
-    return [len(n.args[0]) for n in gm.graph.find_nodes(op="call_function", target=bucket)]
+    assert sizes == {64: [1] * 4, 100: [1] * 4, 128: [2, 2], 191: [2, 2], 192: [3, 1], 999: [4]}
 
 
 def test_eight_parameters_are_as_many_reductions_as_buckets_and_all_but_the_last_begin_in_time():
@@ -111,11 +105,10 @@ def test_eight_parameters_are_as_many_reductions_as_buckets_and_all_but_the_last
     types = {"x": "f32[8@dp, 4]", "tangent": "f32[8@dp, 4]"} | dict.fromkeys(names, "f32[4, 4]")
     gm = bucketed(chain, DP, names, types, bucket_bytes={"dp": 192})  # each is 64
     order = list(gm.graph.nodes)
-    reductions = [n for n in order if n.target is ALL_REDUCE]
-    last = max(order.index(s) for n in reductions for s in n.args[0].args[0])
-    assert len(reductions) == 3  # 512 bytes in buckets of 192
-    assert [order.index(n) < last for n in reductions] == [True, True, False]
-    assert [len(n.args[0].args[0]) for n in reductions] == [3, 3, 2]
+    sums = [n for n in order if n.target is ALL_REDUCE]
+    last = max(order.index(value) for n in sums for value in n.all_input_nodes)
+    assert [order.index(n) < last for n in sums] == [True, True, False]
+    assert reductions(gm) == [3, 3, 2]  # 512 bytes in buckets of 192
 
 
 def test_gradients_of_one_bucket_may_differ_in_size_between_ranks():
@@ -128,8 +121,7 @@ def test_gradients_of_one_bucket_may_differ_in_size_between_ranks():
     types = dict(x="f64[6@dp, 3]", w="f64[3, 5@tp]", u="f64[5@tp, 3]", tangent="f64[6@dp, 3]")
     mesh = Mesh(dp=2, tp=2)
     gm, before = bucketed(fn, mesh, ("w", "u"), types), local(fn, mesh, **types)
-    assert kinds(gm) == {"all_reduce": 2, "bucket": 1, "unbucket": 1}
-    assert "%unbucket: (f64[3, 3], f64[3, 3]) = shardc.unbucket(%div_tensor, [[3, 5@tp], [5@tp, 3]])" in text(gm, mesh)
+    assert "(f64[3, 5@tp], f64[5@tp, 3]) = shardc.all_reduce([%mm_2, %mm_3], dp)" in text(gm, mesh)
     inputs = random_inputs(gm)
     for have, want in zip(simulated(gm, mesh, inputs), simulated(before, mesh, inputs), strict=True):
         assert torch.equal(have, want)
@@ -150,7 +142,7 @@ def test_reductions_over_two_mesh_dims_are_bucketed_as_a_pair():
 
     types = dict(x="f32[8@pod.dp, 4]", w="f32[4, 4]", u="f32[4, 4]", tangent="f32[8@pod.dp, 4]")
     gm = bucketed(fn, BOTH, ("w", "u"), types, data_axes=("pod", "dp"))
-    assert kinds(gm) == {"all_reduce": 2, "bucket": 1, "unbucket": 1}
+    assert reductions(gm) == [2, 2]
     inputs = random_inputs(gm)
     for have, want in zip(simulated(gm, BOTH, inputs), simulated(local(fn, BOTH, **types), BOTH, inputs), strict=True):
         assert torch.equal(have, want)
@@ -166,13 +158,13 @@ def test_different_averages_are_taken_from_the_views():
     assert_expected_inline(
         "\n".join(text(gm, DP).splitlines()[-8:]),
         """\
-%bucket: f32[32] = shardc.bucket([%mm_1, %mm_2])  # bucket-collectives
-%all_reduce_2: f32[32] = shardc.all_reduce(%bucket, dp)  # bucket-collectives
+%t_1: f32[4, 8@dp] = aten.t(%mm)
+%mm_2: f32[4, 4]+dp = aten.mm(%t_1, %tangent)
+%all_reduce_2: (f32[4, 4], f32[4, 4]) = shardc.all_reduce([%mm_1, %mm_2], dp)  # join-messages
 %mm_3: f32[8@dp, 4] = aten.mm(%mm, %u)
-%unbucket: (f32[4, 4], f32[4, 4]) = shardc.unbucket(%all_reduce_2, [[4, 4], [4, 4]])  # bucket-collectives
-%getitem: f32[4, 4] = getitem(%unbucket, 0)  # bucket-collectives
+%getitem: f32[4, 4] = getitem(%all_reduce_2, 0)  # join-messages
+%getitem_1: f32[4, 4] = getitem(%all_reduce_2, 1)  # join-messages
 %div: f32[4, 4] = aten.div.Tensor(%getitem, 2)
-%getitem_1: f32[4, 4] = getitem(%unbucket, 1)  # bucket-collectives
 return (%mm_3, %div, %getitem_1)""",
     )
 
@@ -180,19 +172,19 @@ return (%mm_3, %div, %getitem_1)""",
 def test_what_travels_is_cast():
     gm = bucketed(two_layers, DP, ("w", "u"), LAYERS, reduce_dtype={"dp": torch.bfloat16})
     assert_expected_inline(
-        "\n".join(text(gm, DP).splitlines()[-11:]),
+        "\n".join(text(gm, DP).splitlines()[-11:]).replace("_to_copy_default", "cast"),
         """\
-%mm_3: f32[4, 4]+dp = aten.mm(%t_1, %mm_2)
-%bucket: f32[32] = shardc.bucket([%mm_1, %mm_3])  # bucket-collectives
-%_to_copy_default: bf16[32] = aten._to_copy(%bucket, dtype=bf16)  # bucket-collectives
-%all_reduce_2: bf16[32] = shardc.all_reduce(%_to_copy_default, dp)  # bucket-collectives
+%cast: bf16[4, 4]+dp = aten._to_copy(%mm_1, dtype=bf16)  # join-messages
+%cast_1: bf16[4, 4]+dp = aten._to_copy(%mm_3, dtype=bf16)  # join-messages
+%all_reduce_2: (bf16[4, 4], bf16[4, 4]) = shardc.all_reduce([%cast, %cast_1], dp)  # join-messages
 %mm_4: f32[8@dp, 4] = aten.mm(%mm, %u)
-%_to_copy_default_1: f32[32] = aten._to_copy(%all_reduce_2, dtype=f32)  # bucket-collectives
-%div_tensor: f32[32] = aten.div.Tensor(%_to_copy_default_1, 2)  # bucket-collectives
-%unbucket: (f32[4, 4], f32[4, 4]) = shardc.unbucket(%div_tensor, [[4, 4], [4, 4]])  # bucket-collectives
-%getitem: f32[4, 4] = getitem(%unbucket, 0)  # bucket-collectives
-%getitem_1: f32[4, 4] = getitem(%unbucket, 1)  # bucket-collectives
-return (%mm_4, %getitem_1, %getitem)""",
+%getitem: bf16[4, 4] = getitem(%all_reduce_2, 0)  # join-messages
+%cast_2: f32[4, 4] = aten._to_copy(%getitem, dtype=f32)  # join-messages
+%getitem_1: bf16[4, 4] = getitem(%all_reduce_2, 1)  # join-messages
+%cast_3: f32[4, 4] = aten._to_copy(%getitem_1, dtype=f32)  # join-messages
+%div: f32[4, 4] = aten.div.Tensor(%cast_3, 2)
+%div_1: f32[4, 4] = aten.div.Tensor(%cast_2, 2)
+return (%mm_4, %div, %div_1)""",
     )
     (moved,) = collectives_of(gm, DP)
     assert (moved.dtype, moved.numel, moved.bytes_on_wire) == (torch.bfloat16, 32, 64)
@@ -200,17 +192,17 @@ return (%mm_4, %getitem_1, %getitem)""",
 
 def test_what_travels_alone_is_cast_too():
     gm = bucketed(two_layers, DP, ("w", "u"), LAYERS, reduce_dtype={"dp": torch.bfloat16}, bucket_bytes={"dp": 1})
-    assert kinds(gm) == {"all_reduce": 2}
+    assert reductions(gm) == [1, 1]
     assert {c.dtype for c in collectives_of(gm, DP)} == {torch.bfloat16}
     assert {n.meta["val"].dtype for n in returned(gm)} == {torch.float32}
     gm = bucketed(one_shard, DP, ("w",), SHARD, reduce_dtype={"dp": torch.bfloat16})
     assert_expected_inline(
         "\n".join(text(gm, DP).splitlines()[-6:]),
         """\
-%reduce_scatter_1: bf16[4@dp, 4] = shardc.reduce_scatter(%_to_copy_default, 0, dp)  # bucket-collectives
+%reduce_scatter_1: bf16[4@dp, 4] = shardc.reduce_scatter(%_to_copy_default, 0, dp)  # join-messages
 %all_gather: f32[4, 4] = shardc.all_gather(%w, 0, dp)
 %mm_1: f32[8@dp, 4] = aten.mm(%x, %all_gather)
-%_to_copy_default_1: f32[4@dp, 4] = aten._to_copy(%reduce_scatter_1, dtype=f32)  # bucket-collectives
+%_to_copy_default_1: f32[4@dp, 4] = aten._to_copy(%reduce_scatter_1, dtype=f32)  # join-messages
 %div: f32[4@dp, 4] = aten.div.Tensor(%_to_copy_default_1, 2)
 return (%mm_1, %div)""",
     )
@@ -273,25 +265,25 @@ def reduced_midway(x, w, u, tangent):
 
 @pytest.mark.parametrize("fn", [forward_sum, used_again, reduced_midway])
 def test_left_alone_what_is_not_the_last_step_of_a_gradient(fn):
-    assert "bucket" not in kinds(bucketed(fn, DP, ("w", "u"), LAYERS))
+    assert 2 not in reductions(bucketed(fn, DP, ("w", "u"), LAYERS))
 
 
 def test_left_alone_the_gradients_of_inputs():
     gm = local(two_layers, DP, **LAYERS)
     ctx = context(gm, DP, (), data_axes=("dp",))
-    assert not +Counter(apply(BucketCollectives(), gm, ctx).changes)
+    assert not +Counter(apply(JoinMessages(), gm, ctx).changes)
 
 
 def test_left_alone_over_mesh_dims_that_split_no_batch():
-    assert "bucket" not in kinds(bucketed(two_layers, DP, ("w", "u"), LAYERS, data_axes=()))
+    assert 2 not in reductions(bucketed(two_layers, DP, ("w", "u"), LAYERS, data_axes=()))
 
 
 def test_left_alone_over_one_rank():
-    assert "bucket" not in kinds(bucketed(two_layers, Mesh(dp=1), ("w", "u"), LAYERS))
+    assert 2 not in reductions(bucketed(two_layers, Mesh(dp=1), ("w", "u"), LAYERS))
 
 
 def test_left_alone_a_single_gradient():
-    assert kinds(bucketed(one_shard, DP, ("w",), SHARD)) == {"reduce_scatter": 1, "all_gather": 1}
+    assert "join-messages" not in text(bucketed(one_shard, DP, ("w",), SHARD), DP)
 
 
 def test_left_alone_gradients_of_different_dtypes():
@@ -299,7 +291,7 @@ def test_left_alone_gradients_of_different_dtypes():
         return x, average(aten.mm(aten.t(x), tangent)), average(aten.mm(aten.t(tangent_of_x), tangent_of_x))
 
     types = LAYERS | {"u": "f64[4, 4]", "tangent_of_x": "f64[8@dp, 4]"}
-    assert "bucket" not in kinds(bucketed(fn, DP, ("w", "u"), types))
+    assert 2 not in reductions(bucketed(fn, DP, ("w", "u"), types))
 
 
 def test_left_alone_gradients_over_different_mesh_dims():
@@ -308,20 +300,20 @@ def test_left_alone_gradients_over_different_mesh_dims():
         return x, all_reduce(aten.mm(aten.t(x), tangent), "dp"), all_reduce(grad, "pod")
 
     types = LAYERS | {"tangent_of_x": "f32[8@pod.dp, 4]"}
-    assert "bucket" not in kinds(bucketed(fn, BOTH, ("w", "u"), types, data_axes=("pod", "dp")))
+    assert 2 not in reductions(bucketed(fn, BOTH, ("w", "u"), types, data_axes=("pod", "dp")))
 
 
 def test_left_alone_the_first_gradient_larger_than_a_bucket():
     types = LAYERS | {"u": "f32[4, 4]"}
     gm = bucketed(two_layers, DP, ("w", "u"), types, bucket_bytes={"dp": 63})
-    assert kinds(gm) == {"all_reduce": 2}
+    assert reductions(gm) == [1, 1]
 
 
 def test_left_alone_gradients_whose_copy_costs_more_than_a_collective():
     large = dict(x="f32[8@dp, 4]", w="f32[4, 4]", u="f32[4, 65536]", tangent="f32[8@dp, 65536]")  # u: 1 MiB
-    assert kinds(bucketed(two_layers, DP, ("w", "u"), large)) == {"all_reduce": 2}
+    assert reductions(bucketed(two_layers, DP, ("w", "u"), large)) == [1, 1]
     smaller = dict(x="f32[8@dp, 4]", w="f32[4, 4]", u="f32[4, 65535]", tangent="f32[8@dp, 65535]")
-    assert kinds(bucketed(two_layers, DP, ("w", "u"), smaller)) == {"bucket": 1, "all_reduce": 1, "unbucket": 1}
+    assert reductions(bucketed(two_layers, DP, ("w", "u"), smaller)) == [2]
 
 
 def test_a_gradient_that_travels_alone_keeps_no_bucket_from_filling():
@@ -331,4 +323,4 @@ def test_a_gradient_that_travels_alone_keeps_no_bucket_from_filling():
 
     types = dict(x="f32[8@dp, 4]", a="f32[4, 4]", b="f32[4, 65536]", c="f32[4, 4]")
     types |= dict(tangent="f32[8@dp, 4]", wide="f32[8@dp, 65536]")
-    assert _bucket_sizes(bucketed(gradients, DP, ("a", "b", "c"), types)) == [2]
+    assert sorted(reductions(bucketed(gradients, DP, ("a", "b", "c"), types))) == [1, 2]

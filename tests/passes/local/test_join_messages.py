@@ -1,4 +1,4 @@
-"""Goldens of passes/join_units.py. EXPECTTEST_ACCEPT=1 rewrites the expectations."""
+"""Goldens of passes/join_messages.py. EXPECTTEST_ACCEPT=1 rewrites the expectations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.text import text
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.mesh import Mesh
-from shardc.passes.local.join_units import JoinUnits
+from shardc.passes.local.join_messages import JoinMessages
 from shardc.passes.local.localize import Localize
 from tests.build import (
     all_gather,
@@ -41,7 +41,7 @@ def joined(fn: Any, units: dict[str, str], mesh: Mesh = DP, /, plan: Any = None,
             node.meta["unit"] = units[node.name]
     inputs = random_inputs(gm)
     before = on_one_device(gm, inputs)
-    apply(JoinUnits(), gm, ctx)
+    apply(JoinMessages(), gm, ctx)
     for have, want in zip(simulated(gm, mesh, inputs), before, strict=True):
         assert torch.equal(have, want)
     return gm
@@ -70,9 +70,9 @@ def test_gathers_of_a_unit_become_one_where_the_first_was():
         shown(joined(linear, BOTH, **WEIGHTS)),
         """\
 mesh dp=2
-%all_gather_2: (f32[5, 6], f32[6]) = shardc.all_gather([%w, %b], [0, 0], dp)  # join-units
-%getitem: f32[5, 6] = getitem(%all_gather_2, 0)  # join-units
-%getitem_1: f32[6] = getitem(%all_gather_2, 1)  # join-units
+%all_gather_2: (f32[5, 6], f32[6]) = shardc.all_gather([%w, %b], [0, 0], dp)  # join-messages
+%getitem: f32[5, 6] = getitem(%all_gather_2, 0)  # join-messages
+%getitem_1: f32[6] = getitem(%all_gather_2, 1)  # join-messages
 %mm: f32[4@dp, 6] = aten.mm(%x, %getitem)
 %add: f32[4@dp, 6] = aten.add.Tensor(%mm, %getitem_1)
 return (%add)""",
@@ -87,9 +87,9 @@ mesh dp=2
 %t: f32[5, 4@dp] = aten.t(%x)
 %mm: f32[5, 6]+dp = aten.mm(%t, %tangent)
 %sum_1: f32[6]+dp = aten.sum.dim_IntList(%tangent, [0])
-%reduce_scatter_2: (f32[5@dp, 6], f32[6@dp]) = shardc.reduce_scatter([%mm, %sum_1], [0, 0], dp)  # join-units
-%getitem: f32[5@dp, 6] = getitem(%reduce_scatter_2, 0)  # join-units
-%getitem_1: f32[6@dp] = getitem(%reduce_scatter_2, 1)  # join-units
+%reduce_scatter_2: (f32[5@dp, 6], f32[6@dp]) = shardc.reduce_scatter([%mm, %sum_1], [0, 0], dp)  # join-messages
+%getitem: f32[5@dp, 6] = getitem(%reduce_scatter_2, 0)  # join-messages
+%getitem_1: f32[6@dp] = getitem(%reduce_scatter_2, 1)  # join-messages
 %div: f32[5@dp, 6] = aten.div.Tensor(%getitem, 2)
 return (%div, %getitem_1)""",
     )
@@ -99,7 +99,7 @@ def test_gradients_travel_in_the_dtype_of_the_plan():
     plan = {"reduce_dtype": {"dp": torch.bfloat16}, "data_axes": ("dp",)}
     assert_expected_inline(
         shown(joined(gradients, SCATTERS, plan=plan, **GIVEN))
-        .replace("  # join-units", "")
+        .replace("  # join-messages", "")
         .replace("_to_copy_default", "cast"),
         """\
 mesh dp=2
@@ -119,7 +119,7 @@ return (%div, %cast_3)""",
 
 
 def untouched(fn: Any, units: dict[str, str], mesh: Mesh = DP, /, **types: str) -> bool:
-    return "join-units" not in shown(joined(fn, units, mesh, **types), mesh)
+    return "join-messages" not in shown(joined(fn, units, mesh, **types), mesh)
 
 
 def test_left_alone_where_no_unit_is_served():
@@ -162,8 +162,8 @@ def test_left_alone_where_one_is_for_forward_and_one_for_backward():
         node.meta["unit"] = "layer" if "gather" in node.name else None
     late.meta["phase"] = "backward"
     apply(Localize(), gm, context(gm, DP))
-    apply(JoinUnits(), gm, context(gm, DP))
-    assert "join-units" not in text(gm, DP)
+    apply(JoinMessages(), gm, context(gm, DP))
+    assert "join-messages" not in text(gm, DP)
 
 
 def test_left_alone_where_what_is_gathered_is_computed():
