@@ -19,6 +19,7 @@ import shardc
 from shardc import FullyShard, Layout, Mesh, Plan, Program, Replicated, ShardingError
 from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.graph import copy_graph
+from shardc.compiler.ir.node import of
 from tests.acceptance.models import MLP, MLP_TP, TRANSFORMER_TP, Block, Transformer
 from tests.acceptance.plans.test_sequence_parallel import BLOCK_SP
 
@@ -55,7 +56,7 @@ def leave_out(node: Node) -> list[Node]:
     node.graph.erase_node(node)
     if call is not node:
         call.graph.erase_node(call)
-    return users
+    return [*users, *results]
 
 
 def do_twice(node: Node) -> list[Node]:
@@ -116,12 +117,12 @@ def faults(program: Program) -> Iterator[tuple[str, str, Program, set[str]]]:
 
 def _told(nodes: list[Node]) -> set[str]:
     """Names of the nodes and of the values they give: the results of a tuple, and the first value behind steps
-    inside one operator's local form."""
+    inside one operator's local form; and what such a value is called before values are made local."""
     out: set[str] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        out.add(node.name)
+        out |= {node.name, of(node).origin}
         behind = [n for n in node.users if "spec" not in node.meta or n.target is operator.getitem]
         stack += [n for n in behind if n.name not in out]
     return out

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
 
 import shardc
-from shardc import Layout, Mesh, Plan, Replicated, ShardingError
+from shardc import FullyShard, Layout, Mesh, Plan, Replicated, ShardingError
 from shardc.compiler.driver.kept_gradients import Sync
 from shardc.compiler.driver.lowering import Lowering
 from shardc.compiler.rules.table import RuleError
@@ -197,3 +197,23 @@ def test_a_gradient_is_whole_over_one_mesh_dim_before_it_is_split_over_another()
     outputs = (Layout(dp=Shard(0), tp=Shard(0)), Layout(dp=Shard(0), tp=Replicate()))
     plan = Plan(dp=Replicated(), tp=styles)
     agrees(HalfOfASum().double(), [draw(2, 2)], Mesh(dp=2, tp=2), plan, {"inputs": (None,), "outputs": outputs})
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(9, 3, batch_first=True)
+        self.conv = nn.Conv1d(2, 1, 1, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(x)
+        return self.conv(y), self.mha(y, y, y)[0]
+
+
+@pytest.mark.parametrize("reshard", [True, False, 2])
+@pytest.mark.parametrize("units", [("conv", "mha"), ("*", "*"), ("mha", "mha")])
+def test_a_unit_that_two_mesh_dims_shard_and_a_third_splits_is_gathered_in_some_order(units: tuple[str, str], reshard):
+    """Of a parameter that is gathered over dp, put together anew and gathered over dp again both moved at once."""
+    styles = {"mha": ColwiseParallel(), "conv.weight": Shard(-1), "conv.bias": Shard(0)}
+    first, second = (FullyShard(unit, reshard_after_forward=reshard) for unit in units)
+    agrees(Attends().double(), [draw(2, 2, 9)], Mesh(dp=2, cp=2, tp=2), Plan(dp=styles, cp=first, tp=second))
