@@ -41,7 +41,9 @@ ROOMS = {
     "compiler.analysis": "passes runtime",
     "compiler.proof": "",
     "compiler.driver": "passes.layouts passes.reshards passes.local",
-    **{f"tools.{m}": "compiler passes runtime" for m in "links timeline pack page program_json measured".split()},
+    "tools.links": "compiler passes runtime",
+    "tools.timeline": f"{FINISHED} compiler.ir compiler.analysis compiler.proof compiler.driver runtime",
+    **{f"tools.{m}": "compiler passes runtime" for m in "pack page program_json measured".split()},
     "tools": "passes runtime",
 }
 ALONE = ("passes",)  # rooms whose files do not know each other, but for the list of them

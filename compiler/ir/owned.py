@@ -110,7 +110,8 @@ def _shown(node: Node) -> Sequence[Node]:
         # Values that moved together are apart; over one rank each is its operand.
         return [source] if move is None else [list(move.each())[index].args[0]]
     schema = getattr(node.target, "_schema", None)
-    made = node.op != "call_function" or node.target is c.bucket
-    if made or (schema is not None and all(result.alias_info is None for result in schema.returns)):
+    if node.op != "call_function" or (
+        schema is not None and all(result.alias_info is None for result in schema.returns)
+    ):
         return ()
     return node.all_input_nodes

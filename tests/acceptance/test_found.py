@@ -210,10 +210,12 @@ class Attends(nn.Module):
         return self.conv(y), self.mha(y, y, y)[0]
 
 
-@pytest.mark.parametrize("reshard", [True, False, 2])
-@pytest.mark.parametrize("units", [("conv", "mha"), ("*", "*"), ("mha", "mha")])
-def test_a_unit_that_two_mesh_dims_shard_and_a_third_splits_is_gathered_in_some_order(units: tuple[str, str], reshard):
+@pytest.mark.parametrize("kept", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("units", [("conv", "mha"), ("mha", "conv"), ("*", "*")])
+def test_a_unit_that_two_mesh_dims_shard_and_a_third_splits_is_gathered_in_some_order(
+    units: tuple[str, str], kept: tuple[bool, bool]
+):
     """Of a parameter that is gathered over dp, put together anew and gathered over dp again both moved at once."""
     styles = {"mha": ColwiseParallel(), "conv.weight": Shard(-1), "conv.bias": Shard(0)}
-    first, second = (FullyShard(unit, reshard_after_forward=reshard) for unit in units)
+    first, second = (FullyShard(unit, reshard_after_forward=free) for unit, free in zip(units, kept, strict=True))
     agrees(Attends().double(), [draw(2, 2, 9)], Mesh(dp=2, cp=2, tp=2), Plan(dp=styles, cp=first, tp=second))
