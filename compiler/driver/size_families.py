@@ -22,6 +22,7 @@ import sympy
 from torch.fx import Node
 
 from shardc.compiler.analysis.program import Program
+from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir.graph import copy_graph
 from shardc.compiler.spec.rank_numbers import Local
 from shardc.compiler.spec.spec import Spec
@@ -118,15 +119,16 @@ class Families:
         return family
 
 
-def _family(program: Program, template: Template, base: Values, lower: Callable[[Values], Program]) -> Family:
+def _family(program: Program, template: Template, base: Values, make: Callable[[Values], Program]) -> Family:
     """Look at other sizes: first whether it matters that the mesh divides them, one group of symbols at a time, then
     at sizes where all differ."""
     size = program.mesh.size
     rows, shape = [(base, program)], _skeleton(program)
-    groups = _groups(template, base)
+    lower = _Lowered(make)
+    groups = _groups(template, base, lower)
     kept: dict[sympy.Symbol, int] = {}
     for group in groups if size > 1 else ():
-        others = [(values, lower(values)) for values in _others(template, base, group, size)]
+        others = [(v, made) for v in _others(template, base, group, size) if (made := lower(v)) is not None]
         if others and all(_skeleton(other) == shape for _, other in others):
             rows += others
         else:
@@ -136,12 +138,31 @@ def _family(program: Program, template: Template, base: Values, lower: Callable[
         raise Unfit("no other sizes take the same path")
     for values in _mixed(template, base, moves):
         other = lower(values)
+        if other is None:
+            raise Unfit("at other sizes it cannot be sharded")
         if (found := _skeleton(other)) != shape:
             raise Unfit(_difference([shape, found]))
         rows.append((values, other))
     tied = {s: group[0] for group in moves for s in group[1:]}
     fixed = tuple(s for s in base if not any(s in group for group in moves))
     return Family(program, template, base, _fitted(rows, template, tied), kept, fixed, tied)
+
+
+class _Lowered:
+    """Programs by sizes; None where an operator's rule finds sizes that do not fit each other, of which tracing knows
+    nothing: the rows of keys and of values."""
+
+    def __init__(self, lower: Callable[[Values], Program]) -> None:
+        self._lower, self._made = lower, dict[tuple, Program | None]()
+
+    def __call__(self, values: Values) -> Program | None:
+        key = tuple(values.items())
+        if key not in self._made:
+            try:
+                self._made[key] = self._lower(values)
+            except ShardingError:
+                self._made[key] = None
+        return self._made[key]
 
 
 Group = tuple[sympy.Symbol, ...]  # symbols that change together
@@ -153,12 +174,13 @@ def _nearby(template: Template, base: Values, group: Group, step: int) -> list[i
     return [n for n in values if n >= 2 and template.admits({**base, **dict.fromkeys(group, n)})]
 
 
-def _groups(template: Template, base: Values) -> list[Group]:
+def _groups(template: Template, base: Values, lower: _Lowered) -> list[Group]:
     """Each symbol that can change alone; one that cannot with others that are equal, if they can together: the rows
     of the tokens and of the targets."""
 
     def free(group: Group) -> bool:
-        return len(_nearby(template, base, group, 1)) >= ENOUGH
+        near = _nearby(template, base, group, 1)
+        return len(near) >= ENOUGH and lower({**base, **dict.fromkeys(group, near[0])}) is not None
 
     found: list[Group] = [(s,) for s in base if free((s,))]
     stuck = [s for s in base if (s,) not in found]

@@ -8,7 +8,7 @@ extends and never invents: a factor is split only if some operand already is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.sizes import named_shape
 from shardc.compiler.spec.spec import Dim, Part, Spec, axes_of, canonical, chunk, regroup, restrict
 
+MISSING = object()
 PENDING = "+"  # the choice "let the pending sum pass", beside factor names and None
 
 
@@ -34,16 +35,23 @@ class Decision:
     operands: tuple[Spec, ...]
     results: tuple[Spec, ...]
     choices: tuple[tuple[str, str | None], ...]  # (mesh dim, factor | PENDING | None)
+    passing: tuple[tuple[str, frozenset[int]], ...] = ()  # mesh dim -> the operands through which a sum may pass
 
     def factor(self, name: str) -> Dim:
         return dict(self.factors)[name]
 
 
 def decide(
-    rule: OpRule, specs: Sequence[Spec], nbytes: Sequence[int], mesh: Mesh, put_off: Sequence[str] = ()
+    rule: OpRule,
+    specs: Sequence[Spec],
+    nbytes: Sequence[int],
+    mesh: Mesh,
+    put_off: Sequence[str] = (),
+    before: Decision | None = None,
 ) -> Decision:
     """Lay out one call. specs and nbytes: per tensor operand, its layout and its global size in bytes. put_off:
-    mesh dims over which a pending sum travels on even where it grows."""
+    mesh dims over which a pending sum travels on even where it grows. before: what was decided of the same call at
+    other sizes, and is decided again where it can be."""
     axes = _axes(specs, mesh)
     if not axes:  # nothing is split, and nothing gets split
         return Decision(_whole(rule), _shapes(rule.operands, rule), _shapes(rule.results, rule), ())
@@ -54,6 +62,9 @@ def decide(
     groups: dict[str, frozenset[int]] = {}
     for axis in axes:
         choices[axis], groups[axis] = _choose(axis, rule, specs, found, nbytes, mesh, axis in put_off)
+        if before is not None and (again := dict(before.choices).get(axis, MISSING)) is not MISSING:
+            if again in (None, PENDING) or any(again in f for f in found):
+                choices[axis], groups[axis] = again, dict(before.passing)[axis]
     factors = dict(_whole(rule))
     chosen = set(choices.values())
     for f in factors:
@@ -67,7 +78,7 @@ def decide(
         for i, names in enumerate(rule.operands)
     )
     results = tuple(_result(names, factors, passed, rule, mesh) for names in rule.results)
-    return Decision(tuple(factors.items()), operands, results, tuple(choices.items()))
+    return Decision(tuple(factors.items()), operands, results, tuple(choices.items()), tuple(groups.items()))
 
 
 def _whole(rule: OpRule) -> tuple[tuple[str, Dim], ...]:
@@ -84,10 +95,14 @@ class Decisions:
 
     A rule is kept by all that it is made from, the operator, its static arguments, and what there is to know of its
     operands and results as tensors; a decision by the rule, the operands' layouts and bytes, the mesh, and where sums
-    are put off.
+    are put off. like: those of a lowering of the same graph at other sizes, which are taken over: what is less work
+    there may not be here, but it is the same program.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, like: Decisions | None = None) -> None:
+        self._like = like
+        self._by_call: dict[Any, Decision] = {}
+        self._once: dict[str, bool] = {}
         self._tensors: dict[int, tuple[torch.Tensor, tuple, int]] = {}  # held, so that no other gets its number
         self._rules: dict[Any, OpRule | None] = {}
         self._decided: dict[Any, tuple[OpRule, Decision]] = {}
@@ -111,10 +126,19 @@ class Decisions:
     def decide(self, rule: OpRule, node: Node, specs: Sequence[Spec], mesh: Mesh, put_off: Sequence[str]) -> Decision:
         """As `decide`, of a node that has this rule."""
         sizes = [self._of(val(n))[2] for n in operands(node)]
-        key = (id(rule), tuple(specs), tuple(sizes), mesh, tuple(put_off))
+        call = (node.name, tuple([(tuple([axes_of(d) for d in s.dims]), s.pending) for s in specs]))
+        before = self._like._by_call.get(call) if self._like is not None else None
+        key = (id(rule), tuple(specs), tuple(sizes), mesh, tuple(put_off), before and (before.choices, before.passing))
         if key not in self._decided:
-            self._decided[key] = rule, decide(rule, specs, sizes, mesh, put_off)
-        return self._decided[key][1]
+            self._decided[key] = rule, decide(rule, specs, sizes, mesh, put_off, before)
+        found = self._by_call[call] = self._decided[key][1]
+        return found
+
+    def once(self, question: str, answer: Callable[[], bool]) -> bool:
+        """What else depends on sizes, asked of one lowering: as it was answered at the other sizes, if it was."""
+        if self._like is not None and question in self._like._once:
+            return self._like._once[question]
+        return self._once.setdefault(question, answer())
 
     def _of(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple, int]:
         known = self._tensors.get(id(tensor))

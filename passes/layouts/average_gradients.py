@@ -114,7 +114,7 @@ def _may_start(gm: GraphModule, given: Given, ends: Collection[Node], by: int, c
     sizes = Counter()
     for node, entry in given.items():
         sizes[entry.kind] += local_nbytes(node, ctx.mesh) if node.users else 0
-    if sizes[InputKind.TANGENT] >= sizes[InputKind.PARAMETER]:
+    if not ctx.decisions.once("average early", lambda: sizes[InputKind.TANGENT] < sizes[InputKind.PARAMETER]):
         return False
     late = [n for n, entry in given.items() if entry.kind in (InputKind.TANGENT, InputKind.CARRY)]
     scaled = _scaled(gm, late, ctx)
