@@ -163,7 +163,7 @@ class Lowering:
             self._settle(dressed, decisions)
         program = self._program(dressed, sync, decisions)
         if template is not None and values is not None:
-            self._widen(form, program, template, values, (args, kwargs, sync), decisions)
+            self._widen(form, program, template, values, (args, kwargs, sync, decisions))
         key = text_key(self._call_key(args, kwargs), sync)
         self.named[key] = program
         self.traces.check(key, program.hash)
@@ -277,11 +277,9 @@ class Lowering:
             return None
         return Template.of(traced.gm, traced.signature)
 
-    def _widen(
-        self, form: Any, program: Program, template: Template, values: Values, call: tuple, decisions: Decisions
-    ) -> None:
+    def _widen(self, form: Any, program: Program, template: Template, values: Values, call: tuple) -> None:
         """Let the program serve other sizes too, if it is the same there."""
-        *given, sync = call
+        *given, sync, decisions = call
 
         def lower(values: Values) -> Program:
             return self._program(self._dressed(template.at(values), *given), sync, Decisions(decisions))
