@@ -68,8 +68,8 @@ class Lowered:
         return [c._replace(why=why(c)) for c in [*collectives_of(forward, self.mesh), *late]]
 
     def notes(self) -> list[str]:
-        """What passes report: operators without a rule, for example."""
-        return [note for record in self.records for note in record.notes]
+        """What tracing and passes report: operators without a rule, for example."""
+        return [*self.signature.notes, *(note for record in self.records for note in record.notes)]
 
 
 def input_names(signature: Signature) -> dict[str, str]:

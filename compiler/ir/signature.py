@@ -111,6 +111,7 @@ class Signature:
     positional: int
     keywords: tuple[str, ...]
     tied: Mapping[str, str]  # every other FQN of a tied parameter or buffer -> the FQN in `inputs`
+    notes: tuple[str, ...] = ()  # what tracing reports
     reads: Reads | None = field(default=None, compare=False, repr=False)  # what tracing read beside tensors
 
     def holds(self) -> bool:

@@ -44,6 +44,7 @@ from shardc.compiler.trace.torch_internals import (
     FunctionalTensor,
     TorchDispatchMode,
     TracingContext,
+    Unread,
     as_if_compiling,
     ignored_when_reading,
     is_changed,
@@ -67,6 +68,7 @@ class Program:
     attributes: Attributes
     grad: bool
     call: Call | None = None
+    notes: tuple[str, ...] = ()
     read: Callable[[], Look] | None = None  # finds what Dynamo read, where it was Dynamo
     out_spec: Any = None
     leaves: list[Any] = field(default_factory=list)  # of the result: constants, None where a tensor stands
@@ -154,6 +156,7 @@ def quiet() -> Iterator[None]:
     loggers = [logger for logger in loggers if not logger.isEnabledFor(logging.INFO)]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # it refuses next
         warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")
         warnings.filterwarnings("ignore", "Error detected in")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
@@ -175,7 +178,9 @@ def recording() -> Iterator[None]:
 
 
 def by_dynamo(module: nn.Module, program: Program, tensors: Sequence[Tensor]) -> tuple[GraphModule, TracingContext]:
-    """The captured forward, and the context AOTAutograd must run it in."""
+    """The captured forward, and the context AOTAutograd must run it in. Raises one of REFUSALS."""
+    if any(isinstance(owner, torch.jit.ScriptModule) for owner in module.modules()):
+        raise Unread("it holds a scripted module")
     args, kwargs = program.rebuild(tensors)
     root = _root(module)
     # Those that libraries add to Logger too, such as warning_once.
@@ -269,7 +274,7 @@ class Replay(Interpreter):
     def __init__(self, gm: GraphModule, graph: Graph | None = None) -> None:
         super().__init__(gm, graph=graph)
         self._marked = _Marked()
-        self._constants: list[Tensor] = []
+        self._constants: list[tuple[Tensor, int]] = []
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An input; one that is a tensor of the user's own, a constant, is copied, never to be written to."""
@@ -278,8 +283,9 @@ class Replay(Interpreter):
             return value
         if isinstance(value, FakeTensor):  # a plain attribute on meta: see trace_modules.standing_in
             raise without_data(next((n.meta.get("stack_trace") for n in self._node.users), None))
-        self._constants.append(value.clone())
-        return self._constants[-1]
+        copy = value.clone()
+        self._constants.append((copy, copy._version))
+        return copy
 
     def run_node(self, n: Node) -> Any:
         self._node = n
@@ -290,7 +296,7 @@ class Replay(Interpreter):
             self._marked.join(operands[0], result)
         elif any(t._version != v for t, v in zip(operands, versions, strict=True)):
             self._marked.sync()
-            if any(is_changed(constant) for constant in self._constants):
+            if any(constant._version != version for constant, version in self._constants):
                 raise writes_to_constant(n.meta.get("stack_trace"))
         return result
 

@@ -25,7 +25,7 @@ from shardc.compiler.rules.facts import ASSERT
 from shardc.compiler.trace.capture import Program
 from shardc.compiler.trace.sizes.data_decided import Settled, decides, is_needed, with_checks
 from shardc.compiler.trace.sizes.symbolic import SYMBOLIC, Sized, depends_on_data, symbols_of
-from shardc.compiler.trace.sources import VALUE_HELP, refusal_at
+from shardc.compiler.trace.sources import VALUE_HELP, DependsOnValues, refusal_at
 from shardc.compiler.trace.torch_internals import Gradient, Primal, Result, Tangent, is_higher_order
 
 aten = torch.ops.aten
@@ -296,7 +296,7 @@ def _refuse_unsupported(joint: Joint, needed: Iterable[Node], data: bool) -> Non
         if not data and depends_on_data(_numbers(node.meta.get("val")), sizes):
             name = str(node.target).removesuffix(".default")
             what = f"{name} makes a size or number that depends on the value of a tensor"
-            raise refusal_at(node, what, VALUE_HELP)
+            raise refusal_at(node, what, VALUE_HELP, DependsOnValues)
 
 
 def _numbers(value: Any) -> Iterator[Any]:

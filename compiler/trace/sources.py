@@ -164,10 +164,16 @@ def _backward(graph: Graph, signature: Signature) -> set[Node]:
     return late | {node for node in nodes if node not in needed}
 
 
+class DependsOnValues(ShardingError):
+    """Forward looks at what a tensor holds."""
+
+
 VALUE_HELP = (
     "compute both sides and choose with torch.where, or move the branch out of forward; "
     "a size must be a Python number, not read from a tensor"
 )
+ROOM, IN_PLACE_OF_TORCH = str(Path(__file__).parent), "rewrites.py"
+PASSING_ON = ("__torch_function__", "__torch_dispatch__")  # call what forward calls
 CAPTURE_HELP = "if it runs without compiling, move what torch cannot trace out of forward, or out of the module"
 _DATA_DEPENDENT = (
     "data-dependent",
@@ -190,18 +196,24 @@ def refusal(error: BaseException) -> ShardingError:
     stack = getattr(error, "real_stack", None) or ()
     source = next((s for s in map(_of_frame, reversed(list(stack))) if s), None)
     source = source or innermost(str(error)) or _of_traceback(error)
+    place = {"where": str(source or ""), "excerpt": _excerpt(source)}
     if depends_on_values(error):
-        what, help_ = "forward depends on the value of a tensor, which is not known when tracing", VALUE_HELP
-    else:
-        by_torch = type(error).__module__.startswith("torch")
-        verb = "cannot be traced" if by_torch else f"raises {type(error).__name__}"
-        what, help_ = f"forward {verb}: {_headline(error)}", CAPTURE_HELP
-    return ShardingError(what, where=str(source or ""), excerpt=_excerpt(source), help=help_)
+        what = "forward depends on the value of a tensor, which is not known when tracing"
+        return DependsOnValues(what, **place, help=VALUE_HELP)
+    by_torch = type(error).__module__.startswith("torch")
+    verb = "cannot be traced" if by_torch else f"raises {type(error).__name__}"
+    return ShardingError(f"forward {verb}: {headline(error)}", **place, help=CAPTURE_HELP)
 
 
-def refusal_at(node: Node, what: str, help: str) -> ShardingError:
+def is_fault(error: BaseException) -> bool:
+    """Whether it was this room that raised an error, not forward nor what forward calls."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name not in PASSING_ON]
+    return bool(frames) and frames[-1].filename.startswith(ROOM) and not frames[-1].filename.endswith(IN_PLACE_OF_TORCH)
+
+
+def refusal_at(node: Node, what: str, help: str, kind: type[ShardingError] = ShardingError) -> ShardingError:
     """The same for a node of torch's graph."""
-    return _refusal_in(node.meta.get("stack_trace"), what, help)
+    return _refusal_in(node.meta.get("stack_trace"), what, help, kind)
 
 
 def writes_to_constant(stack_trace: str | None) -> ShardingError:
@@ -220,12 +232,14 @@ def without_data(stack_trace: str | None) -> ShardingError:
     )
 
 
-def _refusal_in(stack_trace: str | None, what: str, help: str) -> ShardingError:
+def _refusal_in(
+    stack_trace: str | None, what: str, help: str, kind: type[ShardingError] = ShardingError
+) -> ShardingError:
     source = innermost(stack_trace or "")
-    return ShardingError(what, where=str(source or ""), excerpt=_excerpt(source), help=help)
+    return kind(what, where=str(source or ""), excerpt=_excerpt(source), help=help)
 
 
-def _headline(error: BaseException) -> str:
+def headline(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

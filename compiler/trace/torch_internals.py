@@ -64,12 +64,12 @@ Flat = Callable[..., tuple[Tensor, ...]]
 # ---- forward, read
 
 
-class NothingComputed(Exception):
-    """Forward calls nothing of torch's, and Dynamo gives no graph."""
+class Unread(Exception):
+    """Dynamo gives no graph, or is not asked."""
 
 
 # What says that a forward cannot be read, beside what forward itself raises.
-REFUSALS = (TorchDynamoException, PendingUnbackedSymbolNotFound, NothingComputed)
+REFUSALS = (TorchDynamoException, PendingUnbackedSymbolNotFound, Unread)
 # What Dynamo writes into a graph where forward turns gradients or autocast on or off. They have no other name.
 AMBIENT = (
     torch._C._set_grad_enabled,
@@ -84,7 +84,7 @@ def read_bytecode(root: nn.Module, args: Any, kwargs: Any, **options: Any) -> tu
     with dynamo_config.patch(**options), get_metrics_context(), dynamo_timed("fullgraph_capture"):
         captured = fullgraph_capture(root, args, kwargs)
     if captured.backend_input is None:
-        raise NothingComputed("forward computes nothing")
+        raise Unread("forward computes nothing")
     return create_fx_graph_from_captured_output(captured, root, args, kwargs), captured
 
 

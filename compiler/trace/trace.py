@@ -46,8 +46,8 @@ from shardc.compiler.trace.module.stand_ins import (
 )
 from shardc.compiler.trace.sizes.data_decided import data_mode
 from shardc.compiler.trace.sizes.symbolic import symbolic_mode, symbolic_stand_in
-from shardc.compiler.trace.sources import VALUE_HELP, annotate, depends_on_values, refusal
-from shardc.compiler.trace.torch_internals import FakeTensorMode, as_they_run, aside, capturing, joint_graph
+from shardc.compiler.trace.sources import DependsOnValues, annotate, depends_on_values, headline, is_fault, refusal
+from shardc.compiler.trace.torch_internals import REFUSALS, FakeTensorMode, as_they_run, aside, capturing, joint_graph
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +56,13 @@ def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
     """`trace_once`, and where data decides some size or number, once more so that it may."""
     try:
         return trace_once(module, args, kwargs, **options)
-    except ShardingError as error:
-        if error.help != VALUE_HELP or options.get("symbolic"):
+    except DependsOnValues as error:
+        if options.get("symbolic"):
             raise
         try:
             return trace_once(module, args, kwargs, **options, data=True)
-        except ShardingError as other:
-            told = error if other.help == VALUE_HELP else other
-            raise told from told.__cause__
+        except DependsOnValues:
+            raise error from error.__cause__
 
 
 def trace_once(
@@ -119,39 +118,41 @@ def trace_once(
     _refuse_or_report(program, held, signature, call)
     annotate(gm.graph, signature, module)
     gm.graph.lint()
-    return Traced(gm, replace(signature, reads=reads_of(module, program.read, program.changed)))
+    return Traced(gm, replace(signature, reads=reads_of(module, program.read, program.changed), notes=program.notes))
 
 
 def _joint(
     module: nn.Module, program: Program, fakes: Sequence[Tensor], tensors: Sequence[Tensor], data: bool
 ) -> GraphModule:
-    """torch's joint graph: by Dynamo where it can, else by running forward on fake tensors."""
+    """torch's joint graph: of what Dynamo reads, and where it refuses to, of forward as it runs on fake tensors."""
     flat = [*fakes, *tensors]
-    scripted = any(isinstance(owner, torch.jit.ScriptModule) for owner in module.modules())
-    refused: ShardingError | None = None
     with quiet():
-        if not scripted:
-            try:
-                return export_layers(program, flat, *by_dynamo(module, program, tensors))
-            except ShardingError:
-                raise
-            except Exception as error:
-                if depends_on_values(error):  # or only a function does that has another form: trace_rewrites.py
-                    refused = refusal(error)
-                    refused.__cause__ = error
-                log.info("tracing by dispatch, as Dynamo says: %s", error)
-        program.read = None
-        with _drawing_nothing():
-            try:
-                program.call = by_dispatch(module, blind=data or refused is not None)
-                return joint_graph(program.run, flat, None)
-            except ShardingError as error:
-                raise (refused if refused and refused.where else error) from None
-            except Exception as error:
-                if refused is not None:
-                    placed = not refused.where and depends_on_values(error)
-                    raise (refusal(error) if placed else refused) from refused.__cause__
-                raise refusal(error) from error
+        try:
+            captured = by_dynamo(module, program, tensors)
+        except REFUSALS as error:
+            program.read, refused = None, error
+        else:
+            return _run(lambda: export_layers(program, flat, *captured))
+        told = refusal(refused) if depends_on_values(refused) else None  # or only a function does: see rewrites.py
+        program.notes = (f"traced by dispatch, where forward runs once: {headline(refused)}",)
+        program.call = by_dispatch(module, blind=data or told is not None)
+        try:
+            with _drawing_nothing():
+                return _run(lambda: joint_graph(program.run, flat, None))
+        except ShardingError as error:
+            raise (told if told and told.where else error) from (refused if told else error.__cause__)
+
+
+def _run(step: Callable[[], GraphModule]) -> GraphModule:
+    """What forward does wrong is told to its author. What this room does wrong stays as it is."""
+    try:
+        return step()
+    except ShardingError:
+        raise
+    except Exception as error:
+        if is_fault(error):
+            raise
+        raise refusal(error) from error
 
 
 @contextmanager

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from shardc.compiler.errors import ShardingError
+from shardc.compiler.trace import capture
+from shardc.compiler.trace.layers import copy_layers
 from shardc.compiler.trace.trace import trace
 
 X = torch.randn(3, 4)
@@ -324,3 +326,30 @@ def test_a_python_module_in_a_scripted_one():
     module._modules._python_modules["extra"] = nn.Linear(4, 4)
     with pytest.raises(RuntimeError, match="has a Python module"):
         trace(nn.Sequential(module), (X,))
+
+
+class Unreadable(Base):
+    @torch.compiler.disable
+    def scaled(self, x):
+        return x * self.count
+
+    def forward(self, x):
+        return self.scaled(self.fc(x))
+
+
+def test_what_is_traced_by_dispatch_says_so_and_why():
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    assert trace(Base().fc, (X,)).signature.notes == ()
+    for module, why in ((scripted, "it holds a scripted module"), (Unreadable(), "torch.compiler.disable")):
+        (note,) = trace(module, (X,)).signature.notes
+        assert note.startswith("traced by dispatch, where forward runs once: ") and why in note
+
+
+@pytest.mark.parametrize(
+    "place, name",
+    [(copy_layers, "repeats"), (copy_layers, "joint_graph"), (capture, "opened"), (capture, "read_bytecode")],
+)
+def test_a_fault_of_its_own_is_no_reason_to_trace_another_way(monkeypatch, place, name):
+    monkeypatch.setattr(place, name, None)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        trace(Base().fc, (X,))

@@ -7,9 +7,9 @@ those look like. Afterwards each pair gives way to a copy of its layer's joint g
     %layer = shardc.layer([%x, %w], "forward 3 ...")            %mm = aten.mm(%x, %w)
     %layer_1 = shardc.layer([%grad], "backward 3 ...")    ==>   %mm_1 = aten.mm(%grad, %t)
 
-Which operators, gradients' sums and draws there are, and their order, is AOTAutograd's business as before. Where a
-layer does what a function of its inputs cannot (it writes to one, gives a view of one, leaves autocast on), or anything
-at all goes wrong, the ordinary trace is made, and its errors are the user's.
+Which operators, gradients' sums and draws there are, and their order, is AOTAutograd's business as before. A layer
+that does what a function of its inputs cannot (it writes to one, gives a view of one, leaves autocast on) is traced in
+its place.
 """
 
 from __future__ import annotations
@@ -359,8 +359,5 @@ def export_layers(program: Program, flat: Sequence[Tensor], gm: GraphModule, con
         except Unfit as unfit:
             log.info("a layer is traced in place: %s", unfit)
             places = [place for place in places if place.layer is not unfit.layer]
-        except Exception as error:
-            log.info("every layer is traced in place: %s", error)
-            break
     program.call = replay(gm)
     return joint_graph(program.run, flat, context)

@@ -97,7 +97,7 @@ def repeats(graph: Graph) -> list[Place]:
     """The places of layers, in order; none where the graph has what cannot be told to be inside or outside of one."""
     nodes = list(graph.nodes)
     calls = [n for n in nodes if n.op not in ("placeholder", "get_attr", "output")]
-    if any(n.op == "call_module" or _changes_how_others_behave(n) for n in _with_bodies(calls)):
+    if not calls or any(n.op == "call_module" or _changes_how_others_behave(n) for n in _with_bodies(calls)):
         return []
     at = {n: i for i, n in enumerate(nodes)}
     root = _run(calls, 0)
