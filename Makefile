@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser check house sweep zoo bench soak fuzz clean
+.PHONY: help demo test test-browser check nightly house sweep zoo bench soak fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,14 @@ check: $(READY) ## lint, format, types and the fast tests: all but acceptance an
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/pytest -n 2 -m "not slow and not ranks" --ignore=tests/acceptance
+
+TORCH ?= 2.15.0
+OTHER := build/torch-$(TORCH)
+nightly: ## what tracing relies on, against another torch (TORCH=2.14.1), in a venv of its own under build/
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	grep -vE '^(torch|setuptools)==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install -c $(OTHER)/constraints.txt torch==$(TORCH) -e '.[dev]'
+	$(OTHER)/bin/pytest tests/trace tests/acceptance/test_ops.py tests/acceptance/test_results.py
 
 house: $(READY) ## the rooms in figures: files, lines, circles, imports upward; fails where one is over
 	$(BIN)/python tests/house.py

@@ -16,7 +16,6 @@ from models.gpt import GPT, Block, loss_of
 from torch import Tensor, nn
 
 Step = Callable[[Tensor, Tensor], Tensor]
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class _Enter(torch.autograd.Function):
@@ -119,7 +118,7 @@ class _Unit:
 
     def gathered(self) -> list[Tensor]:
         flat = self.shard.new_empty(self.shard.numel() * self.world)
-        _gather(flat, self.shard.detach())
+        dist.all_gather_single(flat, self.shard.detach())
         return self.apart(flat)
 
     def apart(self, flat: Tensor) -> list[Tensor]:

@@ -33,10 +33,6 @@ from shardc.compiler.ir.routes import reduced, scattered, swaps
 from shardc.runtime.shards import combine
 from shardc.runtime.wire.flat_pieces import Pieces, as_bytes, flattened, plain, room
 
-# torch 2.13 has these under new names and warns about the old ones, which are all that 2.11 has
-_gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_pieces = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 PATIENCE = timedelta(seconds=2)  # before a rank looks whether the others are elsewhere
 
 
@@ -180,7 +176,7 @@ class Collective:
         if len(flats) > 1 or numel < longest:
             row = room(flats[0], longest)
             torch.cat(flats, out=row[:numel])
-        return self._issue(_gather_whole, as_bytes(rows.view(-1)), as_bytes(row)), rows, row
+        return self._issue(dist.all_gather_single, as_bytes(rows.view(-1)), as_bytes(row)), rows, row
 
     def _swap(self, mine: Tensor, other: Tensor) -> tuple[Any, Tensor]:
         """Two ranks give each other what they have."""
@@ -314,7 +310,7 @@ class ReduceScatter(Collective):
         pieces, mine = self.pieces, self.pieces.numels[self.line.index]
         if self._is_backends(laid.flat):
             total = room(laid.flat, pieces.longest)
-            work = self._issue(_reduce_pieces, total, laid.flat, dist.ReduceOp.SUM)
+            work = self._issue(dist.reduce_scatter_single, total, laid.flat, dist.ReduceOp.SUM)
             return Issued(work, lambda: self._mine(total[:mine]), laid.flat)
         work, summands = self._summands(laid.flat, pieces.numels)
         return Issued(work, lambda: self._mine(combine(self.op, summands)), laid.flat)

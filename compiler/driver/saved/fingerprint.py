@@ -13,12 +13,16 @@ import re
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 HOOKS = re.compile("^_(forward|backward).*_hooks")
+ROOMS = Path(__file__).parents[2]
+TRACER = ("trace", "ir", "rules", "spec")
 FRAMEWORK = "torch."  # whose source its version stands for
 
 
@@ -30,7 +34,14 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
     for name in sorted({type(owner).__module__ for owner in module.modules()}):
         if not f"{name}.".startswith(FRAMEWORK):
             found[f"source {_plain(name)}"] = _digest(_source(name))
-    return found
+    return found | {"source of the tracer": tracer()}
+
+
+@cache
+def tracer() -> str:
+    """What traces, and what it writes into a graph."""
+    files = sorted(path for room in TRACER for path in (ROOMS / room).rglob("*.py"))
+    return _digest(b"".join(path.read_bytes() for path in files))
 
 
 def _described(owner: nn.Module) -> Iterator[str]:

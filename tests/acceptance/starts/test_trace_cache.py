@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 import shardc
 from shardc.compiler.driver import lowering
 from shardc.compiler.driver import program_cache as entries
+from shardc.compiler.driver.saved import fingerprint
 from shardc.compiler.driver.saved.trace_folder import FOLDER
 
 PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -94,6 +96,22 @@ def test_an_entry_of_another_module_is_refused_and_made_anew(traces, caplog):
     assert len(traces) == 2 and "refused" in caplog.text and "module" in caplog.text
     torch.manual_seed(0)
     torch.testing.assert_close(out, Net(0.5)(torch.ones(4, 6)))
+
+
+def test_an_entry_of_another_tracer_is_refused_and_made_anew(traces, caplog, monkeypatch, tmp_path):
+    started()
+    rooms = tmp_path / "compiler"
+    shutil.copytree(fingerprint.ROOMS, rooms)
+    monkeypatch.setattr(fingerprint, "ROOMS", rooms)
+    for file, again in (("plan/keys.py", 0), ("trace/capture.py", 1), ("rules/checks.py", 1)):
+        (rooms / file).write_text((rooms / file).read_text() + "# a change\n")
+        fingerprint.tracer.cache_clear()
+        with caplog.at_level(logging.WARNING, "shardc.compiler.driver.saved.trace_folder"):
+            before = len(traces)
+            started()
+        assert len(traces) - before == again
+    assert "the tracer" in caplog.text
+    fingerprint.tracer.cache_clear()
 
 
 def test_nothing_is_kept_where_no_folder_is_named(traces, monkeypatch, tmp_path):
