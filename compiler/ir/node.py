@@ -6,7 +6,6 @@ Its value and layouts are asked for by functions (`val`, `tensors`, `spec`, `spe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
@@ -176,13 +175,22 @@ def nbytes(node: Node) -> int:
     return sum(t.numel() * t.element_size() for t in tensors(node))
 
 
+def local_value(node: Node, mesh: Mesh) -> Any:
+    """What rank 0, which holds the largest piece of everything, holds of a node, on meta; of several results those
+    that are None keep their place."""
+    values, layouts, at = tensors(node), specs(node), mesh.coords(0)
+    if not layouts or len(layouts) != len(values):
+        return of(node).local
+    pairs = zip(values, layouts, strict=True)
+    made = [torch.empty(layout.local_shape(mesh, at), dtype=t.dtype, device="meta") for t, layout in pairs]
+    if isinstance(val(node), torch.Tensor):
+        return made[0]
+    return tuple(made.pop(0) if isinstance(x, torch.Tensor) else None for x in val(node))
+
+
 def local_nbytes(node: Node, mesh: Mesh) -> int:
-    """Bytes rank 0, which holds the largest piece of everything, holds of a node."""
-    values, layouts = tensors(node), specs(node)
-    if layouts and len(layouts) == len(values):
-        shapes = [s.local_shape(mesh, mesh.coords(0)) for s in layouts]
-        return sum(math.prod(n) * t.element_size() for n, t in zip(shapes, values, strict=True))
-    return sum(t.numel() * t.element_size() for t in tensors_in(node.meta.get("local")))
+    """Bytes that rank 0 holds of a node."""
+    return sum(t.numel() * t.element_size() for t in tensors_in(local_value(node, mesh)))
 
 
 def is_random(node: Node) -> bool:

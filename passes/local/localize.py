@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.infer.infer import Decision, Decisions, OpRule, call_rule, decide_node
 from shardc.compiler.ir.collectives import all_reduce, fetch, indices_of, make_partial
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.node import of, operands, specs, tensors
+from shardc.compiler.ir.node import local_value, of, operands, specs
 from shardc.compiler.ir.rewrite import become, emit, replace
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
@@ -185,13 +185,3 @@ class GraphSite:
 
 def _shape(spec: Spec) -> list[Any]:
     return [local_size(dim) for dim in spec.dims]
-
-
-def local_value(node: Node, mesh: Mesh) -> Any:
-    """What rank 0 holds of a node, as a tensor on meta: rank 0's piece is the largest of any."""
-    if of(node).local is None:
-        coords = mesh.coords(0)
-        shapes = [s.local_shape(mesh, coords) for s in specs(node)]
-        values = [torch.empty(n, dtype=t.dtype, device="meta") for t, n in zip(tensors(node), shapes, strict=True)]
-        of(node).local = values[0] if len(values) == 1 else values
-    return of(node).local
