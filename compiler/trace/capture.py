@@ -30,6 +30,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 
 from shardc.compiler.rules.checks import CHECK
+from shardc.compiler.rules.facts import written
 from shardc.compiler.trace.module.attributes import Attributes
 from shardc.compiler.trace.module.reads import Look, of_guards
 from shardc.compiler.trace.module.results import opened
@@ -320,13 +321,6 @@ class _Alias(TorchFunctionMode):
         super().__exit__(*error)
 
 
-def _written(func: Any, args: Sequence[Any]) -> Iterator[Any]:
-    """The arguments that an operator writes to."""
-    for declared, value in zip(func._schema.arguments, args, strict=False):
-        if declared.alias_info is not None and declared.alias_info.is_write:
-            yield value
-
-
 class _Stamp(TorchDispatchMode):
     """Gives each recorded operator the source line and the module it is called from."""
 
@@ -341,7 +335,8 @@ class _Stamp(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         line, owner = self._caller()
-        if any(isinstance(t, Tensor) and not isinstance(t, FunctionalTensor) for t in _written(func, args)):
+        changed = [x for _, x in written(func, args, kwargs or {}) if isinstance(x, Tensor)]
+        if not all(isinstance(x, FunctionalTensor) for x in changed):
             raise writes_to_constant(line)
         meta = fx_traceback.current_meta
         meta["stack_trace"] = line

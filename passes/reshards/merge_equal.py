@@ -26,18 +26,9 @@ from shardc.compiler.pipeline.stages import Stage
 
 @dataclass(frozen=True)
 class MergeEqual:
-    stage: Stage = Stage.RESHARDED
-
     name = "merge-equal"
+    takes = gives = Stage.RESHARDED
     exact = True
-
-    @property
-    def takes(self) -> Stage:
-        return self.stage
-
-    @property
-    def gives(self) -> Stage:
-        return self.stage
 
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes: Counter = Counter()

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardc.compiler.errors import ShardingError
+from shardc.compiler.rules import facts
 from shardc.compiler.user_code import call_site, is_users
 from shardc.runtime.values.recipe import Recipe, Step, generator_of, unreplayable
 from shardc.runtime.values.replay import Replay
@@ -163,7 +164,7 @@ class _Recorder(TorchDispatchMode):
             return  # a new storage, or a view of one: no values yet
         makes = tuple(dict.fromkeys(recipe.ref(x).storage for x in fresh))
         before = self.state(self._generator(args, kwargs, func)) if random else None
-        pure = name in PURE or all(a.kwarg_only for a in func._schema.arguments if _writes(a))
+        pure = name in PURE or all(a.kwarg_only for a, _ in facts.written(func, args, kwargs))
         pure = bool(writes) and pure
         recipe.add(Step(func, given_args, given_kwargs, refs, makes, writes, pure, before, call_site()))
         if random:
@@ -201,18 +202,10 @@ class _Recorder(TorchDispatchMode):
         self.recipe.marks[generator.get_state().numpy().tobytes()] = step
 
 
-def _writes(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
-
-
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that a call changes."""
-    found = []
-    for i, argument in enumerate(func._schema.arguments):
-        if _writes(argument):
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
-    return found
+    leaves = pytree.tree_leaves([value for _, value in facts.written(func, args, kwargs)])
+    return [x for x in leaves if isinstance(x, Tensor)]
 
 
 def _on_meta(x: Tensor) -> Tensor:

@@ -144,7 +144,3 @@ def test_left_alone_what_backward_makes_again_on_purpose(key: str):
 def test_what_is_kept_for_backward_is_one():
     _, changes = merged(both_ways, **BOTH)
     assert changes == {"merged": 1}
-
-
-def test_the_pass_runs_at_the_stage_that_it_is_given():
-    assert (MergeEqual(Stage.TRACED).takes, MergeEqual(Stage.TRACED).gives) == (Stage.TRACED, Stage.TRACED)
