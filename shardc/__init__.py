@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from shardc.compiler.errors import CheckpointError, PlanError, RankFailure, RankMismatchError, ShardingError
     from shardc.compiler.ir.marks import constrain
     from shardc.compiler.plan.annotate import fully_shard, replicate
-    from shardc.compiler.plan.plan import FullyShard, Layout, Plan, Precision, Replicated
+    from shardc.compiler.plan.entries import FullyShard, Replicated
+    from shardc.compiler.plan.layout import Layout, Precision
+    from shardc.compiler.plan.plan import Plan
     from shardc.compiler.proof.check_rule import check_rule, discover_rule
     from shardc.compiler.rules.table import rule
     from shardc.compiler.spec.mesh import Mesh
@@ -54,16 +56,16 @@ __all__ = [
 _HOME = {
     "CheckpointError": "shardc.compiler.errors",
     "CompiledModule": "shardc.compiler.driver.compile",
-    "FullyShard": "shardc.compiler.plan.plan",
-    "Layout": "shardc.compiler.plan.plan",
+    "FullyShard": "shardc.compiler.plan.entries",
+    "Layout": "shardc.compiler.plan.layout",
     "Mesh": "shardc.compiler.spec.mesh",
     "Plan": "shardc.compiler.plan.plan",
     "PlanError": "shardc.compiler.errors",
-    "Precision": "shardc.compiler.plan.plan",
+    "Precision": "shardc.compiler.plan.layout",
     "Program": "shardc.compiler.driver.compile",
     "RankFailure": "shardc.compiler.errors",
     "RankMismatchError": "shardc.compiler.errors",
-    "Replicated": "shardc.compiler.plan.plan",
+    "Replicated": "shardc.compiler.plan.entries",
     "ShardingError": "shardc.compiler.errors",
     "check_rule": "shardc.compiler.proof.check_rule",
     "compile": "shardc.compiler.driver.compile",

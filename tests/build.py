@@ -32,8 +32,8 @@ from shardc.compiler.ir.signature import Input, InputKind, Output, OutputKind, S
 from shardc.compiler.ir.text import text
 from shardc.compiler.pipeline.runner import Context, Record, Runner
 from shardc.compiler.pipeline.stages import Stage, verify
+from shardc.compiler.plan.call_layouts import CallLayouts
 from shardc.compiler.plan.resolved import ParamLayout, Resolved
-from shardc.compiler.plan.roots import RootLayouts
 from shardc.compiler.rules.ops import all_rules as _rules  # noqa: F401  fills the rule table
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.mesh import Mesh
@@ -192,11 +192,11 @@ def context(gm: GraphModule, mesh: Mesh, gradients: Sequence[str] = (), **plan: 
     results = len(ends) - len(gradients)
     outputs = [Output(str(n), OutputKind.OUTPUT, f"[{i}]", requires_grad=True) for i, n in enumerate(ends[:results])]
     outputs += [Output(None, OutputKind.GRADIENT, name, of=order.index(name)) for name in gradients]
-    axes = plan.setdefault("data_axes", ())
-    roots = RootLayouts(plan.pop("inputs", None), plan.pop("outputs", None), lambda x: x, mesh.names, axes)
+    plan.setdefault("data_axes", ())
+    calls = CallLayouts(plan.pop("inputs", None), plan.pop("outputs", None), lambda x: x, mesh.names)
     fields: dict[str, Any] = dict(
-        mesh=mesh, params=params, buffers={}, boundaries=(), marked=(), positional={}, counts={},
-        bucket_bytes={}, reduce_dtype={}, roots=roots, order=mesh.names,
+        mesh=mesh, params=params, buffers={}, borders=(), positional={}, counts={},
+        bucket_bytes={}, reduce_dtype={}, calls=calls,
     )  # fmt: skip
     options = {k: plan.pop(k) for k in ("keep", "strict", "carries") if k in plan}
     signature = Signature(tuple(inputs), tuple(outputs), None, None, (), 0, (), {})
@@ -219,8 +219,8 @@ def param(
     (x,) = tensors(node)
     whole = Spec.whole(x.shape).text()
     stored = stored or whole
-    layouts = [parse(text, mesh)[1] for text in (stored, compute or stored, kept or compute or stored)]
-    return ParamLayout(node.name, x.dtype, True, *layouts, frozenset(open), **more)
+    rest, used, between = (parse(text, mesh)[1] for text in (stored, compute or stored, kept or compute or stored))
+    return ParamLayout(node.name, x.dtype, True, rest, used, between, frozenset(open), **more)
 
 
 def apply(step: Any, gm: GraphModule, ctx: Context) -> Record:

@@ -17,10 +17,9 @@ from shardc.compiler.driver.fill import Filling, check_init
 from shardc.compiler.driver.lowering import Lowering
 from shardc.compiler.driver.precision import with_precision
 from shardc.compiler.errors import PlanError
-from shardc.compiler.plan.layout import Precision, bad_option
+from shardc.compiler.plan.layout import Precision, bad_option, shown
 from shardc.compiler.plan.match import did_you_mean, find
 from shardc.compiler.plan.resolve import check_placements, mesh_dims, resolve
-from shardc.compiler.plan.wording import shown
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.user_code import call_site, warn_user
 from shardc.passes.pipeline import OPTIONAL

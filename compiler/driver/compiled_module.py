@@ -154,10 +154,8 @@ class CompiledModule(nn.Module):
 
     def _split_over(self, name: str) -> tuple[str, ...]:
         """The mesh dims along which ranks have different gradients of a parameter."""
-        plan, mesh = self._lowering.plan, self._lowering.mesh
-        own = plan.canonical(name)
-        axes = {*plan.params[own].stored.axes(), *plan.params[own].local}
-        return tuple(a for a in mesh.names if a in axes)
+        layout = self._lowering.plan.layout(name)
+        return tuple(a for a in self._lowering.mesh.names if layout and a in (*layout.stored.axes(), *layout.local))
 
     def _sync(self) -> Sync:
         if self._lowering.ranks is None or not torch.is_grad_enabled():
@@ -260,11 +258,7 @@ class CompiledModule(nn.Module):
         return local if ranks is None else as_dtensor(local, self._stored(key), ranks.device_mesh)
 
     def _stored(self, key: str) -> Spec:
-        plan: Resolved = self._lowering.plan
-        layout = plan.layout(key)
-        if layout is None:
-            return Spec.whole(self._owners.get(key).shape)
-        return layout.stored
+        return self._lowering.plan.stored(key, self._owners.get(key).shape)
 
     def follow(self, follower: Callable[[nn.Parameter, Callable[[Tensor], Tensor]], None]) -> None:
         """Have a function called for each parameter that the first program stores in another layout, with what

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardc.compiler.errors import CheckpointError, PlanError
+from shardc.compiler.plan.layout import shown
 from shardc.compiler.plan.resolved import Resolved
-from shardc.compiler.plan.wording import shown
 from shardc.runtime.run.ranks import Ranks
 from shardc.runtime.values.deferred import check_fillable, drop_recipes, owners, recipes, record_init, tensors
 from shardc.runtime.values.materialize import fill, put
@@ -140,7 +140,7 @@ class Filling:
         if self.ranks is None or not isinstance(x, nn.Parameter):
             made = torch.empty_like(x, device=device)
             return nn.Parameter(made, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else made
-        spec = self.plan.params[self.plan.canonical(name)].stored
+        spec = self.plan.stored(name, x.shape)
         local = torch.empty(spec.local_shape(self.ranks.mesh, self.ranks.coords), dtype=x.dtype, device=device)
         piece = local if spec.is_whole else as_dtensor(local, spec, self.ranks.device_mesh)
         return nn.Parameter(piece, requires_grad=x.requires_grad)
@@ -197,7 +197,5 @@ class Filling:
             put(self.model, fqn, made[id(x)])
 
     def _held_by(self, x: Tensor, fqn: str, ranks: Ranks) -> Tensor:
-        layout = self.plan.layout(fqn)
-        if layout is None or layout.stored.is_whole:
-            return x
-        return shard(x, layout.stored, ranks.device_mesh, ranks.coords)
+        spec = self.plan.stored(fqn, x.shape)
+        return x if spec.is_whole else shard(x, spec, ranks.device_mesh, ranks.coords)

@@ -28,10 +28,11 @@ from shardc.compiler.driver.saved.saved_programs import Traces, about, load, sav
 from shardc.compiler.driver.size_families import Families, Unfit
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.infer.infer import Decisions
+from shardc.compiler.infer.marked_layouts import check_counts, input_layouts
 from shardc.compiler.infer.open_splits import refinements
-from shardc.compiler.infer.root_layouts import border_layout, check_counts, input_layouts, needs_trace
 from shardc.compiler.ir.carry import add_carries
 from shardc.compiler.ir.graph import copy_graph, placeholders, returned
+from shardc.compiler.ir.marks import border_key
 from shardc.compiler.ir.node import is_random
 from shardc.compiler.ir.owned import read_later
 from shardc.compiler.ir.signature import InputKind, OutputKind, Signature, Traced
@@ -144,7 +145,7 @@ class Lowering:
 
     def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync) -> Entry:
         check_call(self.module, args, kwargs)
-        self.plan.roots.check_call(args, kwargs)
+        self.plan.calls.check_call(args, kwargs)
         self.plan.check_count("", "in", len(args))
         form = (self._call_key(args, kwargs, sizes=False), sync)
         program = self._of_family(form, args, kwargs)
@@ -193,7 +194,7 @@ class Lowering:
         """Raises PlanError where forward returns another number of values than there are layouts for."""
         count = signature.out_spec.num_leaves
         result = pytree.tree_unflatten([None] * count, signature.out_spec)
-        self.plan.roots.check_result(result)
+        self.plan.calls.check_result(result)
         if isinstance(result, (tuple, list)):
             self.plan.check_count("", "out", len(result))
 
@@ -289,7 +290,7 @@ class Lowering:
             log.info("dynamic: %s", family.note())
         except Unfit as error:
             log.warning("dynamic: this program is for its own sizes only: %s", error)
-        if self.ranks is not None and needs_trace(self.plan):
+        if self.ranks is not None and self.plan.declares_inside:
             self._layouts[form] = self._layouts_of(*given)
 
     def _program(self, traced: Traced, sync: Sync, decisions: Decisions) -> Program:
@@ -319,9 +320,11 @@ class Lowering:
 
     def _layouts_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[dict[str, Any] | None] | None:
         """Per leaf of the arguments, the layout it is passed in, where only the graph shows it."""
-        if self.ranks is None or not needs_trace(self.plan):
+        if self.ranks is None or not self.plan.declares_inside:
             return None
-        return self._traced_layouts(self._traced(self._computed(args, kwargs), grad=True))
+        traced = self._traced(self._computed(args, kwargs), grad=True)
+        found = input_layouts(traced.gm, traced.signature, self.plan)
+        return [None if leaf.input is None else found[leaf.input] for leaf in traced.signature.leaves]
 
     def _known(self, grad: bool | None = None) -> dict[str, Any]:
         """What tracing is told beside the call."""
@@ -376,11 +379,6 @@ class Lowering:
                 help=f"say so: compile(..., inputs={{{name!r}: Layout(...)}}), or redistribute it before the call",
             )
 
-    def _traced_layouts(self, traced: Traced) -> list[dict[str, Any] | None]:
-        """Per leaf of the arguments, the layout it is passed in, as the graph shows it."""
-        found = input_layouts(traced.gm, traced.signature, self.plan)
-        return [None if leaf.input is None else found[leaf.input] for leaf in traced.signature.leaves]
-
     def _global_call(self, args: Any, kwargs: Any, layouts: Sequence[Any] | None) -> tuple[tuple, dict]:
         """The arguments with meta tensors of global shape in place of pieces."""
         names = argument_names(self.module, args, kwargs)
@@ -388,7 +386,8 @@ class Lowering:
         for i, (x, (name, head)) in enumerate(zip(leaves, names, strict=True)):
             if not isinstance(x, Tensor):
                 continue
-            layout = layouts[i] if layouts is not None else border_layout(name, head, x.dim(), self.plan)
+            entering = [border_key("", "in", head)]
+            layout = layouts[i] if layouts is not None else self.plan.root_layout("in", name, x.dim(), entering)
             self._check_label(x, name, layout or {})
             shape = global_shape(x, layout or {}, self.mesh)
             if shape != tuple(x.shape):

@@ -5,6 +5,7 @@ Annotations live beside the modules, not on them: nothing shows in `state_dict`,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,26 +16,15 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.plan.layout import bad_option
+from shardc.compiler.plan.entries import FullyShard, Replicated, check_megabytes
+from shardc.compiler.plan.layout import bad_option, shown
 from shardc.compiler.plan.match import did_you_mean
-from shardc.compiler.plan.plan import FullyShard, Replicated, check_megabytes
-from shardc.compiler.plan.wording import shown
 from shardc.compiler.user_code import call_site
 
 Annotated = TypeVar("Annotated", bound=nn.Module)
 DEFAULT_MESH_DIM = "dp"
-# They tune how DistributedDataParallel finds and packs gradients; the compiled program needs no such help.
-DDP_OPTIONS = (
-    "find_unused_parameters",
-    "gradient_as_bucket_view",
-    "static_graph",
-    "broadcast_buffers",
-    "init_sync",
-    "check_reduction",
-    "skip_all_reduce_unused_params",
-    "batched_grad_copy",
-    "forward_sync_buffers",
-)
+# They tune how it finds and packs gradients; the compiled program needs no such help.
+DDP_OPTIONS = tuple(inspect.signature(nn.parallel.DistributedDataParallel).parameters)[1:]
 ELSEWHERE = {
     "mixed_precision": "use the option precision of compile",
     "process_group": "use the option mesh of compile",

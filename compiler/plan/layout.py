@@ -1,4 +1,4 @@
-"""How users write layouts and dtypes: `Layout` over named mesh dims, `Precision`, and their checks."""
+"""How users write layouts and dtypes: placements, `Layout` over named mesh dims, `Precision`, and their checks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import Placement
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardc.compiler.errors import PlanError
 from shardc.compiler.ir.marks import parse_placement, placement_text
 from shardc.compiler.plan.match import did_you_mean
-from shardc.compiler.plan.styles import PLACEMENTS
-from shardc.compiler.plan.wording import placement_code, shown
+
+PLACEMENTS = (Shard, Replicate, Partial, _StridedShard)
 
 
 @dataclass(frozen=True, init=False)
@@ -103,6 +104,36 @@ def unknown_mesh_dim(axis: str, names: tuple[str, ...], what: str) -> PlanError:
         f"{what} names the mesh dim {axis}, but the mesh has {', '.join(names) or 'none'}",
         help=did_you_mean(axis, names),
     )
+
+
+def placement_code(placement: Placement) -> str:
+    """A placement as it would be written: `Shard(0)`, `Replicate()`, `Partial("max")`."""
+    if isinstance(placement, _StridedShard):
+        return f"_StridedShard({placement.dim}, split_factor={placement.split_factor})"
+    if isinstance(placement, Shard):
+        return f"Shard({placement.dim})"
+    if isinstance(placement, Partial):
+        return "Partial()" if placement.reduce_op == "sum" else f'Partial("{placement.reduce_op}")'
+    return "Replicate()"
+
+
+def shown(value: object) -> str:
+    """A value in an error message, kept short."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text and " at 0x" not in text else f"a {type(value).__name__}"
+
+
+def counted(placement: Placement, ndim: int, what: str, excerpt: str = "") -> Placement:
+    """The placement with its dim counted from the front. PlanError where `what`, of so many dims, has no such dim."""
+    dim = getattr(placement, "dim", None)
+    if dim is None:
+        return placement
+    if not -ndim <= dim < ndim:
+        help = "name one of its dims" if ndim else "leave a scalar whole: Replicate()"
+        raise PlanError(f"{what} is split on dim {dim}, but has {ndim} dims", excerpt=excerpt, help=help)
+    if isinstance(placement, _StridedShard):
+        return _StridedShard(dim % ndim, split_factor=placement.split_factor)
+    return Shard(dim % ndim)
 
 
 def check_float(value: object, option: str) -> None:

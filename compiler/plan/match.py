@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 WILD = frozenset("*?[")
-
-
-@dataclass(frozen=True)
-class Unmatched:
-    """A pattern that matches none of the names it could have meant; `text` is how the user wrote it."""
-
-    text: str
-    pattern: str
-    names: Iterable[str]
-
-
-def is_exact(pattern: str) -> bool:
-    """Whether the pattern is a name written out."""
-    return not WILD & set(pattern)
 
 
 def find(pattern: str, names: Iterable[str]) -> list[str]:
@@ -41,7 +26,7 @@ def claims(keys: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
     for key in keys:
         for name in find(key, names):
             out.setdefault(name, []).append(key)
-    return {name: [k for k in found if is_exact(k)] or found for name, found in out.items()}
+    return {name: [k for k in found if not WILD & set(k)] or found for name, found in out.items()}
 
 
 def nearest(key: str, names: Iterable[str]) -> str | None:
@@ -67,7 +52,7 @@ def _numberless(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-class Index:
+class Names:
     """Every module, parameter and buffer of a model, under every name it has.
 
     A shared module, and a tied parameter, has several names; the first one met is its canonical one.
@@ -78,41 +63,28 @@ class Index:
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.buffers = dict(model.named_buffers(remove_duplicate=False))
         self.tensors: dict[str, Tensor] = {**self.parameters, **self.buffers}
-        self._module_names = _firsts(self.modules)
-        self._tensor_names = _firsts(self.tensors)
-        self._names_of: dict[str, list[str]] = {}
-        for name, first in self._tensor_names.items():
-            self._names_of.setdefault(first, []).append(name)
+        self._of: dict[int, list[str]] = {}
+        for name, value in [*self.modules.items(), *self.tensors.items()]:
+            self._of.setdefault(id(value), []).append(name)
+        self._first = {name: names[0] for names in self._of.values() for name in names}
 
-    def module(self, name: str) -> str:
-        """The canonical name of a module."""
-        return self._module_names[name]
+    def first(self, name: str) -> str:
+        """The canonical name of a module, parameter or buffer."""
+        return self._first[name]
 
-    def tensor(self, name: str) -> str:
-        """The canonical name of a parameter or buffer."""
-        return self._tensor_names[name]
-
-    def names_of(self, tensor: str) -> list[str]:
-        """All names of a parameter or buffer, its canonical one first."""
-        return self._names_of[tensor]
+    def of(self, value: object) -> list[str]:
+        """All names of a module, parameter or buffer, its canonical one first; none for what is not in the model."""
+        return self._of.get(id(value), [])
 
     def owned(self, module: str) -> dict[str, nn.Parameter]:
         """A module's own parameters by their names in it."""
         return dict(self.modules[module].named_parameters(recurse=False, remove_duplicate=False))
 
-    def ancestors(self, tensor: str) -> list[str]:
-        """Canonical names of the modules that hold a tensor under this name, innermost first."""
-        parts = tensor.split(".")[:-1]
-        return [self.module(".".join(parts[:n])) for n in range(len(parts), -1, -1)]
-
-    def name_of(self, module: nn.Module) -> str | None:
-        """The canonical name of a module object, or None where the model does not hold it."""
-        return next((self.module(name) for name, m in self.modules.items() if m is module), None)
-
-
-def _firsts(named: Mapping[str, object]) -> dict[str, str]:
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(value), name) for name, value in named.items()}
+    def around(self, tensor: str) -> Iterator[tuple[str, str]]:
+        """The modules that hold a tensor under this name, innermost first, each with its name in there."""
+        parts = tensor.split(".")
+        for n in range(len(parts) - 1, -1, -1):
+            yield self.first(".".join(parts[:n])), ".".join(parts[n:])
 
 
 def join(prefix: str, name: str) -> str:

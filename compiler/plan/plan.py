@@ -1,123 +1,18 @@
-"""What the user wishes: one entry per mesh dim, each a dict of patterns, `Replicated` or `FullyShard`."""
+"""What the user wishes: one entry per mesh dim, each a dict of patterns, a style, `Replicated` or `FullyShard`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import nn
-from torch.distributed.tensor import Partial, Placement, Shard
+from torch.distributed.tensor import Placement
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.plan.layout import Layout as Layout
-from shardc.compiler.plan.layout import Precision as Precision
-from shardc.compiler.plan.layout import bad_option, check_float, unknown_mesh_dim
-from shardc.compiler.plan.styles import PLACEMENTS, is_style, read_style
-from shardc.compiler.plan.wording import placement_code, shown, style_text
+from shardc.compiler.plan.entries import FullyShard, Replicated
+from shardc.compiler.plan.layout import PLACEMENTS, placement_code, shown, unknown_mesh_dim
+from shardc.compiler.plan.styles import is_style, read_style, style_text
+from shardc.compiler.plan.wishes import Wish
 from shardc.compiler.user_code import call_site
-
-Wish = object  # what a key of a plan may have: a style object, a string of tp_plan, or a torch placement
-
-
-@dataclass(frozen=True, init=False)
-class Replicated:
-    """Data parallel over a mesh dim: every rank holds all parameters, and gradients are averaged.
-
-    modules: a pattern, or several, of the modules this is about; "" is the whole model. Gradients of
-        parameters outside of them stay local.
-    ignored_modules: patterns, or modules, that are left alone: their gradients stay local.
-    bucket_mb: gradients are reduced together in buckets of up to this many MiB. One of 1 MiB on CPU (20 elsewhere)
-        or more is reduced by itself, where it lies: to copy it would cost more than another message.
-    reduce_dtype: what they are cast to on the wire.
-
-    Raises PlanError naming the option that makes no sense.
-    """
-
-    modules: tuple[str, ...]
-    ignored_modules: tuple[str | nn.Module, ...]
-    bucket_mb: float
-    reduce_dtype: torch.dtype | None
-
-    def __init__(
-        self,
-        modules: str | Iterable[str] = "",
-        *,
-        ignored_modules: str | nn.Module | Iterable[str | nn.Module] | None = None,
-        bucket_mb: float = 25,
-        reduce_dtype: torch.dtype | None = None,
-    ) -> None:
-        check_megabytes(bucket_mb, "bucket_mb")
-        check_float(reduce_dtype, "reduce_dtype")
-        values = {
-            "modules": _several(modules, (str,), "modules of Replicated"),
-            "ignored_modules": _several(ignored_modules, (str, nn.Module), "ignored_modules of Replicated"),
-            "bucket_mb": bucket_mb,
-            "reduce_dtype": reduce_dtype,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    def __repr__(self) -> str:
-        options = _changed(self, bucket_mb=25, reduce_dtype=None)
-        if self.ignored_modules:
-            options["ignored_modules"] = _tuple_text(self.ignored_modules)
-        return _call("Replicated", [p for p in self.modules if p], options)
-
-
-@dataclass(frozen=True, init=False)
-class FullyShard:
-    """Parameters, gradients and optimizer state split over a mesh dim, gathered unit by unit for computing.
-
-    patterns: each module that matches one is a gather unit; the root takes the rest, or all.
-    reshard_after_forward: True frees gathered parameters after forward and gathers them again in
-        backward; False keeps them (ZeRO-2); a number keeps them split over so many consecutive ranks.
-    placement: function of a parameter -> Shard(d), or None for Shard(0).
-    reduce_dtype: what gradients are cast to on the wire.
-    ignored_params: parameters, or patterns of their names, left whole on every rank and not reduced.
-
-    Scalars stay whole. Raises PlanError naming the option that makes no sense.
-    """
-
-    patterns: tuple[str, ...]
-    reshard_after_forward: bool | int
-    placement: Callable[[nn.Parameter], Shard | None] | None
-    reduce_dtype: torch.dtype | None
-    ignored_params: tuple[str | nn.Parameter, ...] = field(compare=False)
-
-    def __init__(
-        self,
-        *patterns: str,
-        reshard_after_forward: bool | int = True,
-        placement: Callable[[nn.Parameter], Shard | None] | None = None,
-        reduce_dtype: torch.dtype | None = None,
-        ignored_params: str | nn.Parameter | Iterable[str | nn.Parameter] | None = None,
-    ) -> None:
-        if not isinstance(reshard_after_forward, int) or reshard_after_forward < 0:
-            raise bad_option("reshard_after_forward", reshard_after_forward, "True, False or a number of ranks")
-        if placement is not None and not callable(placement):
-            raise bad_option("placement", placement, "a function of the parameter that returns Shard(d)")
-        check_float(reduce_dtype, "reduce_dtype")
-        values = {
-            "patterns": _several(patterns, (str,), "a pattern of FullyShard"),
-            "reshard_after_forward": reshard_after_forward,
-            "placement": placement,
-            "reduce_dtype": reduce_dtype,
-            "ignored_params": _several(ignored_params, (str, nn.Parameter), "ignored_params of FullyShard"),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    def __repr__(self) -> str:
-        options = _changed(self, reshard_after_forward=True, reduce_dtype=None)
-        if self.placement is not None:
-            options["placement"] = getattr(self.placement, "__name__", "...")
-        if self.ignored_params:
-            options["ignored_params"] = _tuple_text(self.ignored_params)
-        return _call("FullyShard", list(self.patterns), options)
-
-
-Entry = dict[str, Wish] | Replicated | FullyShard
 
 
 @dataclass(frozen=True, init=False)
@@ -132,15 +27,17 @@ class Plan:
     Raises PlanError for an entry or a style that is none of these.
     """
 
-    entries: dict[str, Entry]
-    where: str = field(compare=False, repr=False)  # "train.py:12", where the user wrote it
+    entries: dict[str, dict[str, object] | Replicated | FullyShard]
+    wishes: dict[str, tuple[Wish, ...]] = field(compare=False)  # the entries, read
+    where: str = field(compare=False)  # "train.py:12", where the user wrote it
 
     def __init__(self, **entries: object) -> None:
-        object.__setattr__(self, "entries", {axis: _entry(axis, e) for axis, e in entries.items()})
-        object.__setattr__(self, "where", call_site())
+        kept = {axis: _entry(axis, entry) for axis, entry in entries.items()}
+        wishes = {axis: read_entry(axis, entry) for axis, entry in kept.items()}
+        self.__dict__.update(entries=kept, wishes=wishes, where=call_site())
 
     def __repr__(self) -> str:
-        return f"Plan({', '.join(f'{axis}={entry_text(e)}' for axis, e in self.entries.items())})"
+        return f"Plan({', '.join(f'{axis}={_text(entry)}' for axis, entry in self.entries.items())})"
 
 
 def as_plan(plan: object, names: tuple[str, ...]) -> Plan:
@@ -155,7 +52,7 @@ def as_plan(plan: object, names: tuple[str, ...]) -> Plan:
             if axis not in names:
                 raise unknown_mesh_dim(axis, names, "the plan")
         return plan
-    if not isinstance(plan, (Mapping, Replicated, FullyShard)) and not is_style(plan):
+    if not _is_entry(plan) and not is_style(plan):
         raise PlanError(
             f"the plan is {shown(plan)}",
             help="write a Plan, a dict of patterns, or a style for the root module",
@@ -163,8 +60,8 @@ def as_plan(plan: object, names: tuple[str, ...]) -> Plan:
     if isinstance(plan, Mapping) and plan and all(_is_entry(v) for v in plan.values()):
         raise PlanError("the plan is a dict of mesh dims", help="write Plan(**plan): a bare dict has patterns as keys")
     if len(names) != 1:
-        text = entry_text(_entry("the plan", plan)) if not isinstance(plan, Mapping) else "{...}"
         last = names[-1] if names else "tp"
+        text = "{...}" if isinstance(plan, Mapping) else _text(Plan(**{last: plan}).entries[last])
         raise PlanError(
             f"the plan does not say which mesh dim it is for, and the mesh has {', '.join(names) or 'none'}",
             help=f"write Plan({last}={text})",
@@ -172,29 +69,42 @@ def as_plan(plan: object, names: tuple[str, ...]) -> Plan:
     return Plan(**{names[0]: plan})
 
 
-def entry_text(entry: object) -> str:
-    """An entry as it would be written."""
-    if isinstance(entry, Mapping):
-        return "{" + ", ".join(f'"{key}": {wish_text(wish)}' for key, wish in entry.items()) + "}"
-    return str(entry) if isinstance(entry, (Replicated, FullyShard)) else wish_text(entry)
+def read_entry(
+    axis: str, entry: Mapping[str, object] | Replicated | FullyShard, text: str = "", root: str = ""
+) -> tuple[Wish, ...]:
+    """An entry in the form that all are read into. root, text: of an annotation, its module and how it is written.
+
+    Raises PlanError for a key or a style that makes no sense.
+    """
+    text = text or f"{axis} = {entry!r}"
+    if isinstance(entry, Replicated):
+        return (Wish(axis, entry.modules, entry, text, root),)
+    if isinstance(entry, FullyShard):
+        return (Wish(axis, ("", *entry.patterns), entry, text, root),)
+    return tuple(_line(axis, key, value) for key, value in entry.items())
 
 
-def wish_text(wish: Wish) -> str:
-    """A style, string or placement as it would be written."""
-    return placement_code(wish) if isinstance(wish, Placement) else style_text(wish)
+def _line(axis: str, key: object, value: object) -> Wish:
+    if not isinstance(key, str):
+        raise PlanError(f"{axis} has the key {shown(key)}", help="a key is a pattern over module or parameter names")
+    place = f'{axis}["{key}"]' if key else axis
+    if _is_entry(value):
+        raise PlanError(
+            f"{place} is {shown(value)}",
+            help="FullyShard, Replicated and dicts are for a whole mesh dim: Plan(dp=FullyShard(...))",
+        )
+    style = read_style(value, place)
+    means = {Placement: ("tensors",), str: ("modules", "tensors")}
+    named = next((names for kind, names in means.items() if isinstance(value, kind)), ("modules",))
+    return Wish(axis, (key,), style, f"{place} = {style_text(value)}", means=named)
 
 
-def check_megabytes(value: object, option: str) -> None:
-    """Raises PlanError unless the value is a positive number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise bad_option(option, value, "a positive number of MiB")
-
-
-def _entry(axis: str, value: object) -> Entry:
+def _entry(axis: str, value: object) -> dict[str, object] | Replicated | FullyShard:
+    """An entry as kept: a style alone is for the root module."""
     if isinstance(value, (Replicated, FullyShard)):
         return value
     if isinstance(value, Mapping):
-        return {_key(axis, key): _wish(wish, f'{axis}["{key}"]') for key, wish in value.items()}
+        return dict(value)
     if isinstance(value, PLACEMENTS):
         raise PlanError(
             f"{axis} = {placement_code(value)} does not say for which parameter",
@@ -202,56 +112,15 @@ def _entry(axis: str, value: object) -> Entry:
         )
     if isinstance(value, type) and issubclass(value, (Replicated, FullyShard)):
         raise PlanError(f"{axis} is the class {value.__name__}", help=f"write {value.__name__}()")
-    return {"": _wish(value, axis)}
-
-
-def _key(axis: str, key: object) -> str:
-    if isinstance(key, str):
-        return key
-    raise PlanError(f"{axis} has the key {shown(key)}", help="a key is a pattern over module or parameter names")
-
-
-def _wish(value: object, place: str) -> Wish:
-    if isinstance(value, Partial):
-        raise PlanError(
-            f"{place} = {placement_code(value)}: a parameter cannot be stored as a sum that is pending",
-            help="write Shard(dim) or Replicate()",
-        )
-    if _is_entry(value):
-        raise PlanError(
-            f"{place} is {shown(value)}",
-            help="FullyShard, Replicated and dicts are for a whole mesh dim: Plan(dp=FullyShard(...))",
-        )
-    if not isinstance(value, PLACEMENTS):
-        read_style(value, place)
-    return value
+    return {"": value}
 
 
 def _is_entry(value: object) -> bool:
     return isinstance(value, (Mapping, Replicated, FullyShard))
 
 
-def _several(value: object, kinds: tuple[type, ...], what: str) -> tuple:
-    """The value, one of `kinds` or several of them, as a tuple."""
-    items = () if value is None else (value,) if isinstance(value, kinds) else value
-    if not isinstance(items, Iterable):
-        raise PlanError(f"{what} is {shown(value)}", help="write a pattern, or several of them")
-    items = tuple(items)
-    for item in items:
-        if not isinstance(item, kinds):
-            raise PlanError(f"{what} is {shown(item)}", help="write a pattern, or several of them")
-    return items
-
-
-def _changed(entry: object, **defaults: object) -> dict[str, object]:
-    return {name: getattr(entry, name) for name, value in defaults.items() if getattr(entry, name) != value}
-
-
-def _call(name: str, patterns: list[str], options: Mapping[str, object]) -> str:
-    given = [f'"{p}"' for p in patterns] + [f"{k}={v}" for k, v in options.items()]
-    return f"{name}({', '.join(given)})"
-
-
-def _tuple_text(items: Iterable[object]) -> str:
-    texts = (f'"{item}"' if isinstance(item, str) else f"a {type(item).__name__}" for item in items)
-    return f"[{', '.join(texts)}]"
+def _text(entry: Mapping[str, object] | Replicated | FullyShard) -> str:
+    """An entry as it would be written."""
+    if isinstance(entry, Mapping):
+        return "{" + ", ".join(f'"{key}": {style_text(value)}' for key, value in entry.items()) + "}"
+    return repr(entry)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.distributed.tensor import Placement, Replicate
+from torch.distributed.tensor import Placement, Shard
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.ir.marks import parse_key, parse_placement
+from shardc.compiler.ir.marks import CONSTRAIN, parse_key, parse_placement
+from shardc.compiler.plan.call_layouts import CallLayouts, parse_path
 from shardc.compiler.plan.layout import Layout, as_layout
 from shardc.compiler.plan.match import did_you_mean, find
 from shardc.compiler.plan.report import Report
-from shardc.compiler.plan.roots import RootLayouts, parse_path
+from shardc.compiler.plan.wishes import Border
 from shardc.compiler.spec.mesh import Mesh
-from shardc.compiler.spec.spec import Spec
+from shardc.compiler.spec.spec import REPLICATE, Spec
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class ParamLayout:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
+    def why(self) -> str:
+        """The plan entries behind it."""
+        return "; ".join(self.keys.values())
+
+    @property
     def gather_unit(self) -> str | None:
         """The unit whose gathers and reductions it takes part in; None where it is not gathered."""
         units = [self.unit[a] for a in self.stored.axes() if a in self.unit]
@@ -78,69 +84,67 @@ class ParamLayout:
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """What a style says about a tensor that enters or leaves a module, over one mesh dim.
-
-    index: position among the positional arguments, name of a keyword argument, or position in a tuple
-        that is returned; None for every tensor that is returned.
-    declared: how an incoming value lies (None: however it does). It describes a root input; inside the
-        program a value lies as it lies.
-    desired: what the module takes, or what leaves it; None: as it is. Dims may be negative.
-    open: the style chose `desired`, so which factor of the dim it splits is open.
-    explicit: the user wrote a layout that is not the style's default.
-    """
-
-    module: str
-    side: Literal["in", "out"]
-    index: int | str | None
-    axis: str
-    declared: Placement | None
-    desired: Placement | None
-    open: bool
-    explicit: bool
-    key: str
-
-
-@dataclass(frozen=True)
 class Resolved:
     """Everything that passes need to know of a plan.
 
     params: canonical FQN -> layout, every parameter once, in `named_parameters` order. buffers: those
         that the plan names; all others are whole on every rank.
-    marked: the modules in `boundaries`, root ("") included, in `named_modules` order.
-    positional: marked module -> names of the positional parameters of its forward.
+    positional: the modules in `borders`, root ("") included, in `named_modules` order -> the names of the positional
+        parameters of forward.
     counts: (module, side) -> length of the list of layouts given for it, for `check_count`.
     data_axes: mesh dims that split the batch, in mesh order.
     bucket_bytes, reduce_dtype: options per mesh dim.
-    order: all mesh dims, those of the plan first, as it lists them.
     unmatched: plan keys that name nothing. warnings: what was warned of.
     """
 
     mesh: Mesh
     params: dict[str, ParamLayout]
     buffers: dict[str, ParamLayout]
-    boundaries: tuple[Boundary, ...]
-    marked: tuple[str, ...]
+    borders: tuple[Border, ...]
     positional: dict[str, tuple[str, ...]]
     counts: dict[tuple[str, str], int]
     data_axes: tuple[str, ...]
     bucket_bytes: dict[str, int]
     reduce_dtype: dict[str, torch.dtype | None]
-    roots: RootLayouts
-    order: tuple[str, ...]
+    calls: CallLayouts
     device_id: int | torch.device | None = None
     unmatched: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
-    def input_layout(self, name: str, ndim: int) -> dict[str, Placement]:
-        """Mesh dim -> placement of a root input, given its readable path: `x`, `batch['ids']`, `args[0]`."""
-        return self.roots.input_layout(name, ndim)
+    def root_layout(
+        self, side: Literal["in", "out"], name: str, ndim: int, marks: Iterable[str] = ()
+    ) -> dict[str, Placement]:
+        """Mesh dim -> placement of an input or output of the model: the caller's word, else what the module it meets
+        says, else the default. name: its readable path, as in `CallLayouts.given`; marks: those that it meets.
 
-    def output_layout(self, path: str, ndim: int) -> dict[str, Placement]:
-        """Mesh dim -> placement of a root output, given its readable path: `output`, `output[0]`, `[0]`."""
-        return self.roots.output_layout(path, ndim)
+        A root style, or a layout the user wrote on a module that is fed by this input itself, describes what is
+        passed in; defaults of styles do not.
+        """
+        given = self.calls.given(side, name, ndim)
+        if given is not None:
+            return given
+        return {axis: Shard(0) for axis in self.data_axes if ndim} | self._declared(side, marks)
 
-    def at(self, key: str) -> list[Boundary]:
+    def _declared(self, side: str, marks: Iterable[str]) -> dict[str, Placement]:
+        out: dict[str, Placement] = {}
+        keys = [key for key in marks if parse_key(key).kind == side and not parse_key(key).grad]
+        for border in (border for key in keys for border in self.at(key)):
+            layout = border.declared if side == "in" else border.desired
+            if layout is not None and (border.module == "" or border.explicit):
+                out.setdefault(border.axis, layout)
+        return out
+
+    @property
+    def marked(self) -> tuple[str, ...]:
+        """The modules whose borders tracing marks."""
+        return tuple(self.positional)
+
+    @property
+    def declares_inside(self) -> bool:
+        """Whether what a root input is can only be known from the graph: some inner module's style says it."""
+        return any(b.side == "in" and b.explicit and b.module for b in self.borders)
+
+    def at(self, key: str) -> list[Border]:
         """What is said of the value that a mark with this key (`FQN|in|PATH`) stands for, one per mesh dim.
 
         What is said of a positional argument holds for it passed by keyword too, and for every tensor in it.
@@ -154,26 +158,30 @@ class Resolved:
             meant.add(names[first])
         elif mark.kind == "in" and first in names:
             meant.add(names.index(first))
-        return [b for b in self.boundaries if b.module == mark.fqn and b.side == mark.kind and b.index in meant]
+        return [b for b in self.borders if b.module == mark.fqn and b.side == mark.kind and b.index in meant]
 
-    def constraint(self, text: str) -> dict[str, Placement]:
-        """Mesh dim -> placement for every mesh dim, of a `constrain` mark's text; not named means replicate.
+    def wished(self, key: str) -> tuple[tuple[str, Placement, bool, str], ...]:
+        """What is wished of the value that a mark with this key stands for: (mesh dim, placement, open, reason).
 
-        Raises PlanError for a bare placement on a mesh of several dims, and for unknown mesh dims.
+        A constraint speaks of every mesh dim: those that it does not name replicate. Raises PlanError for one with
+        a bare placement on a mesh of several dims, and for unknown mesh dims.
         """
-        layout = Layout.from_text(text) if "=" in text or not text else parse_placement(text)
+        mark = parse_key(key)
+        if mark.kind != CONSTRAIN:
+            return tuple((b.axis, b.desired, b.open, b.key) for b in self.at(key) if b.desired is not None)
+        layout = parse_placement(mark.text) if mark.text and "=" not in mark.text else Layout.from_text(mark.text)
         given = as_layout(layout, self.mesh.names, "the layout given to constrain")
-        return {axis: given.get(axis, Replicate()) for axis in self.mesh.names}
-
-    def canonical(self, name: str) -> str:
-        """The first FQN of a parameter that may be tied; other names are returned as they are."""
-        if name in self.params:
-            return name
-        return next((fqn for fqn, layout in self.params.items() if name in layout.aliases), name)
+        return tuple((axis, given.get(axis, REPLICATE), False, CONSTRAIN) for axis in self.mesh.names)
 
     def layout(self, name: str) -> ParamLayout | None:
         """Of a parameter under any of its names, or of a buffer that the plan names; other buffers have none."""
-        return self.params.get(self.canonical(name)) or self.buffers.get(name)
+        found = self.params.get(name) or self.buffers.get(name)
+        return found or next((layout for layout in self.params.values() if name in layout.aliases), None)
+
+    def stored(self, name: str, shape: Sequence[int]) -> Spec:
+        """How a parameter or buffer of this shape lies at rest."""
+        layout = self.layout(name)
+        return Spec.whole(shape) if layout is None else layout.stored
 
     def of_units(self, patterns: Sequence[str]) -> tuple[str, ...]:
         """The parameters of the units that match; of one that is in no unit any module around it counts as its own.

@@ -1,4 +1,4 @@
-"""What torch's parallel styles and the strings of Hugging Face's `tp_plan` wish, read into one form.
+"""torch's parallel styles, the strings of Hugging Face's `tp_plan` and placements, read into one form and as text.
 
 `use_local_output` and `use_local_input` are accepted and say nothing here: there are no local tensors
 in a global view.
@@ -6,9 +6,9 @@ in a global view.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -20,85 +20,46 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     SequenceParallel,
 )
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardc.compiler.errors import PlanError
+from shardc.compiler.plan.layout import PLACEMENTS, placement_code, shown
 from shardc.compiler.plan.match import nearest
-from shardc.compiler.plan.wording import shown
+from shardc.compiler.plan.wishes import Border, Style
 
-STYLES = (
-    ColwiseParallel,
-    RowwiseParallel,
-    SequenceParallel,
-    PrepareModuleInput,
-    PrepareModuleOutput,
-    PrepareModuleInputOutput,
-)
-PLACEMENTS = (Shard, Replicate, Partial, _StridedShard)
-
-
-@dataclass(frozen=True)
-class Port:
-    """What a style says about a tensor at a module's border; the fields are those of `Boundary`."""
-
-    side: Literal["in", "out"]
-    index: int | str | None
-    declared: Placement | None
-    desired: Placement | None
-    open: bool = False
-    explicit: bool = True
+_IN = ("input_layouts", "desired_input_layouts", "input_kwarg_layouts", "desired_input_kwarg_layouts")
+_OUT = ("output_layouts", "desired_output_layouts")
+# The options of each style that say something, and what they are where the user says nothing.
+STYLES: dict[type, dict[str, Any]] = {
+    ColwiseParallel: {"input_layouts": Replicate(), "output_layouts": Shard(-1)},
+    RowwiseParallel: {"input_layouts": Shard(-1), "output_layouts": Replicate()},
+    SequenceParallel: {"sequence_sharding": Shard(1)},
+    PrepareModuleInput: {name: None for name in _IN},
+    PrepareModuleOutput: {name: None for name in _OUT},
+    PrepareModuleInputOutput: {name: None for name in _IN + _OUT},
+}
 
 
-@dataclass(frozen=True)
-class Style:
-    """A style in one form.
-
-    `split` is what becomes of the parameters: "columns", "rows", "whole", or "" where nothing is said.
-    `takes` and `gives` are layouts at the border that differ from the style's default. `counts` are the
-    lengths of its lists of layouts. `named` is set for strings, which may also name a parameter;
-    `table` for those made for lookup tables.
-    """
-
-    split: Literal["columns", "rows", "whole", ""] = ""
-    takes: Placement | None = None
-    gives: Placement | None = None
-    ports: tuple[Port, ...] = ()
-    counts: tuple[tuple[Literal["in", "out"], int], ...] = ()
-    named: bool = False
-    table: bool = False
-
-
-_WHOLE_OUTPUT = (Port("out", None, None, Replicate()),)
-
-
-def _along(dim: int) -> tuple[Port, ...]:
+def _along(sequence: Placement) -> tuple[Border, ...]:
     # Never explicit: a root input is not taken for a slice because a norm works on slices.
-    here = Shard(dim)
-    return (Port("in", 0, here, here, True, False), Port("out", None, None, here, True, False))
+    return (Border("in", 0, sequence, sequence, True, False), Border("out", None, None, sequence, True, False))
 
 
+_COLUMNS, _ROWS, _WHOLE = Style("columns"), Style("rows"), Style("whole")
+_GATHERED = Style(borders=(Border("out", None, None, Replicate()),))
 STRINGS: dict[str, Style] = {
-    "colwise": Style("columns"),
-    "colwise_rep": Style("columns", gives=Replicate()),
-    "colwise_gather_output": Style("columns", gives=Replicate()),
-    "rowwise": Style("rows"),
-    "rowwise_rep": Style("rows", takes=Replicate()),
-    "rowwise_split_input": Style("rows", takes=Replicate()),
-    # Fused gate and up: which factor of the dim is split is open, so their halves can stay together.
-    "packed_colwise": Style("columns"),
-    "packed_rowwise": Style("rows"),
-    "embedding_rowwise": Style("rows", table=True),
-    "embedding_colwise": Style("columns", gives=Replicate(), table=True),
-    "sequence_parallel": Style("whole", ports=_along(1)),
-    "replicate": Style("whole"),
-    # Both say which gradients a rank sees only a part of; in a global view no gradient is a part.
-    "replicated_with_grad_allreduce": Style("whole"),
-    "mla_kv_a_proj": Style("whole"),
-    "all_reduce": Style(ports=_WHOLE_OUTPUT),
-    "moe_tp_experts": Style(ports=_WHOLE_OUTPUT),
-    # It undoes a sum over ranks that a global view never makes.
-    "moe_identity_expert": Style(),
-    "local_params": Style(),
+    # Of fused gate and up it is open which factor of the dim is split, so their halves can stay together.
+    **dict.fromkeys(("colwise", "packed_colwise"), _COLUMNS),
+    **dict.fromkeys(("colwise_rep", "colwise_gather_output"), replace(_COLUMNS, gives=Replicate())),
+    **dict.fromkeys(("rowwise", "packed_rowwise"), _ROWS),
+    **dict.fromkeys(("rowwise_rep", "rowwise_split_input"), replace(_ROWS, takes=Replicate())),
+    "embedding_rowwise": replace(_ROWS, table=True),
+    "embedding_colwise": replace(_COLUMNS, gives=Replicate(), table=True),
+    "sequence_parallel": replace(_WHOLE, borders=_along(Shard(1))),
+    # The latter two say which gradients a rank sees only a part of; in a global view no gradient is a part.
+    **dict.fromkeys(("replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"), _WHOLE),
+    **dict.fromkeys(("all_reduce", "moe_tp_experts"), _GATHERED),
+    # The former undoes a sum over ranks that a global view never makes.
+    **dict.fromkeys(("moe_identity_expert", "local_params"), Style()),
 }
 REFUSED_STRINGS = ("grouped_gemm", "ep_router", "ep_dispatch_experts", "megamoe_router", "megamoe_experts")
 
@@ -109,36 +70,77 @@ def is_style(value: object) -> bool:
 
 
 def read_style(value: object, place: str) -> Style:
-    """The one form of a style object or string; `place` says where it stands in the plan.
+    """The one form of a style object, a string or a placement; `place` says where it stands in the plan.
 
     Raises PlanError for an unknown style, an unknown or unsupported string, and a layout that is none.
     """
+    if isinstance(value, Partial):
+        raise PlanError(
+            f"{place} = {placement_code(value)}: a parameter cannot be stored as a sum that is pending",
+            help="write Shard(dim) or Replicate()",
+        )
+    if isinstance(value, PLACEMENTS):
+        return Style(value)
     if isinstance(value, str):
         return _read_string(value, place)
     if type(value) not in STYLES:  # a subclass may override what is read here
         raise _no_style(value, place)
-    if isinstance(value, (ColwiseParallel, RowwiseParallel)):
-        rows = isinstance(value, RowwiseParallel)
-        takes = _one(value.input_layouts, "input_layouts", value, place)
-        gives = _one(value.output_layouts, "output_layouts", value, place)
-        usual = (Shard(-1), Replicate()) if rows else (Replicate(), Shard(-1))
-        return Style(
-            "rows" if rows else "columns",
-            takes=None if takes == usual[0] else takes,
-            gives=None if gives == usual[1] else gives,
-        )
     if isinstance(value, SequenceParallel):
-        along = _one(value.sequence_sharding, "sequence_dim", value, place)
-        assert isinstance(along, Shard)
-        return Style("whole", ports=_along(along.dim))
-    assert isinstance(value, (PrepareModuleInput, PrepareModuleOutput, PrepareModuleInputOutput))
-    return _read_prepare(value, place)
+        return replace(_WHOLE, borders=_along(_one(value, "sequence_sharding", place)))
+    if isinstance(value, (ColwiseParallel, RowwiseParallel)):
+        takes, gives = (_one(value, option, place) for option in ("input_layouts", "output_layouts"))
+        usual = STYLES[type(value)]
+        return replace(
+            _ROWS if isinstance(value, RowwiseParallel) else _COLUMNS,
+            takes=None if takes == usual["input_layouts"] else takes,
+            gives=None if gives == usual["output_layouts"] else gives,
+        )
+    given = _options(value)
+    borders = (*_inputs(given, place), *_outputs(given, place))
+    counts = {"in": given.get("input_layouts"), "out": given.get("output_layouts")}
+    lengths = {side: len(layouts) for side, layouts in counts.items() if layouts is not None}
+    return Style(borders=tuple(b for b in borders if b.declared is not None), counts=tuple(lengths.items()))
+
+
+def style_text(value: object) -> str:
+    """A style, string or placement as it would be written, options at their default left out."""
+    if isinstance(value, Placement):
+        return placement_code(value)
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, SequenceParallel):
+        (along,) = value.sequence_sharding
+        return f"SequenceParallel({'' if along.dim == 1 else f'sequence_dim={along.dim}'})"
+    usual = STYLES[type(value)]
+    given = {name: _single(option) for name, option in _options(value).items()}
+    texts = [f"{name}={_option_text(option)}" for name, option in given.items() if option and option != usual[name]]
+    return f"{type(value).__name__}({', '.join(texts)})"
+
+
+def _options(style: object) -> dict[str, Any]:
+    """The options of a style that say something, by name."""
+    parts = [getattr(style, side, style) for side in ("prepare_module_input", "prepare_module_output")]
+    return {name: getattr(part, name) for name in STYLES[type(style)] for part in parts if hasattr(part, name)}
+
+
+def _single(option: object) -> object:
+    """The only one of several; torch wraps whatever it is given in a tuple of one."""
+    return option[0] if isinstance(option, tuple) and len(option) == 1 else option
+
+
+def _option_text(value: object) -> str:
+    if isinstance(value, Placement):
+        return placement_code(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f'"{k}": {_option_text(v)}' for k, v in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(_option_text(v) for v in value)})"
+    return str(value)
 
 
 def _read_string(value: str, place: str) -> Style:
     if value in STRINGS:
-        style = STRINGS[value]
-        return Style(style.split, style.takes, style.gives, style.ports, (), True, style.table)
+        return STRINGS[value]
     if value in REFUSED_STRINGS:
         raise PlanError(
             f'{place} = "{value}": experts dealt out to ranks are not supported',
@@ -167,57 +169,35 @@ def _no_style(value: object, place: str) -> PlanError:
     )
 
 
-def _read_prepare(value: PrepareModuleInput | PrepareModuleOutput | PrepareModuleInputOutput, place: str) -> Style:
-    takes = value.prepare_module_input if isinstance(value, PrepareModuleInputOutput) else value
-    gives = value.prepare_module_output if isinstance(value, PrepareModuleInputOutput) else value
-    ports: list[Port] = []
-    counts: list[tuple[Literal["in", "out"], int]] = []
-    if isinstance(takes, PrepareModuleInput):
-        ports += _input_ports(takes, place)
-        if takes.input_layouts is not None:
-            counts.append(("in", len(takes.input_layouts)))
-    if isinstance(gives, PrepareModuleOutput):
-        ports += _output_ports(gives, place)
-        counts.append(("out", len(gives.output_layouts)))
-    return Style(ports=tuple(ports), counts=tuple(counts))
+def _inputs(given: Mapping[str, Any], place: str) -> Iterator[Border]:
+    listed = zip(given.get("input_layouts") or (), given.get("desired_input_layouts") or (), strict=False)
+    for i, (declared, desired) in enumerate(listed):
+        yield _border("in", i, declared, desired, place)
+    named, wanted = given.get("input_kwarg_layouts", {}), given.get("desired_input_kwarg_layouts", {})
+    for name in sorted(wanted):
+        if name not in named:
+            raise PlanError(
+                f"{place}: desired_input_kwarg_layouts names {name}, which input_kwarg_layouts does not",
+                help="give both dicts the same names",
+            )
+    for name, declared in named.items():
+        yield _border("in", name, declared, wanted.get(name), place)
 
 
-def _input_ports(style: PrepareModuleInput, place: str) -> list[Port]:
-    listed = zip(style.input_layouts or (), style.desired_input_layouts or (), strict=False)
-    pairs: list[tuple[int | str, object, object]] = [(i, a, b) for i, (a, b) in enumerate(listed)]
-    unknown = sorted(set(style.desired_input_kwarg_layouts) - set(style.input_kwarg_layouts))
-    if unknown:
-        raise PlanError(
-            f"{place}: desired_input_kwarg_layouts names {unknown[0]}, which input_kwarg_layouts does not",
-            help="give both dicts the same names",
-        )
-    for name, layout in style.input_kwarg_layouts.items():
-        pairs.append((name, layout, style.desired_input_kwarg_layouts.get(name)))
-    ports = [
-        Port("in", i, _checked(a, "input_layouts", place), _checked(b, "desired_input_layouts", place))
-        for i, a, b in pairs
-    ]
-    return [port for port in ports if port.declared is not None]
+def _outputs(given: Mapping[str, Any], place: str) -> Iterator[Border]:
+    layouts = given.get("output_layouts", ())
+    for i, (declared, desired) in enumerate(zip(layouts, given.get("desired_output_layouts", ()), strict=True)):
+        yield _border("out", i if len(layouts) > 1 else None, declared, desired, place)
 
 
-def _output_ports(style: PrepareModuleOutput, place: str) -> list[Port]:
-    several = len(style.output_layouts) > 1
-    pairs = zip(style.output_layouts, style.desired_output_layouts, strict=True)
-    ports = [
-        Port(
-            "out",
-            i if several else None,
-            _checked(a, "output_layouts", place),
-            _checked(b, "desired_output_layouts", place),
-        )
-        for i, (a, b) in enumerate(pairs)
-    ]
-    return [port for port in ports if port.declared is not None]
+def _border(side: Literal["in", "out"], index: int | str | None, declared: Any, desired: Any, place: str) -> Border:
+    option = "input_layouts" if side == "in" else "output_layouts"
+    return Border(side, index, _checked(declared, option, place), _checked(desired, f"desired_{option}", place))
 
 
-def _one(layouts: Sequence[object], option: str, style: ParallelStyle, place: str) -> Placement:
-    """The single layout of an option; torch wraps whatever it is given in a tuple of one."""
-    (layout,) = layouts if len(layouts) == 1 else (tuple(layouts),)
+def _one(style: ParallelStyle, option: str, place: str) -> Placement:
+    """The single layout of an option."""
+    layout = _single(getattr(style, option))
     if isinstance(layout, (tuple, list)):
         raise PlanError(
             f"{place}: {option} of {type(style).__name__} has {len(layout)} layouts for 1 tensor",

@@ -22,10 +22,10 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.infer.root_layouts import input_layout, output_layout
+from shardc.compiler.infer.marked_layouts import input_layout, output_layout
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes, inputs_of, output_node, placeholders, returned
-from shardc.compiler.ir.marks import CONSTRAIN, MARK, MarkKey, UnlessPending, parse_key
+from shardc.compiler.ir.marks import MARK, UnlessPending, parse_key
 from shardc.compiler.ir.node import arguments, nbytes, of, set_spec, shape, spec, val
 from shardc.compiler.ir.rewrite import emit, redirect
 from shardc.compiler.ir.signature import Input, InputKind, Output, OutputKind
@@ -46,12 +46,10 @@ class SeedPlan:
         changes: Counter = Counter()
         for mark in call_nodes(gm, MARK):
             changes["marks"] += _wish(mark, ctx)
-        for entry, node in inputs_of(gm, ctx.signature):
-            set_spec(node, _input_spec(node, entry, ctx))
-            of(node).why = _reason(entry, ctx)
         outputs = _output_specs(gm, ctx)
-        for entry, node in inputs_of(gm, ctx.signature, InputKind.TANGENT):
-            set_spec(node, Spec(outputs[entry.of or 0].dims))  # each rank's summand of a pending output has all of it
+        for entry, node in inputs_of(gm, ctx.signature):
+            layout, of(node).why = _input_layout(node, entry, outputs, ctx)
+            set_spec(node, layout)
         _fix_outputs(gm, outputs, ctx)
         for entry, node in inputs_of(gm, ctx.signature, InputKind.PARAMETER):
             changes["gathers"] += _compute_layout(node, entry.name, ctx)
@@ -64,35 +62,29 @@ def _wish(mark: Node, ctx: Context) -> bool:
     key = parse_key(text)
     if key.grad:
         return False
-    if key.kind == CONSTRAIN:
-        try:
-            layout = ctx.plan.constraint(key.text)
-        except PlanError as error:
-            raise error.at(of(mark).where) from None
-        wishes = tuple((axis, p, False, "constrain") for axis, p in layout.items())
-        if of(mark).data and any(p != REPLICATE for p in layout.values()):
-            raise _by_data("the value given to constrain", mark)
-    else:
-        said = ctx.plan.at(text)
-        wishes = tuple((b.axis, b.desired, b.open, b.key) for b in said if b.desired is not None)
+    try:
+        of(mark).wish = wishes = ctx.plan.wished(text)
+    except PlanError as error:
+        raise error.at(of(mark).where) from None
+    place = {"in": "what enters", "out": "what leaves"}.get(key.kind)
+    what = f"{place} {key.fqn or 'the model'}" if place else "the value given to constrain"
+    if of(mark).data and not place and any(placement != REPLICATE for _, placement, *_ in wishes):
+        raise _by_data(what, mark)
     for axis, placement, _, said in wishes:
-        _fits(mark, key, axis, placement, said, ctx)
-    of(mark).wish = wishes
+        try:
+            Spec.whole(shape(mark)).place(axis, placement, ctx.mesh)
+        except ValueError as error:
+            raise _misfit(what, mark, error, said if place else "") from None
     return bool(wishes)
 
 
-def _fits(mark: Node, key: MarkKey, axis: str, placement: Any, said: str, ctx: Context) -> None:
-    try:
-        Spec.whole(shape(mark)).place(axis, placement, ctx.mesh)
-    except ValueError as error:
-        place = {"in": "what enters", "out": "what leaves"}.get(key.kind)
-        what = f"{place} {key.fqn or 'the model'}" if place else "the value given to constrain"
-        raise PlanError(
-            f"{what} has shape {shape(mark)}: {error}",
-            where=of(mark).where,
-            excerpt=said if place else "",
-            help="name a dim that the tensor has",
-        ) from None
+def _misfit(what: str, node: Node, error: ValueError, excerpt: str = "") -> PlanError:
+    return PlanError(
+        f"{what} has shape {shape(node)}: {error}",
+        where=of(node).where,
+        excerpt=excerpt,
+        help="name a dim that the tensor has",
+    )
 
 
 def _by_data(what: str, node: Node) -> PlanError:
@@ -103,35 +95,28 @@ def _by_data(what: str, node: Node) -> PlanError:
     )
 
 
-def _input_spec(node: Node, entry: Input, ctx: Context) -> Spec | None:
-    dims = shape(node)
-    if entry.kind is InputKind.PARAMETER:
-        return ctx.plan.params[entry.name].stored
-    if entry.kind is InputKind.BUFFER:
-        layout = ctx.plan.buffers.get(entry.name)
-        return layout.stored if layout is not None else Spec.whole(dims)
-    if entry.kind is InputKind.CARRY:
-        return ctx.carries[entry.name]
-    if entry.kind is not InputKind.BATCH:
-        return Spec.whole(dims)
-    return _placed(dims, input_layout(node, entry.name, ctx.plan), ctx, f"input {entry.name}")
+def _input_layout(node: Node, entry: Input, outputs: Mapping[int, Spec], ctx: Context) -> tuple[Spec, str]:
+    """The layout that an input comes in, and the plan entry behind it in words."""
+    match entry.kind:
+        case InputKind.PARAMETER | InputKind.BUFFER if layout := ctx.plan.layout(entry.name):
+            return layout.stored, layout.why
+        case InputKind.BATCH:
+            given = ctx.plan.calls.given("in", entry.name, len(shape(node)))
+            layout = input_layout(node, entry.name, ctx.plan)
+            return _placed(node, layout, ctx, f"input {entry.name}"), "" if given is None else "inputs="
+        case InputKind.TANGENT:  # each rank's summand of a pending output has the whole gradient
+            return Spec(outputs[entry.of or 0].dims), ""
+        case InputKind.CARRY:
+            return ctx.carries[entry.name], ""
+    return Spec.whole(shape(node)), ""
 
 
-def _reason(entry: Input, ctx: Context) -> str:
-    """The plan entry behind an input's layout, in words."""
-    layout = ctx.plan.params.get(entry.name) if entry.kind is InputKind.PARAMETER else None
-    if layout is not None:
-        return "; ".join(layout.keys.values())
-    given = entry.kind is InputKind.BATCH and ctx.plan.roots.says_input(entry.name)
-    return "inputs=" if given else ""
-
-
-def _placed(dims: tuple[int, ...], layout: Mapping[str, Any], ctx: Context, what: str) -> Spec:
+def _placed(node: Node, layout: Mapping[str, Any], ctx: Context, what: str) -> Spec:
     ordered = {axis: layout[axis] for axis in ctx.mesh.names if axis in layout}
     try:
-        return from_placements(dims, ordered, ctx.mesh)
+        return from_placements(shape(node), ordered, ctx.mesh)
     except ValueError as error:
-        raise PlanError(f"{what} has shape {dims}: {error}", help="name a dim that the tensor has") from None
+        raise _misfit(what, node, error) from None
 
 
 def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
@@ -143,18 +128,18 @@ def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
             _check_same(ends[entry.same], entry, ctx)
         if entry.kind is not OutputKind.OUTPUT or not isinstance(node, Node):
             continue
-        layout = output_layout(node, entry, ctx.plan)
+        layout = output_layout(node, entry.name, ctx.plan)
         if of_data(shape(node)):
-            if ctx.plan.roots.says_output(entry.name) and layout:
+            if ctx.plan.calls.given("out", entry.name, len(shape(node))):
                 raise _by_data(f"output {entry.name or i}", node)
             layout = {}
-        out[i] = _placed(shape(node), layout, ctx, f"output {entry.name or i}")
+        out[i] = _placed(node, layout, ctx, f"output {entry.name or i}")
     return out
 
 
 def _check_same(node: Node, entry: Output, ctx: Context) -> None:
     first = ctx.signature.outputs[entry.same or 0]
-    if output_layout(node, entry, ctx.plan) != output_layout(node, first, ctx.plan):
+    if output_layout(node, entry.name, ctx.plan) != output_layout(node, first.name, ctx.plan):
         raise PlanError(
             f"{entry.name} and {first.name} are one tensor, and asked for in two layouts", help="return a clone of it"
         )
@@ -211,7 +196,7 @@ def _compute_layout(node: Node, fqn: str, ctx: Context) -> int:
     with node.graph.inserting_before(min(users)):
         gather = emit(
             reshard, (node, layout.compute), node, phase="forward", regather=layout.kept != layout.compute,
-            unit=layout.gather_unit, why="; ".join(layout.keys.values()),
+            unit=layout.gather_unit, why=layout.why,
         )  # fmt: skip
         if layout.kept not in (layout.compute, layout.stored):
             of(gather).kept = layout.kept

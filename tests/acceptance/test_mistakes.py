@@ -312,9 +312,10 @@ def test_a_placement_on_a_dim_that_is_not_there():
     assert_expected_inline(
         said(lambda: mlp({"net1.weight": Shard(2)})),
         """\
-PlanError: plan error: tp["net1.weight"] = Shard(2) splits dim 2 of net1.weight, which has 2 dims
+PlanError: plan error: net1.weight is split on dim 2, but has 2 dims
   --> test_mistakes.py:N
-   = help: name a dim of its shape 23x16""",
+   | tp["net1.weight"] = Shard(2)
+   = help: name one of its dims""",
     )
 
 
@@ -441,7 +442,7 @@ def test_several_layouts_for_one_result():
     assert_expected_inline(
         said(lambda: mlp(outputs=(Shard(0), None))(x())),
         """\
-PlanError: plan error: outputs has 2 layouts, but forward returns one value
+PlanError: plan error: outputs has 2 layouts, but there is one value
   --> test_mistakes.py:N
    = help: give one layout for each, None for the default""",
     )

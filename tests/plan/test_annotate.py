@@ -213,7 +213,7 @@ def test_annotations_fill_the_mesh_dims_that_a_plan_leaves():
     model = shardc.fully_shard(mlp())
     found = resolve(shardc.Plan(tp={"0": "colwise"}), model, Mesh(dp=2, tp=2))
     assert found.params["0.weight"].stored.text() == "[8@tp.dp, 4]"
-    assert found.order == ("tp", "dp")
+    assert list(found.params["0.weight"].keys) == ["tp", "dp"]
 
 
 def test_without_names_an_annotation_means_the_only_mesh_dim():

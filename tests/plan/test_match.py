@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from shardc.compiler.plan.match import Index, claims, find, nearest
+from shardc.compiler.plan.match import Names, claims, find, nearest
 
 NAMES = ["", "net1", "net2", "layers", "layers.0", "layers.0.w1", "layers.1", "layers.1.w1", "layers.10.w1"]
 
@@ -82,13 +82,16 @@ class Shared(nn.Module):
         self.register_buffer("mask", self.a.bias.detach().clone())
 
 
-def test_an_index_knows_shared_things_under_every_name():
-    index = Index(Shared())
-    assert list(index.modules) == ["", "a", "b", "inner", "inner.0"]
-    assert index.module("b") == "a"
-    assert index.names_of("a.weight") == ["a.weight", "b.weight", "inner.0.weight"]
-    assert index.tensor("inner.0.weight") == "a.weight"
-    assert index.ancestors("inner.0.weight") == ["inner.0", "inner", ""]
-    assert index.ancestors("b.bias") == ["a", ""]
-    assert list(index.buffers) == ["mask"]
-    assert list(index.owned("b")) == ["weight", "bias"]
+def test_shared_things_are_known_under_every_name():
+    model = Shared()
+    names = Names(model)
+    assert list(names.modules) == ["", "a", "b", "inner", "inner.0"]
+    assert names.first("b") == "a"
+    assert names.of(model.a.weight) == ["a.weight", "b.weight", "inner.0.weight"]
+    assert names.of(nn.Linear(2, 2)) == []
+    assert names.first("inner.0.weight") == "a.weight"
+    inner = [("inner.0", "weight"), ("inner", "0.weight"), ("", "inner.0.weight")]
+    assert list(names.around("inner.0.weight")) == inner
+    assert list(names.around("b.bias")) == [("a", "bias"), ("", "b.bias")]
+    assert list(names.buffers) == ["mask"]
+    assert list(names.owned("b")) == ["weight", "bias"]

@@ -66,7 +66,7 @@ def test_every_parameter_once_in_order_with_its_other_names():
     found = resolve({"emb": "rowwise"}, model, TP)
     assert list(found.params) == [name for name, _ in model.named_parameters()]
     assert found.params["emb.weight"].aliases == ("head.weight",)
-    assert found.canonical("head.weight") == "emb.weight" == found.canonical("emb.weight")
+    assert found.layout("head.weight") is found.layout("emb.weight") is found.params["emb.weight"]
     layout = found.params["layers.0.w1.weight"]
     assert (layout.shape, layout.dtype, layout.nbytes, layout.requires_grad) == (
         (32, 8),
@@ -119,7 +119,7 @@ def test_a_written_out_key_wins_over_a_pattern():
 
 def test_two_patterns_that_agree_are_one():
     found = resolve({"layers.*.w1": ColwiseParallel(), "layers.0.*1": ColwiseParallel()}, Model(), TP)
-    assert len([b for b in found.boundaries if b.module == "layers.0.w1"]) == 2
+    assert len([b for b in found.borders if b.module == "layers.0.w1"]) == 2
 
 
 def test_the_name_of_a_parameter_wins_over_its_module():
@@ -188,13 +188,13 @@ plan error: emb.weight and head.weight are one tied parameter, laid out in two w
    | head.weight is Shard(1): tp["head"] = RowwiseParallel()
    = help: decide by its name: "emb.weight": Shard(0)
 
-plan error: emb.weight and head.weight are one tied parameter, laid out in two ways
+plan error: two keys match head.weight, which is emb.weight
   --> test_resolve.py:N
-   | emb.weight is Shard(1): tp["emb.weight"] = Shard(1)
-   | head.weight is Shard(0): tp["head.weight"] = Shard(0)
-   = help: decide by its name: "emb.weight": Shard(1)
+   | tp["emb.weight"] = Shard(1)
+   | tp["head.weight"] = Shard(0)
+   = help: keep one of the two keys
 
-plan error: a and b are one module, with two styles
+plan error: two keys match b, which is a
   --> test_resolve.py:N
    | tp["a"] = "colwise"
    | tp["b"] = "rowwise"
@@ -242,16 +242,19 @@ plan error: tp["emb.weight"] = "all_reduce" names the parameter emb.weight
   --> test_resolve.py:N
    = help: this string is for a module
 
-plan error: tp["emb.weight"] = Shard(2) splits dim 2 of emb.weight, which has 2 dims
+plan error: emb.weight is split on dim 2, but has 2 dims
   --> test_resolve.py:N
-   = help: name a dim of its shape 13x8
+   | tp["emb.weight"] = Shard(2)
+   = help: name one of its dims
 
-plan error: tp["emb.weight"] = Shard(-3) splits dim -3 of emb.weight, which has 2 dims
+plan error: emb.weight is split on dim -3, but has 2 dims
   --> test_resolve.py:N
-   = help: name a dim of its shape 13x8
+   | tp["emb.weight"] = Shard(-3)
+   = help: name one of its dims
 
-plan error: tp["scale"] = Shard(0) splits dim 0 of scale, which has 0 dims
+plan error: scale is split on dim 0, but has 0 dims
   --> test_resolve.py:N
+   | tp["scale"] = Shard(0)
    = help: leave a scalar whole: Replicate()
 
 plan error: _S(0, 2) over tp does not fit a dim of layout 13
@@ -283,11 +286,10 @@ def test_what_is_fully_sharded_lies_inside_of_what_a_style_splits(first: str):
     entries = {"dp": FullyShard(), "tp": {"layers.*.w1": ColwiseParallel(), "layers.*.w2": "rowwise"}}
     plan = Plan(**dict(sorted(entries.items(), reverse=first == "tp")))
     found = resolve(plan, Model(), BOTH)
-    assert found.order[0] == first
+    assert next(iter(found.params["layers.0.w1.weight"].keys)) == first
     w1, w2 = found.params["layers.0.w1.weight"], found.params["layers.0.w2.weight"]
     assert (w1.stored.text(), w1.compute.text(), w1.kept) == ("[32@tp.dp, 8]", "[32@tp, 8]", w1.stored)
     assert (w2.stored.text(), w2.compute.text()) == ("[8@dp, 32@tp]", "[8, 32@tp]")
-    assert list(w1.keys) == list(found.order)
     assert w1.open == {"tp"} and w1.unit == {"dp": ""}
 
 
@@ -412,7 +414,7 @@ plan error: dp: ignored_modules holds a Linear that the model does not have
   --> test_resolve.py:N
    = help: give a module of this model, or a pattern of its names
 
-plan error: dp: ignored_params holds a parameter that the model does not have
+plan error: dp: ignored_params holds a Parameter that the model does not have
   --> test_resolve.py:N
    = help: give a parameter of this model, or a pattern of its names
 
@@ -420,11 +422,12 @@ plan error: dp: reshard_after_forward is 3 ranks, but there are 2
   --> test_resolve.py:N
    = help: reshard_after_forward is True, False or a number that divides them
 
-plan error: dp: placement gives Shard(2) for emb.weight, which has 2 dims
+plan error: emb.weight is split on dim 2, but has 2 dims
   --> test_resolve.py:N
-   = help: return Shard(d) for one of its dims, or None for Shard(0)
+   | FullyShard(placement=<lambda>)
+   = help: name one of its dims
 
-plan error: dp: placement gives Replicate() for emb.weight, which has 2 dims
+plan error: FullyShard(placement=<lambda>): placement gives Replicate() for emb.weight
   --> test_resolve.py:N
    = help: return Shard(d) for one of its dims, or None for Shard(0)
 """,
@@ -434,25 +437,34 @@ plan error: dp: placement gives Replicate() for emb.weight, which has 2 dims
 # ---- borders
 
 
+def test_by_default_the_first_dim_is_the_batch():
+    found = resolve(Plan(dp=Replicated(), inner=FullyShard()), Model(), Mesh(dp=2, inner=2))
+    batch = {"dp": Shard(0), "inner": Shard(0)}
+    assert found.root_layout("in", "x", 2) == batch == found.root_layout("out", "output", 1)
+    assert found.root_layout("in", "x", 0) == {}
+    assert resolve({"emb": "rowwise"}, Model(), TP).root_layout("in", "x", 2) == {}
+
+
 def test_borders_come_in_the_order_of_the_plan_and_the_model():
     plan = Plan(b={"layers.*.w2": "rowwise", "emb": "rowwise"}, a={"layers.0.w1": "colwise"})
     found = resolve(plan, Model(), Mesh(a=2, b=2))
-    assert [(b.axis, b.module, b.side) for b in found.boundaries] == [
+    assert [(b.axis, b.module, b.side) for b in found.borders] == [
         *(("b", m, side) for m in ("emb", "layers.0.w2", "layers.1.w2") for side in ("in", "out")),
         *(("a", "layers.0.w1", side) for side in ("in", "out")),
     ]
     assert found.marked == ("emb", "layers.0.w1", "layers.0.w2", "layers.1.w2")
     assert found.positional["layers.0.w1"] == ("input",)
-    assert found.boundaries[0].key == 'b["emb"] = "rowwise"'
+    assert found.borders[0].key == 'b["emb"] = "rowwise"'
 
 
 def test_constraints_are_read_over_the_mesh():
     found = resolve({"emb": "rowwise"}, Model(), TP)
-    assert found.constraint("S(1)") == {"tp": Shard(1)} == found.constraint("tp=S(1)")
+    wished = (("tp", Shard(1), False, "constrain"),)
+    assert found.wished("constrain|S(1)") == wished == found.wished("constrain|tp=S(1)")
     both = resolve(Plan(dp=Replicated(), tp={"emb": "rowwise"}), Model(), BOTH)
-    assert both.constraint("tp=S(1)") == {"dp": Replicate(), "tp": Shard(1)}
+    assert both.wished("constrain|tp=S(1)") == (("dp", Replicate(), False, "constrain"), *wished)
     with pytest.raises(PlanError, match="the layout given to constrain is Shard"):
-        both.constraint("S(1)")
+        both.wished("constrain|S(1)")
 
 
 def test_a_buffer_may_have_a_placement():
@@ -505,7 +517,7 @@ def test_strict_refuses_a_key_that_matches_nothing():
 def test_an_empty_plan_is_warned_of(plan: object):
     with pytest.warns(UserWarning, match="the plan is empty: the model runs replicated"):
         found = resolve(plan, Model(), TP)
-    assert split(found) == {} and found.boundaries == () and found.data_axes == ()
+    assert split(found) == {} and found.borders == () and found.data_axes == ()
 
 
 def test_no_plan_on_one_rank_is_nothing_odd():

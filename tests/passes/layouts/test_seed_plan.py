@@ -16,7 +16,7 @@ from shardc.compiler.ir.marks import MARK
 from shardc.compiler.ir.node import spec
 from shardc.compiler.ir.text import text
 from shardc.compiler.plan.layout import Layout
-from shardc.compiler.plan.resolved import Boundary
+from shardc.compiler.plan.wishes import Border
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec
 from shardc.passes.layouts.seed_plan import SeedPlan
@@ -173,13 +173,12 @@ def marked(x, w, tangent):
     return aten.mm(MARK(x, "net|in|0"), w), aten.mm(aten.t(x), tangent)
 
 
-def said(desired, axis: str = "tp", **more) -> Boundary:
-    values = dict(declared=None, desired=desired, open=True, explicit=False, key='"net"') | more
-    return Boundary("net", "in", 0, axis, **values)  # pyright: ignore[reportArgumentType]
+def said(desired, axis: str = "tp", declared=None, open: bool = True) -> Border:
+    return Border("in", 0, declared, desired, open, explicit=False, module="net", axis=axis, key='"net"')
 
 
 def test_a_mark_gets_what_the_plan_says_of_it():
-    gm, changes = seeded(marked, boundaries=(said(Shard(1)), said(Shard(0), "dp", open=False)))
+    gm, changes = seeded(marked, borders=(said(Shard(1)), said(Shard(0), "dp", open=False)))
     assert changes["marks"] == 1
     assert calls(gm, MARK)[0].meta["wish"] == (("tp", Shard(1), True, '"net"'), ("dp", Shard(0), False, '"net"'))
 
@@ -190,7 +189,7 @@ def test_left_alone_marks_that_no_entry_speaks_of():
 
 
 def test_left_alone_marks_of_which_an_entry_leaves_the_layout_open():
-    gm, changes = seeded(marked, boundaries=(said(None, declared=Shard(0)),))
+    gm, changes = seeded(marked, borders=(said(None, declared=Shard(0)),))
     assert "marks" not in changes
 
 
@@ -198,7 +197,7 @@ def test_left_alone_marks_of_gradients():
     def fn(x, w, tangent):
         return aten.mm(x, w), aten.mm(aten.t(x), MARK(tangent, "net|in|0|grad"))
 
-    gm, changes = seeded(fn, boundaries=(said(Shard(1)),))
+    gm, changes = seeded(fn, borders=(said(Shard(1)),))
     assert "marks" not in changes and "wish" not in calls(gm, MARK)[0].meta
 
 
@@ -213,7 +212,7 @@ def test_constrain_fixes_every_mesh_dim():
 
 def test_a_wish_that_does_not_fit_is_refused_with_its_place():
     with pytest.raises(PlanError) as error:
-        seeded(marked, boundaries=(said(Shard(2)),))
+        seeded(marked, borders=(said(Shard(2)),))
     assert_expected_inline(
         str(error.value),
         """\

@@ -1,0 +1,44 @@
+"""Layouts of inputs and outputs, and counts of values, as the marks in a graph show them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from shardc.compiler.ir.graph import call_nodes, inputs_of
+from shardc.compiler.ir.marks import MARK, parse_key
+from shardc.compiler.ir.node import shape
+from shardc.compiler.ir.signature import InputKind, Signature
+from shardc.compiler.plan.resolved import Resolved
+
+
+def input_layout(node: Node, name: str, plan: Resolved) -> dict[str, Any]:
+    """Mesh dim -> placement of a root input."""
+    return plan.root_layout("in", name, len(shape(node)), [_key(user) for user in node.users if user.target is MARK])
+
+
+def output_layout(node: Node, name: str, plan: Resolved) -> dict[str, Any]:
+    """Mesh dim -> placement of a root output."""
+    return plan.root_layout("out", name, len(shape(node)), [_key(node)] if node.target is MARK else [])
+
+
+def input_layouts(gm: GraphModule, signature: Signature, plan: Resolved) -> dict[int, dict[str, Any]]:
+    """input_layout of every BATCH input, by position among the inputs."""
+    found = zip(signature.indices(InputKind.BATCH), inputs_of(gm, signature, InputKind.BATCH), strict=True)
+    return {i: input_layout(node, entry.name, plan) for i, (entry, node) in found}
+
+
+def check_counts(gm: GraphModule, plan: Resolved) -> None:
+    """Raises PlanError where more values cross a module's border than its style has layouts for."""
+    for mark in call_nodes(gm, MARK):
+        key = parse_key(_key(mark))
+        position = re.match(r"\d+", key.path)
+        wanted = plan.counts.get((key.fqn, key.kind))
+        if wanted is not None and position and int(position[0]) >= wanted and not key.grad:
+            plan.check_count(key.fqn, "in" if key.kind == "in" else "out", int(position[0]) + 1)
+
+
+def _key(mark: Node) -> str:
+    return str(mark.args[1])

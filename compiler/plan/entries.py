@@ -1,0 +1,157 @@
+"""What a whole mesh dim may do: `Replicated` and `FullyShard`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Shard
+
+from shardc.compiler.errors import PlanError
+from shardc.compiler.plan.layout import bad_option, check_float, counted, placement_code, shown
+
+
+@dataclass(frozen=True, init=False)
+class Replicated:
+    """Data parallel over a mesh dim: every rank holds all parameters, and gradients are averaged.
+
+    modules: a pattern, or several, of the modules this is about; "" is the whole model. Gradients of
+        parameters outside of them stay local.
+    ignored_modules: patterns, or modules, that are left alone: their gradients stay local.
+    bucket_mb: gradients are reduced together in buckets of up to this many MiB. One of 1 MiB on CPU (20 elsewhere)
+        or more is reduced by itself, where it lies: to copy it would cost more than another message.
+    reduce_dtype: what they are cast to on the wire.
+
+    Raises PlanError naming the option that makes no sense.
+    """
+
+    modules: tuple[str, ...]
+    ignored_modules: tuple[str | nn.Module, ...]
+    bucket_mb: float
+    reduce_dtype: torch.dtype | None
+
+    def __init__(
+        self,
+        modules: str | Iterable[str] = "",
+        *,
+        ignored_modules: str | nn.Module | Iterable[str | nn.Module] | None = None,
+        bucket_mb: float = 25,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_megabytes(bucket_mb, "bucket_mb")
+        check_float(reduce_dtype, "reduce_dtype")
+        self.__dict__.update(
+            modules=_several(modules, (str,), "modules of Replicated"),
+            ignored_modules=_several(ignored_modules, (str, nn.Module), "ignored_modules of Replicated"),
+            bucket_mb=bucket_mb,
+            reduce_dtype=reduce_dtype,
+        )
+
+    def __repr__(self) -> str:
+        return _written(self, self.modules)
+
+
+@dataclass(frozen=True, init=False)
+class FullyShard:
+    """Parameters, gradients and optimizer state split over a mesh dim, gathered unit by unit for computing.
+
+    patterns: each module that matches one is a gather unit; the root takes the rest, or all.
+    reshard_after_forward: True frees gathered parameters after forward and gathers them again in
+        backward; False keeps them (ZeRO-2); a number keeps them split over so many consecutive ranks.
+    placement: function of a parameter -> Shard(d), or None for Shard(0).
+    reduce_dtype: what gradients are cast to on the wire.
+    ignored_params: parameters, or patterns of their names, left whole on every rank and not reduced.
+
+    Scalars stay whole. Raises PlanError naming the option that makes no sense.
+    """
+
+    patterns: tuple[str, ...]
+    reshard_after_forward: bool | int
+    reduce_dtype: torch.dtype | None
+    placement: Callable[[Any], Shard | None] | None
+    ignored_params: tuple[str | nn.Parameter, ...] = field(compare=False)
+
+    def __init__(
+        self,
+        *patterns: str,
+        reshard_after_forward: bool | int = True,
+        placement: Callable[[nn.Parameter], Shard | None] | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        ignored_params: str | nn.Parameter | Iterable[str | nn.Parameter] | None = None,
+    ) -> None:
+        if not isinstance(reshard_after_forward, int) or reshard_after_forward < 0:
+            raise bad_option("reshard_after_forward", reshard_after_forward, "True, False or a number of ranks")
+        if placement is not None and not callable(placement):
+            raise bad_option("placement", placement, "a function of the parameter that returns Shard(d)")
+        check_float(reduce_dtype, "reduce_dtype")
+        self.__dict__.update(
+            patterns=_several(patterns, (str,), "a pattern of FullyShard"),
+            reshard_after_forward=reshard_after_forward,
+            placement=placement,
+            reduce_dtype=reduce_dtype,
+            ignored_params=_several(ignored_params, (str, nn.Parameter), "ignored_params of FullyShard"),
+        )
+
+    def __repr__(self) -> str:
+        return _written(self, self.patterns)
+
+    def at_rest(self, name: str, parameter: Tensor) -> Placement:
+        """How a parameter is split: as the user's function says, or on its first dim.
+
+        Raises PlanError for a placement that does not fit it.
+        """
+        chosen = self.placement(parameter) if self.placement else None
+        if chosen is not None and not isinstance(chosen, Shard):
+            text = placement_code(chosen) if isinstance(chosen, Placement) else shown(chosen)
+            help = "return Shard(d) for one of its dims, or None for Shard(0)"
+            raise PlanError(f"{self}: placement gives {text} for {name}", help=help)
+        return counted(chosen or Shard(0), parameter.ndim, name, str(self))
+
+    def ways(self, axis: str, size: int) -> bool | int:
+        """Over how many ranks parameters stay split between forward and backward: True for all, False for none.
+
+        Raises PlanError for a number that does not divide the ranks.
+        """
+        after = self.reshard_after_forward
+        if isinstance(after, bool):
+            return after
+        if after < 1 or size % after:
+            raise PlanError(
+                f"{axis}: reshard_after_forward is {after} ranks, but there are {size}",
+                help="reshard_after_forward is True, False or a number that divides them",
+            )
+        return {1: False, size: True}.get(after, after)
+
+
+def check_megabytes(value: object, option: str) -> None:
+    """Raises PlanError unless the value is a positive number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise bad_option(option, value, "a positive number of MiB")
+
+
+def _several(value: object, kinds: tuple[type, ...], what: str) -> tuple:
+    """The value, one of `kinds` or several of them, as a tuple."""
+    items = () if value is None else (value,) if isinstance(value, kinds) else value
+    items = tuple(items) if isinstance(items, Iterable) else (items,)
+    for item in items:
+        if not isinstance(item, kinds):
+            raise PlanError(f"{what} is {shown(item)}", help="write a pattern, or several of them")
+    return items
+
+
+def _written(entry: Replicated | FullyShard, patterns: tuple[str, ...]) -> str:
+    """As it would be written, options at their default left out."""
+    usual, (_, *options) = vars(type(entry)()), [f.name for f in fields(entry)]
+    given = [f'"{pattern}"' for pattern in patterns if pattern]
+    given += [f"{name}={_option(value)}" for name in options if (value := getattr(entry, name)) != usual[name]]
+    return f"{type(entry).__name__}({', '.join(given)})"
+
+
+def _option(value: object) -> str:
+    if isinstance(value, tuple):
+        items = (f'"{item}"' if isinstance(item, str) else f"a {type(item).__name__}" for item in value)
+        return f"[{', '.join(items)}]"
+    return getattr(value, "__name__", "...") if callable(value) else str(value)
