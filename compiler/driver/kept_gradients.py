@@ -41,8 +41,11 @@ class Kept:
         self._specs |= specs
         self._due |= dict.fromkeys(specs)
 
-    def keep(self, name: str, gradient: Tensor) -> None:
-        self._tensors[name] = self._tensors[name] + gradient if name in self._tensors else gradient
+    def keep(self, name: str, gradient: Tensor | None) -> None:
+        """None: a loss did not depend on the parameter."""
+        if gradient is not None:
+            self._tensors[name] = self._tensors[name] + gradient if name in self._tensors else gradient
+        self._due.pop(name, None)
 
     def take(self, name: str) -> Tensor | None:
         self._due.pop(name, None)

@@ -31,7 +31,7 @@ from shardc.compiler.infer.infer import Decisions
 from shardc.compiler.infer.marked_layouts import check_counts, input_layouts
 from shardc.compiler.infer.open_splits import refinements
 from shardc.compiler.ir.carry import add_carries
-from shardc.compiler.ir.graph import copy_graph, placeholders, returned
+from shardc.compiler.ir.graph import copy_graph, returned
 from shardc.compiler.ir.marks import border_key
 from shardc.compiler.ir.node import is_random
 from shardc.compiler.ir.owned import read_later
@@ -223,19 +223,19 @@ class Lowering:
         results = len(signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION))
         changed = {signature.outputs[i].of or 0 for i in signature.indices(OutputKind.MUTATION)}
         later = read_later(parts.forward, results)
+        late = [signature.inputs[i].name for i in signature.indices(InputKind.TANGENT, InputKind.CARRY)]
         if self.ranks is None:
             sources = [signature.outputs[i].of or 0 for i in signature.indices(OutputKind.GRADIENT)]
-            engine = SimulatedRanks(parts.forward, parts.backward, self.mesh, results, sources, later & changed)
+            engine = SimulatedRanks(parts, len(late), self.mesh, results, sources, later & changed)
             return Executable(signature, engine, {}, self.kept, sorted(later - changed))
         stretches = Stretches(self.backend) if self.backend != "eager" else None
         forward = self.ranks.bind(parts.forward, stretches, len(signature.indices(OutputKind.OUTPUT)), changed)
-        backward = self.ranks.bind(parts.backward, stretches) if parts.backward is not None else None
+        backward = parts.backward and self.ranks.backward(parts.backward, late, program.hash, stretches)
         if stretches is not None:
             stretches.compile_all(kinds_on(parts, self.mesh, self.ranks.coords))
         wraps, kept = self._gradients(program)
-        blank = [self.ranks.zeros(n) for n in placeholders(program.gm) if n.name in _carries(signature)]
         drawing = [self._drawing(half) for half in (parts.forward, parts.backward)]
-        engine = ThisRank(forward, backward, results, wraps, blank, *drawing)
+        engine = ThisRank(forward, backward, results, wraps, *drawing)
         return Executable(signature, engine, kept, self.kept, sorted(later - changed))
 
     def _drawing(self, half: GraphModule | None) -> Callable[[], AbstractContextManager[None]]:
@@ -393,7 +393,3 @@ class Lowering:
             if shape != tuple(x.shape):
                 leaves[i] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)
         return pytree.tree_unflatten(leaves, structure)
-
-
-def _carries(signature: Signature) -> set[str]:
-    return {signature.inputs[i].node for i in signature.indices(InputKind.CARRY)}

@@ -57,6 +57,15 @@ def move_of(node: Node) -> Call | None:
     return None
 
 
+def piece_of(node: Node) -> Node | None:
+    """Of a part of what moved together the value that it was."""
+    if node.target is not operator.getitem:
+        return None
+    source, index = arguments(node)
+    move = move_of(arguments(source)[0] if source.target is c.wait else source)
+    return None if move is None else move.args[0][index]
+
+
 def divides_a_sum(node: Node, mesh: Mesh) -> bool:
     """Whether a node averages what a reduction gave, and nothing else sees: then it may do so where that lies.
     Over one rank the sum would be its operand."""

@@ -10,16 +10,14 @@ autograd tells whoever changes that.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Sequence
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.graph import placeholders, returned
-from shardc.compiler.ir.moves import move_of
-from shardc.compiler.ir.node import arguments, tensors
+from shardc.compiler.ir.moves import piece_of
+from shardc.compiler.ir.node import tensors
 
 THIN = ("expand", "as_strided", "broadcast_to")  # elements of their results may share memory
 
@@ -52,7 +50,7 @@ def apart(gm: GraphModule, kept: int | None = None, changed: Collection[int] = (
     kept: so many, the first, are the caller's to keep; None: all. changed: inputs that are overwritten once the half
     has run; no other value may lie there.
     """
-    inputs, ends, homes = placeholders(gm), returned(gm), _Homes()
+    inputs, ends, homes = placeholders(gm), returned(gm), Homes()
     kept = len(ends) if kept is None else kept
     taken: dict[Node, list[Node]] = {}
     found: dict[int, list[Node]] = {}
@@ -74,7 +72,7 @@ def apart(gm: GraphModule, kept: int | None = None, changed: Collection[int] = (
 
 def read_later(gm: GraphModule, first: int) -> set[int]:
     """The inputs, by position, in whose memory may lie what a half returns from position `first` on."""
-    homes = _Homes()
+    homes = Homes()
     found = {home for node in returned(gm)[first:] for home in homes.of(node)}
     return {i for i, node in enumerate(placeholders(gm)) if node in found}
 
@@ -83,7 +81,7 @@ def _numel(node: Node | None) -> int:
     return 0 if node is None else sum(t.numel() for t in tensors(node))
 
 
-class _Homes:
+class Homes:
     """In whose memory a value may lie: its own, an input's, or that of a value which it may be a view of."""
 
     def __init__(self) -> None:
@@ -104,14 +102,11 @@ def _name(node: Node) -> str:
 
 def _shown(node: Node) -> Sequence[Node]:
     """The operands in whose memory a result may lie."""
-    if node.target is operator.getitem:
-        source, index = arguments(node)
-        move = move_of(arguments(source)[0] if source.target is c.wait else source)
-        # Values that moved together are apart; over one rank each is its operand.
-        return [source] if move is None else [list(move.each())[index].args[0]]
+    piece = piece_of(node)
+    if piece is not None:  # values that moved together are apart; over one rank each is its operand
+        return [piece]
     schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or (
-        schema is not None and all(result.alias_info is None for result in schema.returns)
-    ):
+    made = schema is not None and all(result.alias_info is None for result in schema.returns)
+    if node.op != "call_function" or made:
         return ()
     return node.all_input_nodes

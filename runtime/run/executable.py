@@ -31,9 +31,11 @@ class Engine(Protocol):
         """(outputs and mutations as the caller sees them, values saved for backward)."""
         ...
 
-    def backward(self, saved: list[Any], tangents: Flat, carries: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients in the order of the signature's GRADIENT outputs; a carry that is None is zero. What is `saved`
-        may be taken out of the list, to be freed at its last use."""
+    def backward(
+        self, saved: list[Any], tangents: Sequence[Tensor | None], carries: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Gradients in the order of the signature's GRADIENT outputs; None where nothing that is given leads to one.
+        What is `saved` may be taken out of the list, to be freed at its last use."""
         ...
 
 
@@ -42,7 +44,7 @@ class Ledger(Protocol):
 
     def expect(self, specs: Mapping[str, Spec]) -> None: ...
 
-    def keep(self, name: str, gradient: Tensor) -> None: ...
+    def keep(self, name: str, gradient: Tensor | None) -> None: ...
 
     def take(self, name: str) -> Tensor | None: ...
 
@@ -113,16 +115,14 @@ class Executable:
         self.ledger.expect(dict(self.kept.values()))
         return found
 
-    def gradients(self, saved: list[Any], tangents: list[Tensor]) -> list[Tensor | None]:
+    def gradients(self, saved: list[Any], tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Backward, with what was kept back put in and what is to be kept taken out. The list is used up."""
         carries = [self.ledger.take(name) for name in self._places.carries]
         with _casts_as_traced():
             found = self.engine.backward(saved, tangents, carries)
         for i, (name, _) in self.kept.items():
-            gradient = found[i]
-            if gradient is not None:
-                self.ledger.keep(name, gradient)
-                found[i] = None
+            self.ledger.keep(name, found[i])
+            found[i] = None
         return found
 
     def changed(self, tensors: Sequence[Tensor], versions: Sequence[int]) -> RuntimeError:
@@ -167,7 +167,6 @@ class _Run(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         flat = [r for r, f in zip(results, program._places.flat, strict=False) if f and isinstance(r, Tensor)]
         ctx.mark_non_differentiable(*flat)
-        ctx.results = [(r.shape, r.dtype, r.device) if isinstance(r, Tensor) else None for r in results]
         return tuple(results)
 
     @staticmethod
@@ -176,7 +175,7 @@ class _Run(torch.autograd.Function):
         if ctx.versions != list(map(VERSION, ctx.watched)):
             raise program.changed(ctx.watched, ctx.versions)
         saved, places = _unpacked(ctx), program._places
-        tangents = [_tangent(grads, of, ctx.results) for of in places.tangents]
+        tangents = [None if grads[of] is None else grads[of].contiguous() for of in places.tangents]
         out: list[Any] = [None] * places.given
         for source, grad in zip(places.gradients, program.gradients(saved, tangents), strict=True):
             out[source] = grad
@@ -207,11 +206,3 @@ class _Once(torch.autograd.Function):
             "a gradient of the compiled module is differentiated once more, and its program has no second backward",
             help="leave create_graph=True out, or keep what needs second derivatives outside of the compiled module",
         )
-
-
-def _tangent(grads: Sequence[Tensor | None], index: int, results: list) -> Tensor:
-    grad = grads[index]
-    if grad is not None:
-        return grad.contiguous()
-    shape, dtype, device = results[index]
-    return torch.zeros(shape, dtype=dtype, device=device)

@@ -13,12 +13,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
 
+from shardc.compiler.ir.collectives import COLLECTIVES
+from shardc.compiler.ir.moves import move_of
 from shardc.compiler.ir.node import spec, val
 from shardc.compiler.ir.owned import apart
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec, to_placements
+from shardc.runtime.run.backward_half import BackwardHalf
 from shardc.runtime.run.bind import bind_program
 from shardc.runtime.run.compiled_stretches import Stretches
+from shardc.runtime.run.engines import ready
 from shardc.runtime.shards import cut
 from shardc.runtime.wire.distribute import as_dtensor, broadcast, gather_whole, local_of
 from shardc.runtime.wire.groups import Groups
@@ -120,11 +124,33 @@ class Ranks:
             if any(self.coords.values()):
                 _set_generators(self.device_mesh.device_type, mine)
 
-    def zeros(self, node: Node) -> Callable[[], Tensor]:
-        """What makes this rank's zeros of a graph value."""
-        value = val(node)
+    def backward(
+        self, half: GraphModule, late: Sequence[str], program: str, stretches: Stretches | None
+    ) -> BackwardHalf:
+        """A backward half as this rank runs it. late: names of what does not come from forward. program: a digest."""
+        moves = [move.target for node in half.graph.nodes if (move := move_of(node)) is not None]
+        meet = None if {*moves}.isdisjoint(COLLECTIVES) else self._meeting(program, late)
+        return BackwardHalf(half, len(late), lambda gm: ready(self.bind(gm, stretches)), self._zeros, meet)
+
+    def _zeros(self, node: Node) -> Tensor:
         shape = spec(node).local_shape(self.mesh, self.coords)
-        return lambda: torch.zeros(shape, dtype=value.dtype, device=value.device)
+        return torch.zeros(shape, dtype=val(node).dtype, device=val(node).device)
+
+    def _meeting(self, program: str, late: Sequence[str]) -> Callable[[tuple[int, ...]], None]:
+        """What is told before each run of a backward what it does without: all ranks must do without the same."""
+        calls, last = self.calls, ()
+
+        def meet(missing: tuple[int, ...]) -> None:
+            nonlocal last
+            if missing == last:
+                calls.number += 1
+                return
+            used = [name for i, name in enumerate(late) if i not in missing]
+            with calls.entering():
+                self.agree(f"{program}\nbackward from {', '.join(used)}", "what the loss uses of the results")
+            last = missing
+
+        return meet
 
 
 def _generators(device_type: str) -> list[Tensor]:

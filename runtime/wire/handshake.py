@@ -83,7 +83,8 @@ class Calls:
             self.entered = 0
 
     def look(self) -> None:
-        """Raises RankMismatchError where another rank compares programs before the call that this one is in."""
+        """Raises RankMismatchError where another rank compares programs before the call that this one is in, or before
+        one that this one has passed."""
         if not dist.is_initialized() or dist.get_backend() == "fake":
             return
         me, members = dist.get_rank(), _members(self.ranks)
@@ -93,7 +94,8 @@ class Calls:
             number, call = members.get(f"at/{other}").decode().split()
             verdict = f"apart {me} {other}"
             board = PrefixStore(number, members)
-            if call == str(self.number) and board.compare_set("verdict", "", verdict).decode() == verdict:
+            passed = call.isdigit() and int(call) <= self.number  # what all agreed on has its verdict
+            if passed and board.compare_set("verdict", "", verdict).decode() == verdict:
                 raise RankMismatchError(_apart(me, other))
 
 
@@ -110,9 +112,10 @@ def _members(ranks: tuple[int, ...]) -> PrefixStore:
 def _apart(running: int | str, comparing: int | str) -> str:
     return (
         f"inputs differ between ranks: rank {running} runs the program of its last call, and rank {comparing} was "
-        "called with inputs of another size or kind, for which it needs another program\n"
+        "called with inputs of another size or kind, for which it needs another program, or differs in what it calls "
+        "backward on\n"
         "help: give every rank inputs of equal shapes (pad or drop the last batch), or DTensors, which know their "
-        "global shape"
+        "global shape, and a loss of the same results"
     )
 
 

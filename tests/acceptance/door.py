@@ -83,7 +83,32 @@ class Probabilities(Twins):
         return self.a(x).softmax(-1)
 
 
-KINDS: Sequence[type[Twins]] = (Twins, Spread, Detached, Repeated, Views, Swaps, Counts)
+class Heads(Twins):
+    """Results that share some of what they are made of, and some of which nothing else needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.LSTMCell(6, 5).double()
+        self.d = nn.Linear(6, 12).double()
+
+    def forward(self, x: Tensor) -> Any:
+        trunk = self.a(x)
+        left, right = self.d(trunk).chunk(2, -1)
+        hidden, cell = self.c(trunk * self.p)
+        return (
+            trunk.logsumexp(-1).mean(0),
+            trunk,
+            self.b(x),
+            {"left": left, "right": right},
+            hidden,
+            cell + self.q.sum(),
+        )
+
+
+SUBSETS = ((0,), (0, 2), (3,), (1, 4), (6,), (5, 6), (0, 1, 2, 3, 4, 5, 6), (0,))
+
+
+KINDS: Sequence[type[Twins]] = (Twins, Spread, Detached, Repeated, Views, Swaps, Counts, Heads)
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -120,6 +145,22 @@ def two_steps(module: nn.Module, x: Tensor, in_place: bool) -> list[Any]:
     return seen
 
 
+def partial_losses(module: nn.Module, x: Tensor) -> list[Any]:
+    """Gradients, or that there are none, and parameters after Adam, of losses that use some of the results."""
+    seen: list[Any] = []
+    optim = torch.optim.Adam(module.parameters(), lr=0.1)
+    for used in SUBSETS:
+        mine = x.clone().requires_grad_()
+        results = tensors(module(mine))
+        sum(results[i].square().mean() for i in used).backward()  # pyright: ignore
+        seen += [p.grad is None for p in module.parameters()] + [whole(p.grad) for p in module.parameters()]
+        seen += [mine.grad is None]
+        optim.step()
+        optim.zero_grad()
+        seen += [whole(p.detach().clone()) for p in module.parameters()]
+    return seen
+
+
 def same(ours: Sequence[Any], theirs: Sequence[Any], what: str, rank: int = 0) -> None:
     """rank: which equal part of a whole batch's rows is compared, where sizes differ."""
     assert len(ours) == len(theirs), what
@@ -131,11 +172,13 @@ def same(ours: Sequence[Any], theirs: Sequence[Any], what: str, rank: int = 0) -
             assert a == b, f"{what}, {i}: {a} and {b}"
 
 
-def door(kind: type[Twins], plan: Any, mesh: Any, rank: int = 0, ranks: int = 1) -> nn.Module:
+def door(kind: type[Twins], plan: Any, mesh: Any, rank: int = 0, ranks: int = 1) -> None:
     """A model of this kind, compiled, beside one device."""
     alone = kind()
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)).double()
     compiled = shardc.compile(copy.deepcopy(alone), plan, mesh=mesh)
-    ours, theirs = two_steps(compiled, x.chunk(ranks)[rank], True), two_steps(alone, x, False)
+    if kind is Heads:
+        ours, theirs = partial_losses(compiled, x.chunk(ranks)[rank]), partial_losses(alone, x)
+    else:
+        ours, theirs = two_steps(compiled, x.chunk(ranks)[rank], True), two_steps(alone, x, False)
     same(ours, theirs, f"{kind.__name__}, {plan}", rank)
-    return compiled

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel
 
 import shardc
-from shardc import CompiledModule, FullyShard, Plan, Replicated
-from tests.acceptance.door import KINDS, Probabilities, Twins, door, whole
+from shardc import CompiledModule, FullyShard, Plan, RankMismatchError, Replicated
+from tests.acceptance.door import KINDS, Heads, Probabilities, Twins, door, tensors, whole
 from tests.runtime.ranks import on_ranks, run_ranks
 
 PLANS = (Replicated(), FullyShard(), FullyShard("a", reshard_after_forward=False))
@@ -22,13 +24,20 @@ def data_parallel() -> DeviceMesh:
     return init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
 
 
+def tensor_parallel() -> DeviceMesh:
+    return init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+
+
 def all_kinds(rank: int) -> None:
     mesh = data_parallel()
     for kind in KINDS:
         for plan in PLANS:
             door(kind, Plan(dp=plan), mesh, rank, 2)
+    door(Heads, {"a": ColwiseParallel(output_layouts=Replicate()), "d": ColwiseParallel()}, tensor_parallel())
     clipped(rank, mesh)
     stale(rank, mesh)
+    kept_back(rank, mesh)
+    apart(rank, mesh)
 
 
 def clipped(rank: int, mesh: DeviceMesh) -> None:
@@ -74,6 +83,29 @@ def stale(rank: int, mesh: DeviceMesh) -> None:
             for m in (shardc.compile(Probabilities(), Plan(dp=plan), mesh=mesh), Probabilities()):
                 with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                     change(m).backward()
+
+
+def kept_back(rank: int, mesh: DeviceMesh) -> None:
+    """Of steps that are not synchronised what no loss depends on has no gradient either."""
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(2)).double()
+    for plan in PLANS[:2]:
+        alone, compiled = Heads(), shardc.compile(Heads(), Plan(dp=plan), mesh=mesh)
+        for used, part, sync in ((2, x[:4], compiled.no_sync()), (3, x[4:], nullcontext())):
+            tensors(alone(part))[used].square().mean().backward()
+            with sync:
+                tensors(compiled(part.chunk(2)[rank]))[used].square().mean().backward()
+        for (name, p), q in zip(compiled.named_parameters(), alone.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            if q.grad is not None:
+                torch.testing.assert_close(whole(p.grad), q.grad, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def apart(rank: int, mesh: DeviceMesh) -> None:
+    """Ranks whose losses use different results are told, and do not wait for each other's collectives."""
+    compiled = shardc.compile(Heads(), Plan(dp=FullyShard()), mesh=mesh)
+    results = tensors(compiled(torch.ones(2, 4).double()))
+    with pytest.raises(RankMismatchError, match="what the loss uses|what it calls backward on"):
+        sum(t.sum() for t in results[: 1 + rank]).backward()  # pyright: ignore
 
 
 @on_ranks
