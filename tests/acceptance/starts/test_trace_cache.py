@@ -103,7 +103,7 @@ def test_an_entry_of_another_tracer_is_refused_and_made_anew(traces, caplog, mon
     rooms = tmp_path / "compiler"
     shutil.copytree(fingerprint.ROOMS, rooms)
     monkeypatch.setattr(fingerprint, "ROOMS", rooms)
-    for file, again in (("plan/keys.py", 0), ("trace/capture.py", 1), ("rules/checks.py", 1)):
+    for file, again in (("plan/settle.py", 0), ("trace/capture.py", 1), ("rules/checks.py", 1)):
         (rooms / file).write_text((rooms / file).read_text() + "# a change\n")
         fingerprint.tracer.cache_clear()
         with caplog.at_level(logging.WARNING, "shardc.compiler.driver.saved.trace_folder"):
