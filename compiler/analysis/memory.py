@@ -22,7 +22,7 @@ from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.graph import output_node, placeholders
 from shardc.compiler.ir.halves import Halves
 from shardc.compiler.ir.moves import Call, divides_a_sum, move_of
-from shardc.compiler.ir.node import arguments, specs, tensors
+from shardc.compiler.ir.node import arguments, of, specs, tensors
 from shardc.compiler.ir.routes import cuts_of, route_of
 from shardc.compiler.ir.text import excerpt
 from shardc.compiler.ir.views import Kind, outlives
@@ -62,7 +62,7 @@ def peak_bytes(parts: Halves, mesh: Mesh) -> int:
     if node is not None:
         raise ShardingError(
             f"%{node.name} has a size that data decides without a bound, so nobody knows its bytes",
-            where=node.meta.get("where", ""),
+            where=of(node).where,
             excerpt=excerpt(node),
             help="give the size as a Python number where there is one (num_classes= of one_hot)",
         )
@@ -190,7 +190,7 @@ class _Half:
             return self._arrived(node, wire._replace(extra=wire.extra + here), i)
         if move is not None and move.target is c.local_slice:
             return self._sliced(node, self.env[move.args[0]])
-        if node.meta.get("data"):
+        if of(node).data:
             return _fresh(node, self.mesh, self.coords)
         if divides_a_sum(node, self.mesh):
             return self.env[arguments(node)[0]]
@@ -271,7 +271,7 @@ def _fresh(node: Node, mesh: Mesh, coords: Mapping[str, int]) -> Any:
     if layouts and len(layouts) == len(values):
         shapes = [s.local_shape(mesh, coords) for s in layouts]
     else:
-        values = tensors_in(node.meta.get("local"))
+        values = tensors_in(of(node).local)
         shapes = [tuple(x.shape) for x in values]
     made = [_laid(x, shape) for x, shape in zip(values, shapes, strict=True)]
     return made[0] if len(made) == 1 else made

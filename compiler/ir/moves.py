@@ -57,13 +57,19 @@ def move_of(node: Node) -> Call | None:
     return None
 
 
-def piece_of(node: Node) -> Node | None:
-    """Of a part of what moved together the value that it was."""
+def picked(node: Node) -> Call | None:
+    """Of a part of what moved together how it moved."""
     if node.target is not operator.getitem:
         return None
     source, index = arguments(node)
     move = move_of(arguments(source)[0] if source.target is c.wait else source)
-    return None if move is None else move.args[0][index]
+    return None if move is None else list(move.each())[index]
+
+
+def piece_of(node: Node) -> Node | None:
+    """Of a part of what moved together the value that it was."""
+    move = picked(node)
+    return None if move is None else move.args[0]
 
 
 def divides_a_sum(node: Node, mesh: Mesh) -> bool:

@@ -15,11 +15,12 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.graph import placeholders, returned
-from shardc.compiler.ir.moves import piece_of
-from shardc.compiler.ir.node import tensors
-
-THIN = ("expand", "as_strided", "broadcast_to")  # elements of their results may share memory
+from shardc.compiler.ir.moves import move_of, piece_of
+from shardc.compiler.ir.node import arguments, tensors
+from shardc.compiler.ir.views import shows
+from shardc.compiler.rules.facts import is_thin
 
 
 def own(x: Tensor, *others: Tensor) -> Tensor:
@@ -93,20 +94,13 @@ class Homes:
         return self._known[node]
 
     def thin(self, node: Node) -> bool:
-        return any(_name(n) in THIN for n in self.of(node))
-
-
-def _name(node: Node) -> str:
-    return getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+        return any(is_thin(n.target) for n in self.of(node))
 
 
 def _shown(node: Node) -> Sequence[Node]:
-    """The operands in whose memory a result may lie."""
-    piece = piece_of(node)
-    if piece is not None:  # values that moved together are apart; over one rank each is its operand
+    """The operands in whose memory a result may lie. Over one rank a value that moved is its operand."""
+    if (piece := piece_of(node)) is not None:
         return [piece]
-    schema = getattr(node.target, "_schema", None)
-    made = schema is not None and all(result.alias_info is None for result in schema.returns)
-    if node.op != "call_function" or made:
-        return ()
-    return node.all_input_nodes
+    if node.target is c.wait or move_of(node) is not None:
+        return node.all_input_nodes
+    return arguments(node)[:1] if shows(node) else ()

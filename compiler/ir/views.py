@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.moves import move_of
+from shardc.compiler.ir.moves import picked
 from shardc.compiler.ir.node import arguments, of
 from shardc.compiler.rules import facts
 
@@ -30,10 +30,7 @@ def _owner(node: Node) -> Node:
 
 def is_part(node: Node) -> bool:
     """Whether a node picks one of the values that a collective moved together, and gave memory of its own."""
-    if node.target is not operator.getitem:
-        return False
-    source = arguments(node)[0]
-    move = move_of(arguments(source)[0] if source.target is c.wait else source)
+    move = picked(node)
     return move is not None and move.target is not c.all_reduce
 
 

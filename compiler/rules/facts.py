@@ -24,6 +24,11 @@ def is_view(op: Any) -> bool:
     return isinstance(op, OpOverload) and (op.is_view or op is aten._unsafe_view.default)
 
 
+def is_thin(op: Any) -> bool:
+    """Whether several elements of a result may lie in one place."""
+    return op in (aten.expand.default, aten.as_strided.default)
+
+
 def computes(op: Any) -> bool:
     """Whether an operator keeps a device busy and gives memory of its own."""
     return isinstance(op, OpOverload) and not is_view(op) and not op._schema.is_mutable

@@ -32,10 +32,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import all_gather, all_reduce, reduce_scatter
-from shardc.compiler.ir.graph import call_nodes, results_of
+from shardc.compiler.ir.graph import call_nodes, made_of, results_of, settle
 from shardc.compiler.ir.moves import move_of
 from shardc.compiler.ir.node import local_nbytes, of, set_specs, spec, tensors
-from shardc.compiler.ir.order import made_of, settle
 from shardc.compiler.ir.rewrite import cast, emit
 from shardc.compiler.ir.signature import InputKind, OutputKind
 from shardc.compiler.ir.views import is_kept

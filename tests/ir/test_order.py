@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx import Graph, Node
 
-from shardc.compiler.ir.order import made_of, settle
+from shardc.compiler.ir.graph import made_of, settle
 
 
 def drawn(seed: int, size: int = 30) -> Graph:
