@@ -207,15 +207,15 @@ class Lowering:
             step.run(copy, ctx)
         params = dict(self.plan.params)
         for name, spec in refinements(copy, traced.signature, self.plan, self.mesh, decisions).items():
-            layout = params[name]
-            if to_placements(spec, self.mesh) is None or layout.stored != layout.compute:
+            before, layout = params[name].stored, params[name].computed_as(spec, self.mesh)
+            if to_placements(layout.stored, self.mesh) is None:
                 continue
             if self.ranks is not None:
-                param, before = self.module.get_parameter(name), layout.stored
-                self.ranks.relay(param, before, spec)
+                param = self.module.get_parameter(name)
+                self.ranks.relay(param, before, layout.stored)
                 for follow in self.followers:
-                    follow(param, partial(self.ranks.moved, before=before, after=spec))
-            params[name] = replace(layout, stored=spec, compute=spec, kept=spec)
+                    follow(param, partial(self.ranks.moved, before=before, after=layout.stored))
+            params[name] = layout
         self.plan = replace(self.plan, params=params)
 
     def _executable(self, program: Program) -> Executable:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 
 from shardc.compiler.errors import PlanError
+from shardc.compiler.plan.at_rest import AtRest
 from shardc.compiler.plan.layout import bad_option, check_float, counted, placement_code, shown
 
 
@@ -98,17 +99,19 @@ class FullyShard:
     def __repr__(self) -> str:
         return _written(self, self.patterns)
 
-    def at_rest(self, name: str, parameter: Tensor) -> Placement:
-        """How a parameter is split: as the user's function says, or on its first dim.
+    def at_rest(self, name: str, parameter: Tensor, axis: str, size: int) -> AtRest:
+        """How a parameter is split over a mesh dim: as the user's function says, or on its first dim.
 
-        Raises PlanError for a placement that does not fit it.
+        Raises PlanError for a placement that does not fit it, and for ranks that `reshard_after_forward` does not.
         """
         chosen = self.placement(parameter) if self.placement else None
         if chosen is not None and not isinstance(chosen, Shard):
             text = placement_code(chosen) if isinstance(chosen, Placement) else shown(chosen)
             help = "return Shard(d) for one of its dims, or None for Shard(0)"
             raise PlanError(f"{self}: placement gives {text} for {name}", help=help)
-        return counted(chosen or Shard(0), parameter.ndim, name, str(self))
+        placement = counted(chosen or Shard(0), parameter.ndim, name, str(self))
+        assert isinstance(placement, Shard)
+        return AtRest(placement, self.ways(axis, size), asked=chosen is not None)
 
     def ways(self, axis: str, size: int) -> bool | int:
         """Over how many ranks parameters stay split between forward and backward: True for all, False for none.

@@ -9,6 +9,7 @@ from torch import nn
 
 from shardc.compiler.errors import PlanError
 from shardc.compiler.plan.annotate import DEFAULT_MESH_DIM, Annotation, annotated
+from shardc.compiler.plan.at_rest import rest
 from shardc.compiler.plan.call_layouts import CallLayouts
 from shardc.compiler.plan.entries import FullyShard, Replicated
 from shardc.compiler.plan.forwards import Forward
@@ -18,7 +19,7 @@ from shardc.compiler.plan.plan import Plan, as_plan, read_entry
 from shardc.compiler.plan.resolved import ParamLayout, Resolved
 from shardc.compiler.plan.settle import Asked
 from shardc.compiler.plan.wishes import Wish
-from shardc.compiler.spec.mesh import Mesh, part_of
+from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import REPLICATE, from_placements, to_placements
 from shardc.compiler.user_code import call_site, warn_user
 
@@ -124,33 +125,30 @@ def _layout(name: str, names: Names, asked: Mapping[str, Asked], mesh: Mesh) -> 
     shared = [axis for axis, of in asked.items() if of.shares and name in names.parameters]
     local = [axis for axis in shared if asked[axis].leaves(found[axis], name)]
     shards = {a: c.wish.asks for a, c in claims.items() if a not in local and isinstance(c.wish.asks, FullyShard)}
-    at_rest = {axis: entry.at_rest(name, tensor) for axis, entry in shards.items() if tensor.ndim}
+    at_rest = {axis: entry.at_rest(name, tensor, axis, mesh[axis]) for axis, entry in shards.items() if tensor.ndim}
     placed = {axis: claim.placement for axis, claim in claims.items() if claim.placement != REPLICATE}
     keys = {axis: claim.wish.text for axis, claim in claims.items()}
     notes = [f"its gradient stays local over {axis}" for axis in local if tensor.requires_grad]
     notes += [f"a scalar stays whole over {axis}" for axis in shards if not tensor.ndim]
     try:
-        stored = from_placements(tensor.shape, placed | at_rest, mesh)
+        compute = from_placements(tensor.shape, placed, mesh)
+        lies = rest(compute, at_rest, mesh)
     except ValueError as error:
         raise PlanError(str(error), excerpt="\n".join(keys.values()), help=f"lay out {name} in another way") from None
-    compute = kept = from_placements(tensor.shape, placed, mesh)
-    for axis, placement in at_rest.items():
-        ways = shards[axis].ways(axis, mesh[axis])
-        if ways:
-            kept = kept.place(axis if ways is True else part_of(axis, ways), placement, mesh)
     return ParamLayout(
         fqn=name,
         dtype=tensor.dtype,
         requires_grad=tensor.requires_grad,
-        stored=stored,
+        stored=lies.stored,
         compute=compute,
-        kept=kept,
+        kept=lies.kept,
+        at_rest=at_rest,
         open=frozenset(axis for axis, claim in claims.items() if claim.open),
         local=frozenset(local),
         keys=keys,
         aliases=tuple(names.of(tensor)[1:]),
         unit={axis: claims[axis].module for axis in shards},
-        notes=tuple(notes),
+        notes=(*notes, *lies.notes),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.tensor import Placement, Shard
 
 from shardc.compiler.errors import PlanError
 from shardc.compiler.ir.marks import CONSTRAIN, parse_key, parse_placement
+from shardc.compiler.plan.at_rest import AtRest, rest
 from shardc.compiler.plan.call_layouts import CallLayouts, parse_path
 from shardc.compiler.plan.layout import Layout, as_layout
 from shardc.compiler.plan.match import did_you_mean, find
@@ -30,7 +31,8 @@ class ParamLayout:
     open: mesh dims whose split comes from a style: the dim is fixed, which factor of it is not.
     local: data mesh dims over which its gradient is not reduced.
     keys: mesh dim -> the plan entry behind its layout, as the user wrote it.
-    aliases: further FQNs of the same tensor. unit: FullyShard mesh dim -> FQN of its gather unit.
+    aliases: further FQNs of the same tensor. unit: FullyShard mesh dim -> FQN of its gather unit. at_rest: what it
+        asks, by mesh dim.
     notes: what a reader of the report should know.
     """
 
@@ -45,7 +47,13 @@ class ParamLayout:
     keys: dict[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     unit: dict[str, str] = field(default_factory=dict)
+    at_rest: dict[str, AtRest] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def computed_as(self, compute: Spec, mesh: Mesh) -> ParamLayout:
+        """The same parameter, computed with in another layout, and stored so that it comes by it without a detour."""
+        lies = rest(compute, self.at_rest, mesh)
+        return replace(self, stored=lies.stored, compute=compute, kept=lies.kept, notes=(*self.notes, *lies.notes))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -59,11 +59,13 @@ class Asked:
         self._left_alone = {wish: self._ignored(wish) for wish in wishes}
 
     def claim(self, tensor: str) -> Claim | None:
-        """The claim that decides about a parameter or buffer, given by its canonical name.
+        """The claim that decides about a parameter or buffer, given by its canonical name: of those that do not leave
+        it alone, if there are any. What an inner module ignores is then the outer one's.
 
         Raises PlanError where equals disagree, as two modules that share a parameter can.
         """
         found = list(self._claims(tensor))
+        found = [claim for claim in found if tensor not in self._left_alone[claim.wish]] or found
         top = max((claim.rank for claim in found), default=())
         equals = [claim for claim in found if claim.rank == top]
         for other in equals[1:]:

@@ -233,3 +233,12 @@ def test_an_annotation_that_no_mesh_dim_is_left_for_is_refused():
     model = shardc.replicate(mlp())
     with pytest.raises(PlanError, match="names the mesh dim dp, but the mesh has tp"):
         resolve({"0": "colwise"}, model, Mesh(tp=2))
+
+
+def test_what_an_inner_module_ignores_is_the_outer_ones():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    shardc.fully_shard(model[1], ignored_params=list(model[1][1].parameters()))
+    shardc.replicate(model)
+    found = resolve(None, model, Mesh(dp=2)).params
+    assert not any(layout.local for layout in found.values())
+    assert [name for name, layout in found.items() if not layout.stored.is_whole] == ["1.0.weight", "1.0.bias"]

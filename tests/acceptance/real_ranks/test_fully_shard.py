@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
@@ -282,8 +282,8 @@ def mlp(hidden: int = 8) -> nn.Module:
     return MLP(8, hidden).double()
 
 
-def clipped(rank: int, mesh: Any, plan: Any, rows: Tensor, whole: Tensor) -> None:
-    ours, alone = shardc.compile(mlp(), plan, mesh=mesh), mlp()
+def clipped(rank: int, mesh: Any, plan: Any, rows: Tensor, whole: Tensor, hidden: int = 8) -> None:
+    ours, alone = shardc.compile(mlp(hidden), plan, mesh=mesh), mlp(hidden)
     for p in (1, 2, 3, math.inf):
         for one, x in ((ours, rows), (alone, whole)):
             one.zero_grad()
@@ -295,6 +295,32 @@ def clipped(rank: int, mesh: Any, plan: Any, rows: Tensor, whole: Tensor) -> Non
         norms = ours_norm, nn.utils.clip_grad_norm_(alone.parameters(), 0.01, p)
         torch.testing.assert_close(*norms, **EXACT)
         same_grads(ours, alone)
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def fused_heads_are_not_moved(rank: int, mesh: Any) -> None:
+    """Whole heads of a fused projection lie on tp where they are used; dp splits another dim, or none."""
+    torch.manual_seed(0)
+    model, x = Fused().double(), torch.randn(4, 5, 16, dtype=torch.float64)
+    alone = copy.deepcopy(model)
+    plan = Plan(dp=FullyShard("*"), tp={"qkv": ColwiseParallel(), "proj": RowwiseParallel()})
+    ours = shardc.compile(model, plan, mesh=mesh)
+    for seed in range(2):
+        rows = x.roll(seed, 0)
+        step(ours, rows.chunk(2)[mesh.get_local_rank("dp")])
+        step(alone, rows)
+        same_grads(ours, alone)
+    over_tp = {c.kind for c in ours.programs[-1].collectives() if c.mesh_dim == "tp"}
+    assert over_tp == {"all_reduce"}
 
 
 def some_ranks_hold_nothing(rank: int, whole: Tensor) -> None:
@@ -352,8 +378,10 @@ def on_four(rank: int, folder: str) -> str:
     saved_and_loaded(mesh, rows, whole, folder)
     hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "dp"))
     clipped(rank, hybrid, Plan(replica=Replicated(), dp=FullyShard("net*")), whole.chunk(4)[rank], whole)
+    clipped(rank, mesh, Plan(dp=FullyShard("net*"), tp=TP), rows, whole, hidden=7)  # then another dim is split
+    fused_heads_are_not_moved(rank, mesh)
     try:
-        shardc.compile(mlp(7), Plan(dp=FullyShard("net*"), tp=TP), mesh=mesh)
+        shardc.compile(mlp(7), Plan(dp=FullyShard("net*", placement=lambda p: Shard(0)), tp=TP), mesh=mesh)
     except PlanError as error:
         return str(error)
     return "not refused"
