@@ -16,12 +16,19 @@ from shardc.compiler.rules.checks import CHECKS
 aten = torch.ops.aten
 CAST = aten._to_copy.default
 ASSERT = aten._assert_scalar.default
+UNSAID = {  # views whose schemas do not say so
+    aten._unsafe_view.default,
+    aten.conj_physical.default,
+    aten.lift.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+}
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def is_view(op: Any) -> bool:
     """Whether results lie in an operand's memory, or may."""
-    return isinstance(op, OpOverload) and (op.is_view or op is aten._unsafe_view.default)
+    return isinstance(op, OpOverload) and (op.is_view or op in UNSAID)
 
 
 def is_thin(op: Any) -> bool:
