@@ -29,7 +29,6 @@ from shardc.compiler.ir import collectives
 from shardc.compiler.ir.graph import placeholders, returned
 from shardc.compiler.ir.node import arguments, operands, set_specs, spec, specs, tensors, val
 from shardc.compiler.ir.signature import Input, InputKind, Output, OutputKind, Signature
-from shardc.compiler.ir.text import text
 from shardc.compiler.pipeline.runner import Context, Record, Runner
 from shardc.compiler.pipeline.stages import Stage, verify
 from shardc.compiler.plan.call_layouts import CallLayouts
@@ -226,8 +225,7 @@ def param(
 def apply(step: Any, gm: GraphModule, ctx: Context) -> Record:
     """Run one pass on a graph of the stage that it takes; the graph is verified before and after."""
     verify(gm, step.takes, ctx.mesh)
-    before = Record("", step.takes, "", text(gm, ctx.mesh), {}, (), 0.0)
-    return Runner(gm, ctx, {}, before).run(step)
+    return Runner(gm, ctx, {}, step.takes).run(step)
 
 
 def local(fn: Callable, mesh: Mesh, /, **types: str) -> GraphModule:

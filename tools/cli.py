@@ -1,4 +1,4 @@
-"""The `shardc` command: demo, view, explain, run."""
+"""The `shardc` command: demo, view, explain, run, opt."""
 
 from __future__ import annotations
 
@@ -50,7 +50,28 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("script")
     run.add_argument("arguments", nargs=argparse.REMAINDER)
     run.set_defaults(run=_run)
+    about = argparse.RawDescriptionHelpFormatter
+    opt = commands.add_parser("opt", help="run passes on a program's text", description=OPT, formatter_class=about)
+    opt.add_argument("text", nargs="?", default="-", help="the file of the text (standard input)")
+    opt.add_argument("--from", dest="target", help="instead: file.py:function -> (model, plan, inputs), with --mesh")
+    opt.add_argument("--mesh", help="such as dp=2,tp=4; no devices are needed")
+    opt.add_argument("--pass", dest="one", default="", metavar="PASS", help="run this pass")
+    opt.add_argument("--until", default="", metavar="PASS|STAGE", help="run all that leads to the end of it")
+    opt.add_argument("--plain", action="store_true", help="print as `print(program)` does")
+    opt.add_argument("--list", action="store_true", help="name the passes, with the stages that they take and give")
+    opt.set_defaults(run=_opt)
     return parser
+
+
+OPT = """\
+Runs passes on a program's text, and prints what becomes of it:
+
+  shardc opt --from model.py:example --mesh dp=2,tp=2 --until SHARDED > program.txt
+  shardc opt program.txt --pass insert-reshards
+  shardc opt program.txt --until LOCAL | shardc opt --pass overlap --plain
+
+What `print(program)` shows can be read too, as far as it goes: it says nothing of source lines, units or gradients.
+docs/program_text.md has the grammar."""
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -63,6 +84,27 @@ def _run(options: argparse.Namespace) -> int:
     import shardc
 
     shardc.launch(run_script, options.ranks, (options.script, options.arguments))
+    return 0
+
+
+def _opt(options: argparse.Namespace) -> int:
+    from shardc.compiler.driver.text_passes import of_call, of_text, passes
+    from shardc.tools.explain import compile_target, parse_mesh
+
+    if options.list:
+        print(*(f"{step.name:24} {step.takes.name} -> {step.gives.name}" for step in passes()), sep="\n")
+        return 0
+    if options.target:
+        compiled, args, kwargs = compile_target(options.target, parse_mesh(options.mesh))
+        program, plain = of_call(compiled, *args, **kwargs), False
+    else:
+        name = "standard input" if options.text == "-" else options.text
+        content = sys.stdin.read() if options.text == "-" else Path(options.text).read_text(encoding="utf-8")
+        takes = {step.name: step.takes.name for step in passes()}
+        program, plain = of_text(content, name, takes.get(options.one, "TRACED")), "  !{" not in content
+    if options.one or options.until:
+        program.run(options.one, options.until)
+    print(program.plain() if plain or options.plain else program.text())
     return 0
 
 
@@ -82,11 +124,10 @@ def _add_target(command: argparse.ArgumentParser, **options: Any) -> None:
 
 
 def _program(target: str, mesh: str | None) -> Program:
-    from shardc.tools.explain import load_target, parse_mesh
+    from shardc.tools.explain import compile_target, parse_mesh
 
-    if mesh is None:
-        raise ValueError("--mesh is missing: write --mesh dp=2,tp=4")
-    return load_target(target, parse_mesh(mesh))
+    compiled, args, kwargs = compile_target(target, parse_mesh(mesh))
+    return compiled.lower(*args, **kwargs)
 
 
 def _data(target: str, mesh: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,30 +14,32 @@ from rich.table import Table
 from rich.text import Text
 
 import shardc
-from shardc import Mesh, Program
+from shardc import Mesh
 from shardc.compiler.driver.fill import ON_META
 from shardc.tools.links import LEFT_OUT, Links, parse_links
 from shardc.tools.timeline import Timeline, estimate, mesh_of
 
 
-def parse_mesh(text: str) -> Mesh:
+def parse_mesh(text: str | None) -> Mesh:
     """`dp=2,tp=4` as an abstract mesh. Raises ValueError for other text."""
+    if text is None:
+        raise ValueError("--mesh is missing: write --mesh dp=2,tp=4")
     try:
         return Mesh(**{name: int(size) for name, size in (part.split("=") for part in text.split(","))})
     except (ValueError, TypeError) as error:
         raise ValueError(f"--mesh {text!r}: write it as dp=2,tp=4 ({error})") from None
 
 
-def load_target(target: str, mesh: Mesh) -> Program:
-    """Compile what `file.py:function` or `package.module:function` returns: (model, plan, example inputs), and if it
-    likes a dict of compile's options. What is on meta, or from deferred_init, takes no memory: nothing is computed."""
+def compile_target(target: str, mesh: Mesh) -> tuple[shardc.CompiledModule, tuple[Any, ...], dict[str, Any]]:
+    """What `file.py:function` or `package.module:function` returns, (model, plan, example inputs) and if it likes a
+    dict of compile's options: the compiled model, and the inputs as positional and keyword arguments. What is on meta,
+    or from deferred_init, takes no memory: nothing is computed."""
     model, plan, inputs, *rest = _function(target)()
     options = {key: value for key, value in (rest[0] if rest else {}).items() if key not in ("init", "mesh")}
     compiled = shardc.compile(model, plan, mesh=mesh, init=ON_META, **options)
-    args, kwargs = (
-        ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
-    )
-    return compiled.lower(*args, **kwargs)
+    if isinstance(inputs, dict):
+        return compiled, (), inputs
+    return compiled, inputs if isinstance(inputs, tuple) else (inputs,), {}
 
 
 def _function(target: str) -> Callable[[], Any]:
@@ -48,6 +51,7 @@ def _function(target: str) -> Callable[[], Any]:
         if spec is None or spec.loader is None:
             raise ValueError(f"{place} is not a Python file")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # tracing looks up where the model's globals are
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(place)

@@ -14,7 +14,7 @@ from shardc.compiler.analysis.explain import rule_text, source_of
 from shardc.compiler.analysis.flops import flops
 from shardc.compiler.analysis.lowered import Lowered
 from shardc.compiler.analysis.memory import memories
-from shardc.compiler.analysis.pass_changes import changes, lines
+from shardc.compiler.analysis.pass_changes import changes
 from shardc.compiler.ir.moves import move_of
 from shardc.compiler.ir.node import local_nbytes, of, specs, target_name, tensors
 from shardc.compiler.ir.signature import InputKind
@@ -46,7 +46,7 @@ def dump(program: Lowered, names: Mapping[str, str]) -> dict[str, Any]:
         "plan": _plan(program),
         "collectives": [{**c._asdict(), "dtype": str(c.dtype)} for c in program.collectives()],
         "memory": _memory(program),
-        "traced": lines(program.records[0].before),
+        "traced": [list(line) for line in program.records[0].found],
         "passes": [changes(record) for record in program.records],
         "notes": program.notes(),
     }

@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 from shardc.compiler.analysis.bytes_moved import Collective, collectives_of
 from shardc.compiler.analysis.explain import cause
 from shardc.compiler.ir.halves import Halves, halves
-from shardc.compiler.ir.signature import InputKind, Signature
-from shardc.compiler.ir.text import text
+from shardc.compiler.ir.signature import Signature
+from shardc.compiler.ir.text import input_names, text
 from shardc.compiler.pipeline.runner import Record
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.plan.resolved import Resolved
@@ -70,14 +70,3 @@ class Lowered:
     def notes(self) -> list[str]:
         """What tracing and passes report: operators without a rule, for example."""
         return [*self.signature.notes, *(note for record in self.records for note in record.notes)]
-
-
-def input_names(signature: Signature) -> dict[str, str]:
-    """What each placeholder is, for the program's text."""
-    words = {InputKind.PARAMETER: "param", InputKind.BATCH: "input"}
-    out = {}
-    for entry in signature.inputs:
-        word = words.get(entry.kind, entry.kind.value)
-        of = f" of output {entry.of}" if entry.kind is InputKind.TANGENT else f" {entry.name}"
-        out[entry.node] = (word + of).strip()
-    return out

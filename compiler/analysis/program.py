@@ -8,8 +8,9 @@ from typing import Any
 
 from shardc.compiler.analysis.dump import dump
 from shardc.compiler.analysis.explain import explain
-from shardc.compiler.analysis.lowered import Lowered, input_names
+from shardc.compiler.analysis.lowered import Lowered
 from shardc.compiler.analysis.memory import peak_bytes
+from shardc.compiler.ir.text import input_names
 from shardc.compiler.proof.prove import prove
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardc.compiler.analysis.lowered import input_names
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.ir.graph import copy_graph
 from shardc.compiler.ir.signature import Traced
+from shardc.compiler.ir.text import input_names
 from shardc.compiler.pipeline.runner import Context, Runner
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.pipeline.torch_trace import log_passes

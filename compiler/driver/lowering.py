@@ -185,7 +185,7 @@ class Lowering:
         except PlanError as error:
             raise error.at(call_site()) from None
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self) -> dict[str, str]:
         options = {"strict": self.strict, "recompute": self.recompute, "rng": self.rng, "precision": self.precision}
         options["without"] = self.without
         return about(self.module, self.mesh, self._asked.report(), options)

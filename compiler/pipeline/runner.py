@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.infer.infer import Decisions
 from shardc.compiler.ir.node import parts, sign, stays
 from shardc.compiler.ir.signature import Signature
-from shardc.compiler.ir.text import node_text
+from shardc.compiler.ir.text import Line, line
 from shardc.compiler.pipeline.stages import Stage, verify
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec
@@ -61,32 +61,40 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class Record:
-    """One pass of one compilation: the source for the viewer, dumps and replay."""
+    """One pass of one compilation: the source for the viewer, dumps and replay. found, left: the program's lines before
+    and after it, but for the first."""
 
     name: str
     stage: Stage
-    before: str
-    after: str
+    mesh: Mesh
+    found: tuple[Line, ...]
+    left: tuple[Line, ...]
     changes: dict[str, int]
     notes: tuple[str, ...]
     seconds: float
+
+    @property
+    def before(self) -> str:
+        return "\n".join([str(self.mesh), *map(str, self.found)])
+
+    @property
+    def after(self) -> str:
+        return "\n".join([str(self.mesh), *map(str, self.left)])
 
 
 class Runner:
     """Runs passes on `gm`, one after another: verifies, cleans, stamps, times and records after each.
 
     What a pass left alone is neither written nor verified again: a node that still consists of the same objects, which
-    are all immutable. last: what ran before.
+    are all immutable. stage: of the graph as it is given.
     """
 
-    def __init__(self, gm: GraphModule, ctx: Context, names: dict[str, str], last: Record | None = None) -> None:
-        self._gm, self._ctx, self._names = gm, ctx, names
-        self._stage = last.stage if last else Stage.TRACED
+    def __init__(self, gm: GraphModule, ctx: Context, names: dict[str, str], stage: Stage = Stage.TRACED) -> None:
+        self._gm, self._ctx, self._names, self._stage = gm, ctx, names, stage
         self._verified: Stage | None = None  # the stage whose invariants the graph was last seen to keep
         self._parts: dict[Node, tuple] = {}
-        self._lines: dict[Node, str] = {}
+        self._lines: dict[Node, Line] = {}
         self._write(self._changed())
-        self._shown = last.after if last else self._text()
 
     def run(self, step: Any) -> Record:
         """Run one pass."""
@@ -98,13 +106,14 @@ class Runner:
         for node in gm.graph.nodes:
             if node.op == "call_function":
                 sign(node, step.name, new=node not in self._parts)
-        self._stage, before, changed = step.gives, self._shown, self._changed()
+        found = tuple(self._lines.values())
+        self._stage, changed = step.gives, self._changed()
         verify(gm, self._stage, self._ctx.mesh, changed if self._verified is self._stage else None)
         self._verified = self._stage
         self._write(changed)
-        self._shown = self._text()
-        seconds = time.perf_counter() - begin
-        return Record(step.name, self._stage, before, self._shown, dict(result.changes), result.notes, seconds)
+        done, seconds = dict(result.changes), time.perf_counter() - begin
+        left = tuple(self._lines.values())
+        return Record(step.name, self._stage, self._ctx.mesh, found, left, done, result.notes, seconds)
 
     def _changed(self) -> list[Node]:
         """Nodes that are new, or have another part than when this was last asked."""
@@ -114,10 +123,8 @@ class Runner:
         return list(self._parts) if renamed else changed  # a name is in the lines of its users too
 
     def _write(self, changed: Sequence[Node]) -> None:
-        self._lines.update({node: node_text(node, self._names) for node in changed})
-
-    def _text(self) -> str:
-        return "\n".join([str(self._ctx.mesh), *[self._lines[node] for node in self._parts]])
+        made = {node: line(node, self._names) for node in changed}
+        self._lines = {node: made.get(node) or self._lines[node] for node in self._parts}
 
 
 def _erase_dead(gm: GraphModule) -> None:

@@ -57,7 +57,7 @@ def started() -> tuple[Runner, GraphModule]:
         return aten.neg(aten.relu(all_gather(x, 0, "dp")))
 
     gm = build(fn, MESH, Stage.RESHARDED, x="f32[8@dp, 4]")
-    made = Careful(gm, context(gm, MESH), {}, Record("", Stage.RESHARDED, "", text(gm, MESH), {}, (), 0.0))
+    made = Careful(gm, context(gm, MESH), {}, Stage.RESHARDED)
     made.run(Step(lambda gm: None))
     return made, gm
 

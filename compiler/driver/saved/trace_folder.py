@@ -11,10 +11,9 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from shardc.compiler.driver.call_keys import text_key
-from shardc.compiler.driver.saved.saved_programs import Traces, load, save
+from shardc.compiler.driver.saved.saved_programs import Traces, found_by, load, save
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.ir.signature import Reads, Traced
 
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 FOLDER = "SHARDC_CACHE"  # environment variable; unset or empty: nothing is kept
 
 
-def find(key: str, about: Mapping[str, Any], reads: Reads) -> Traced | None:
+def find(key: str, about: Mapping[str, str], reads: Reads) -> Traced | None:
     """What tracing gave for this call in another process, if it is there and still holds."""
     path, held = _path(key, about), Traces()
     if path is None:
@@ -37,7 +36,7 @@ def find(key: str, about: Mapping[str, Any], reads: Reads) -> Traced | None:
         return None
 
 
-def keep(key: str, traced: Traced, about: Mapping[str, Any]) -> None:
+def keep(key: str, traced: Traced, about: Mapping[str, str]) -> None:
     """Write an entry. What cannot be written (an operator without a name, a full disk) is traced at every start."""
     path = _path(key, about)
     if path is None:
@@ -55,8 +54,8 @@ def on() -> bool:
     return bool(os.environ.get(FOLDER))
 
 
-def _path(key: str, about: Mapping[str, Any]) -> Path | None:
+def _path(key: str, about: Mapping[str, str]) -> Path | None:
     folder = os.environ.get(FOLDER)
     if not folder:
         return None
-    return Path(folder) / f"{text_key(key, sorted(about['mesh'].items()), about['plan'], about['options'])}.json"
+    return Path(folder) / f"{text_key(key, sorted(found_by(about).items()))}.json"

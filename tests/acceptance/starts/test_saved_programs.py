@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -116,10 +119,17 @@ def compiled_with(plan: Any = None, make: type[nn.Module] = ManySorts, **options
     return shardc.compile(built(make), plan or {"lin": ColwiseParallel()}, mesh=Mesh(tp=2), **options)
 
 
-def saved(path: Path) -> Path:
+@cache
+def content_of_a_file() -> bytes:
     compiled = compiled_with()
     calls(compiled)
-    compiled.save_programs(path)
+    with TemporaryDirectory() as folder:
+        compiled.save_programs(Path(folder) / "p.json")
+        return (Path(folder) / "p.json").read_bytes()
+
+
+def saved(path: Path) -> Path:
+    path.write_bytes(content_of_a_file())
     return path
 
 
@@ -190,6 +200,61 @@ def test_a_damaged_file_is_refused(tmp_path: Path):
         (tmp_path / name).write_text(damaged)
         with pytest.raises(PlanError, match=f"{name} "):
             compiled_with().load_programs(tmp_path / name)
+
+
+def forged(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The file with its content changed, and a digest that fits."""
+    content = json.loads(path.read_text())
+    content.pop("digest")
+    change(content)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**content, "digest": digest}))
+    return path
+
+
+def in_its_text(old: str, new: str) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        (trace,) = content["traces"].values()
+        assert any(old in line for line in trace["text"])
+        trace["text"] = [line.replace(old, new) for line in trace["text"]]
+
+    return change
+
+
+def emptied(content: dict[str, Any]) -> None:
+    (trace,) = content["traces"].values()
+    trace["tensors"] = dict.fromkeys(trace["tensors"], "AAAA")
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], None]] = {
+    "an operator that is none": in_its_text("aten.gelu", "os.system"),
+    "a name that is code": in_its_text("%gelu: ", "%gelu=__import__('os'): "),
+    "a type that pytrees import": in_its_text("builtins.dict", "collections.defaultdict', ['os', 'system"),
+    "deep lists": in_its_text("aten.gelu(", f"aten.gelu({'[' * 9999}"),
+    "a huge number": in_its_text("aten.gelu(", f"aten.gelu({'9' * 99999}"),
+    "a huge size": in_its_text("f32[4, 8]", f"f32[{'9' * 18}, {'9' * 18}]"),
+    "constants of other sizes": emptied,
+    "a trace of another form": lambda content: content["traces"].update(dict.fromkeys(content["traces"], [[1]])),
+    "a plan of another form": lambda content: content["about"].update(plan=[3]),
+    "nothing": lambda content: content.clear(),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_forged_file_is_refused_and_runs_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.system", lambda *_: pytest.fail("it ran"))
+    loaded = compiled_with()
+    with pytest.raises(PlanError):
+        loaded.load_programs(forged(saved(tmp_path / "p.json"), FORGED[kind]))
+        calls(loaded)
+
+
+def test_files_that_are_hard_to_parse_are_refused(tmp_path: Path):
+    path = tmp_path / "p.json"
+    for text in ("[" * 200_000, '{"a":' * 200_000, "9" * 200_000, '"' + "x" * (200 << 20) + '"'):
+        path.write_text(text)
+        with pytest.raises(PlanError, match="p.json"):
+            compiled_with().load_programs(path)
 
 
 def test_a_program_other_than_the_one_promised_is_refused(tmp_path: Path):
