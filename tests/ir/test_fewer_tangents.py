@@ -11,7 +11,7 @@ from shardc.compiler.ir import collectives as c
 from shardc.compiler.ir.fewer_tangents import without
 from shardc.compiler.ir.graph import returned
 from shardc.compiler.ir.moves import move_of
-from tests.acceptance.door import Heads
+from tests.acceptance.door.kinds import Heads
 from tests.build import all_reduce, build
 
 aten = torch.ops.aten

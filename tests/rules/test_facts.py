@@ -7,7 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from shardc.compiler.rules.facts import computes, draws, is_cheap, is_thin, is_view, raises, written
-from tests.rules import cases_a, cases_b
+from tests.rules.cases.all_cases import CASES
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ def test_a_view_shows_its_operands_memory(op, rest):
 
 def test_what_computes_has_memory_of_its_own():
     """Run on what every rule is proved on."""
-    calls = [call for call in (*cases_a.CASES, *cases_b.CASES) if computes(call[0])]
+    calls = [call for call in CASES if computes(call[0])]
     shown = [
         str(op) for op, args, kwargs in calls if not set(memory((args, kwargs))).isdisjoint(memory(op(*args, **kwargs)))
     ]

@@ -16,12 +16,12 @@ from shardc.compiler.rules.ops.slice import cut
 from shardc.compiler.rules.table import TABLE, OpRule, parse, rule_of, tensors_in
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec
-from tests.rules import cases_a, cases_b
+from tests.rules.cases import shapes_and_products
+from tests.rules.cases.all_cases import CASES
 from tests.rules.operands import Case, real, whole
 from tests.rules.prove import prove
 
 aten = torch.ops.aten
-CASES = [*cases_a.CASES, *cases_b.CASES]
 # operators may warn of themselves: a beta interface, an argument soon to go
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -224,8 +224,8 @@ def _bare(op: Any) -> Callable[..., OpRule]:
 
 def test_without_its_localize_function_a_rule_is_false():
     """So the cases reach what the function is there for."""
-    ops = _called([c for c in cases_a.CASES if _has_localize(*c)])
-    held = [op for op in ops if not any(prove(_bare(op), op, a, k) for t, a, k in cases_a.CASES if t is op)]
+    ops = _called([c for c in shapes_and_products.CASES if _has_localize(*c)])
+    held = [op for op in ops if not any(prove(_bare(op), op, a, k) for t, a, k in shapes_and_products.CASES if t is op)]
     assert held == [aten.as_strided.default]  # there it is about memory, which the pieces here have as it was
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel
 
 import shardc
 from shardc import CompiledModule, FullyShard, Plan, RankMismatchError, Replicated
-from tests.acceptance.door import KINDS, Heads, Probabilities, Twins, door, tensors, whole
+from tests.acceptance.door.kinds import KINDS, Heads, Probabilities, Twins, door, tensors, whole
 from tests.runtime.ranks import on_ranks, run_ranks
 
 PLANS = (Replicated(), FullyShard(), FullyShard("a", reshard_after_forward=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.rules import cases_pointwise
+from tests.rules.cases import pointwise
 from tests.rules.operands import F64, Case, case, mask, real, some, whole
 
 aten = torch.ops.aten
@@ -273,7 +273,7 @@ def _created() -> list[Case]:
 
 
 CASES: list[Case] = [
-    *cases_pointwise.CASES,
+    *pointwise.CASES,
     *_views(), *_moved_dims(), *_patterns(),
     *_slices(), *_pieces(), *_turned(),
     *_products(),

@@ -8,7 +8,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardc
 from shardc import FullyShard, Layout, Mesh, Plan, PlanError, Replicated
-from tests.acceptance.door import KINDS, Repeated, Twins, door
+from tests.acceptance.door.kinds import KINDS, Repeated, Twins, door
 
 DP = Mesh(dp=2)
 
