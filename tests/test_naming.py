@@ -50,9 +50,9 @@ def misnamed_passes(root: Path) -> list[str]:
         found = list(pass_classes(path))
         if found != [expected]:
             wrong.append(f"{folder}/{path.name}: expected one pass (class, name) {expected}, found {found}")
-        test = f"tests/{folder}/test_{path.stem}.py"
-        if not (root / test).exists():
-            wrong.append(f"{folder}/{path.name}: has no {test}")
+        tests = (f"tests/{folder}/test_{path.stem}.py", f"tests/{folder}/{path.stem}.txt")
+        if not any((root / test).exists() for test in tests):
+            wrong.append(f"{folder}/{path.name}: has no {' or '.join(tests)}")
     return wrong
 
 
@@ -153,7 +153,9 @@ def test_a_second_pass_in_a_file_is_found(tree: Path):
 
 def test_a_pass_without_a_test_is_found(tree: Path):
     (tree / "tests/passes/test_fuse_adds.py").unlink()
-    assert misnamed_passes(tree) == ["passes/fuse_adds.py: has no tests/passes/test_fuse_adds.py"]
+    assert misnamed_passes(tree) == [
+        "passes/fuse_adds.py: has no tests/passes/test_fuse_adds.py or tests/passes/fuse_adds.txt"
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "import torch\n", '""" """\n'])
