@@ -8,7 +8,8 @@ retarget(node, target, args)    another call in a node, of the same value
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,8 +73,16 @@ def _say(node: Node, said: Mapping[str, Any]) -> None:
         setattr(view, name, held)
 
 
-def replace(node: Node, by: Node) -> None:
-    node.replace_all_uses_with(by)
+def replace(node: Node, by: Node | Sequence[Any]) -> None:
+    """Another node in a node's place, or of several results one for each that is used."""
+    if not isinstance(by, (tuple, list)):
+        node.replace_all_uses_with(by)  # pyright: ignore[reportArgumentType]
+        node.graph.erase_node(node)
+        return
+    for user in list(node.users):
+        if user.target is not operator.getitem:
+            raise AssertionError(f"{user.name} takes all results of {node.name} at once")
+        replace(user, by[user.args[1]])
     node.graph.erase_node(node)
 
 

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.node import of, tensors, val
-from shardc.compiler.ir.rewrite import emit
+from shardc.compiler.ir.rewrite import emit, replace
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -86,5 +86,4 @@ def _mask(node: Node) -> None:
     with node.graph.inserting_after(kept):
         result = emit(aten.mul.Scalar, (kept, scale), node, value=out)
     for user in [u for u in node.users if u is not drawn]:
-        user.replace_all_uses_with(result if user.args[1] == 0 else drawn)
-        node.graph.erase_node(user)
+        replace(user, result if user.args[1] == 0 else drawn)

@@ -14,7 +14,6 @@ the same. Left alone: what only torch knows how to draw (`torch.poisson`, say), 
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +70,7 @@ def _number(node: Node, number: int, seeds: dict[torch.device, Node]) -> bool:
         result = DISTRIBUTIONS[node.target](Draw(call, like, seed, number, out.dtype), *node.args, **node.kwargs)
     if result is None:
         return False
-    _replace(node, result)
+    replace(node, result)
     return True
 
 
@@ -109,13 +108,3 @@ def _check(node: Node) -> None:
             node.target(sample, *node.args[1:])  # pyright: ignore[reportCallIssue]
     except RuntimeError as error:
         raise ShardingError(str(error).splitlines()[0], where=of(node).where) from error
-
-
-def _replace(node: Node, result: Any) -> None:
-    if isinstance(result, Node):
-        replace(node, result)
-        return
-    for user in list(node.users):
-        assert user.target is operator.getitem
-        replace(user, result[user.args[1]])
-    node.graph.erase_node(node)

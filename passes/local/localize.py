@@ -12,7 +12,6 @@ What an operator needs beyond local operands stands beside its rule, as its loca
 from __future__ import annotations
 
 import math
-import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,24 +75,20 @@ def _localize(gm: GraphModule, node: Node, rule: OpRule, mesh: Mesh, known: Deci
         return True
     with gm.graph.inserting_before(node):
         result = rule.localize(site)
-    _replace(gm, node, result)
+    if result is not node:
+        _replace(node, result)
     return True
 
 
-def _replace(gm: GraphModule, node: Node, result: Any) -> None:
+def _replace(node: Node, result: Any) -> None:
     """Put what a localize function returned (a node, or one per result) in the node's place."""
     if isinstance(result, Node):
-        if result is not node:
-            replace(node, become(result, node, origin=node.name, made_by=of(node).made_by))
-        return
-    for user in list(node.users):
-        if user.target is not operator.getitem:
-            raise AssertionError(f"{user.name} takes all results of {node.name} at once")
-        new = result[user.args[1]]
-        if isinstance(new, Node):
-            become(new, user, origin=user.name)
-        replace(user, new)
-    gm.graph.erase_node(node)
+        become(result, node, origin=node.name, made_by=of(node).made_by)
+    else:
+        for user in node.users:
+            if isinstance(new := result[user.args[1]], Node):
+                become(new, user, origin=user.name)
+    replace(node, result)
 
 
 class GraphSite:

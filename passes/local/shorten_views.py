@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.node import arguments, of, specs, tensors, together
-from shardc.compiler.ir.rewrite import retarget
+from shardc.compiler.ir.rewrite import replace, retarget
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 
@@ -47,7 +47,7 @@ class ShortenViews:
             for kind, shorter in SHORTER.items():
                 source = shorter(node)
                 if source is not None:
-                    node.replace_all_uses_with(source, propagate_meta=False)
+                    replace(node, source)
                     changes[kind] += 1
                     break
             else:
