@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.plan.entries import FullyShard, Replicated, check_megabytes
+from shardc.compiler.plan.entries import DataEntry, FullyShard, Replicated, check_megabytes
 from shardc.compiler.plan.layout import bad_option, shown
 from shardc.compiler.plan.match import did_you_mean
 from shardc.compiler.user_code import call_site
@@ -37,17 +37,17 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Annotation:
-    """What a module's owner wrote: the entry, its mesh dim, the line, and the device inputs are moved to."""
+    """What a module's owner wrote: the call, its entry and mesh dim, the line, and the device inputs are moved to."""
 
-    entry: Replicated | FullyShard
+    call: str
+    entry: DataEntry
     mesh_dim: str
     where: str
     device_id: int | torch.device | None = None
 
     def text(self, fqn: str) -> str:
         """The call as it would be written, with the module's name for the module."""
-        call = "replicate" if isinstance(self.entry, Replicated) else "fully_shard"
-        return f'{call}("{fqn}")'
+        return f'{self.call}("{fqn}")'
 
 
 _annotations: WeakKeyDictionary[nn.Module, tuple[Annotation, ...]] = WeakKeyDictionary()
@@ -78,7 +78,7 @@ def replicate(
     for name, value in ddp_options.items():
         _check_ddp_option(name, value)
     entry = Replicated(ignored_modules=ignored_modules, bucket_mb=bucket_cap_mb)
-    _annotate(module, entry, mesh_dim, device_id)
+    _annotate(module, "replicate", entry, mesh_dim, device_id)
     return module
 
 
@@ -102,7 +102,7 @@ def fully_shard(
         reduce_dtype=reduce_dtype,
         ignored_params=ignored_params,
     )
-    _annotate(module, entry, mesh_dim, None)
+    _annotate(module, "fully_shard", entry, mesh_dim, None)
     return module
 
 
@@ -118,7 +118,7 @@ def annotate_alike(module: nn.Module, like: nn.Module) -> None:
 
 
 def _annotate(
-    module: nn.Module, entry: Replicated | FullyShard, mesh_dim: object, device: int | torch.device | None
+    module: nn.Module, call: str, entry: DataEntry, mesh_dim: object, device: int | torch.device | None
 ) -> None:
     if not isinstance(module, nn.Module):
         raise PlanError(f"module is {shown(module)}", help="annotate one nn.Module at a time")
@@ -132,7 +132,7 @@ def _annotate(
                 where=call_site(),
                 help=f"leave out one of the two; the first is at {note.where}",
             )
-    _annotations[module] = (*before, Annotation(entry, mesh_dim, call_site(), device))
+    _annotations[module] = (*before, Annotation(call, entry, mesh_dim, call_site(), device))
 
 
 def _check_ddp_option(name: str, value: object) -> None:

@@ -1,10 +1,10 @@
-"""What a whole mesh dim may do: `Replicated` and `FullyShard`."""
+"""What a mesh dim may do for the whole model, beside styles: `Replicated` and `FullyShard`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,24 @@ from shardc.compiler.plan.at_rest import AtRest
 from shardc.compiler.plan.layout import bad_option, check_float, counted, placement_code, shown
 
 
-@dataclass(frozen=True, init=False)
-class Replicated:
+class DataEntry:
+    """An entry by which each rank of a mesh dim works on its part of the batch: gradients are reduced over it."""
+
+    ignores: ClassVar[str]  # the option for what it leaves alone
+    about: tuple[str, ...]  # patterns of the modules that it names
+    bucket_mb: float | None = None
+    reduce_dtype: torch.dtype | None
+
+    def __repr__(self) -> str:
+        """As it would be written, options at their default left out."""
+        usual = vars(type(self)())
+        options = {k: v for k, v in vars(self).items() if k not in ("about", "modules", "patterns") and v != usual[k]}
+        given = [f'"{pattern}"' for pattern in self.about if pattern]
+        return f"{type(self).__name__}({', '.join([*given, *(f'{k}={_option(v)}' for k, v in options.items())])})"
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Replicated(DataEntry):
     """Data parallel over a mesh dim: every rank holds all parameters, and gradients are averaged.
 
     modules: a pattern, or several, of the modules this is about; "" is the whole model. Gradients of
@@ -29,9 +45,10 @@ class Replicated:
     Raises PlanError naming the option that makes no sense.
     """
 
+    ignores = "ignored_modules"
     modules: tuple[str, ...]
     ignored_modules: tuple[str | nn.Module, ...]
-    bucket_mb: float
+    bucket_mb: float | None
     reduce_dtype: torch.dtype | None
 
     def __init__(
@@ -44,19 +61,18 @@ class Replicated:
     ) -> None:
         check_megabytes(bucket_mb, "bucket_mb")
         check_float(reduce_dtype, "reduce_dtype")
+        named = _several(modules, (str,), "modules of Replicated")
         self.__dict__.update(
-            modules=_several(modules, (str,), "modules of Replicated"),
+            about=named,
+            modules=named,
             ignored_modules=_several(ignored_modules, (str, nn.Module), "ignored_modules of Replicated"),
             bucket_mb=bucket_mb,
             reduce_dtype=reduce_dtype,
         )
 
-    def __repr__(self) -> str:
-        return _written(self, self.modules)
 
-
-@dataclass(frozen=True, init=False)
-class FullyShard:
+@dataclass(frozen=True, init=False, repr=False)
+class FullyShard(DataEntry):
     """Parameters, gradients and optimizer state split over a mesh dim, gathered unit by unit for computing.
 
     patterns: each module that matches one is a gather unit; the root takes the rest, or all.
@@ -69,6 +85,7 @@ class FullyShard:
     Scalars stay whole. Raises PlanError naming the option that makes no sense.
     """
 
+    ignores = "ignored_params"
     patterns: tuple[str, ...]
     reshard_after_forward: bool | int
     reduce_dtype: torch.dtype | None
@@ -88,16 +105,15 @@ class FullyShard:
         if placement is not None and not callable(placement):
             raise bad_option("placement", placement, "a function of the parameter that returns Shard(d)")
         check_float(reduce_dtype, "reduce_dtype")
+        named = _several(patterns, (str,), "a pattern of FullyShard")
         self.__dict__.update(
-            patterns=_several(patterns, (str,), "a pattern of FullyShard"),
+            about=("", *named),
+            patterns=named,
             reshard_after_forward=reshard_after_forward,
             placement=placement,
             reduce_dtype=reduce_dtype,
             ignored_params=_several(ignored_params, (str, nn.Parameter), "ignored_params of FullyShard"),
         )
-
-    def __repr__(self) -> str:
-        return _written(self, self.patterns)
 
     def at_rest(self, name: str, parameter: Tensor, axis: str, size: int) -> AtRest:
         """How a parameter is split over a mesh dim: as the user's function says, or on its first dim.
@@ -143,14 +159,6 @@ def _several(value: object, kinds: tuple[type, ...], what: str) -> tuple:
         if not isinstance(item, kinds):
             raise PlanError(f"{what} is {shown(item)}", help="write a pattern, or several of them")
     return items
-
-
-def _written(entry: Replicated | FullyShard, patterns: tuple[str, ...]) -> str:
-    """As it would be written, options at their default left out."""
-    usual, (_, *options) = vars(type(entry)()), [f.name for f in fields(entry)]
-    given = [f'"{pattern}"' for pattern in patterns if pattern]
-    given += [f"{name}={_option(value)}" for name in options if (value := getattr(entry, name)) != usual[name]]
-    return f"{type(entry).__name__}({', '.join(given)})"
 
 
 def _option(value: object) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch.distributed.tensor import Placement
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.plan.entries import FullyShard, Replicated
+from shardc.compiler.plan.entries import DataEntry
 from shardc.compiler.plan.layout import PLACEMENTS, placement_code, shown, unknown_mesh_dim
 from shardc.compiler.plan.styles import is_style, read_style, style_text
 from shardc.compiler.plan.wishes import Wish
@@ -27,7 +27,7 @@ class Plan:
     Raises PlanError for an entry or a style that is none of these.
     """
 
-    entries: dict[str, dict[str, object] | Replicated | FullyShard]
+    entries: dict[str, dict[str, object] | DataEntry]
     wishes: dict[str, tuple[Wish, ...]] = field(compare=False)  # the entries, read
     where: str = field(compare=False)  # "train.py:12", where the user wrote it
 
@@ -69,18 +69,14 @@ def as_plan(plan: object, names: tuple[str, ...]) -> Plan:
     return Plan(**{names[0]: plan})
 
 
-def read_entry(
-    axis: str, entry: Mapping[str, object] | Replicated | FullyShard, text: str = "", root: str = ""
-) -> tuple[Wish, ...]:
+def read_entry(axis: str, entry: Mapping[str, object] | DataEntry, text: str = "", root: str = "") -> tuple[Wish, ...]:
     """An entry in the form that all are read into. root, text: of an annotation, its module and how it is written.
 
     Raises PlanError for a key or a style that makes no sense.
     """
     text = text or f"{axis} = {entry!r}"
-    if isinstance(entry, Replicated):
-        return (Wish(axis, entry.modules, entry, text, root),)
-    if isinstance(entry, FullyShard):
-        return (Wish(axis, ("", *entry.patterns), entry, text, root),)
+    if isinstance(entry, DataEntry):
+        return (Wish(axis, entry.about, entry, text, root),)
     return tuple(_line(axis, key, value) for key, value in entry.items())
 
 
@@ -99,9 +95,9 @@ def _line(axis: str, key: object, value: object) -> Wish:
     return Wish(axis, (key,), style, f"{place} = {style_text(value)}", means=named)
 
 
-def _entry(axis: str, value: object) -> dict[str, object] | Replicated | FullyShard:
+def _entry(axis: str, value: object) -> dict[str, object] | DataEntry:
     """An entry as kept: a style alone is for the root module."""
-    if isinstance(value, (Replicated, FullyShard)):
+    if isinstance(value, DataEntry):
         return value
     if isinstance(value, Mapping):
         return dict(value)
@@ -110,16 +106,16 @@ def _entry(axis: str, value: object) -> dict[str, object] | Replicated | FullySh
             f"{axis} = {placement_code(value)} does not say for which parameter",
             help=f'write {axis}={{"weight": {placement_code(value)}}}',
         )
-    if isinstance(value, type) and issubclass(value, (Replicated, FullyShard)):
+    if isinstance(value, type) and issubclass(value, DataEntry):
         raise PlanError(f"{axis} is the class {value.__name__}", help=f"write {value.__name__}()")
     return {"": value}
 
 
 def _is_entry(value: object) -> bool:
-    return isinstance(value, (Mapping, Replicated, FullyShard))
+    return isinstance(value, (Mapping, DataEntry))
 
 
-def _text(entry: Mapping[str, object] | Replicated | FullyShard) -> str:
+def _text(entry: Mapping[str, object] | DataEntry) -> str:
     """An entry as it would be written."""
     if isinstance(entry, Mapping):
         return "{" + ", ".join(f'"{key}": {style_text(value)}' for key, value in entry.items()) + "}"

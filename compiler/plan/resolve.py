@@ -11,7 +11,7 @@ from shardc.compiler.errors import PlanError
 from shardc.compiler.plan.annotate import DEFAULT_MESH_DIM, Annotation, annotated
 from shardc.compiler.plan.at_rest import rest
 from shardc.compiler.plan.call_layouts import CallLayouts
-from shardc.compiler.plan.entries import FullyShard, Replicated
+from shardc.compiler.plan.entries import FullyShard
 from shardc.compiler.plan.forwards import Forward
 from shardc.compiler.plan.layout import unknown_mesh_dim
 from shardc.compiler.plan.match import Names
@@ -154,8 +154,8 @@ def _layout(name: str, names: Names, asked: Mapping[str, Asked], mesh: Mesh) -> 
 
 def _bucket_bytes(asked: Mapping[str, Asked]) -> dict[str, int]:
     """By mesh dim, the smallest bucket that an entry allows."""
-    entries = {axis: [e for e in of.shares if isinstance(e, Replicated)] for axis, of in asked.items()}
-    return {axis: int(min(e.bucket_mb for e in of) * MIB) for axis, of in entries.items() if of}
+    sizes = {axis: [e.bucket_mb for e in of.shares if e.bucket_mb is not None] for axis, of in asked.items()}
+    return {axis: int(min(found) * MIB) for axis, found in sizes.items() if found}
 
 
 def _reduce_dtype(asked: Asked) -> torch.dtype | None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import Placement, Shard
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.plan.entries import FullyShard, Replicated
+from shardc.compiler.plan.entries import DataEntry
 from shardc.compiler.plan.forwards import Forward
 from shardc.compiler.plan.layout import counted, placement_code
 from shardc.compiler.plan.match import Names, claims, did_you_mean, find, join
@@ -48,13 +48,13 @@ class Asked:
 
     def __init__(self, axis: str, wishes: Sequence[Wish], names: Names) -> None:
         self.axis, self.wishes, self.names = axis, wishes, names
-        self.shares = [wish.asks for wish in wishes if isinstance(wish.asks, (Replicated, FullyShard))]
+        self.shares = [wish.asks for wish in wishes if isinstance(wish.asks, DataEntry)]
         self.unmatched: dict[str, str] = {}  # what matches nothing, as written -> the nearest name
         known: dict[str, Mapping[str, object]] = {"modules": names.modules, "tensors": names.tensors}
         keys = self._sorted(known)
         chosen = {kind: self._chosen(keys[kind], known[kind]) for kind in known}
         self.modules, self._tensors = chosen["modules"], chosen["tensors"]
-        cut = [(fqn, w) for fqn, w in self.modules.items() if getattr(w.asks, "split", "") in ("columns", "rows")]
+        cut = [(fqn, wish) for fqn, wish in self.modules.items() if isinstance(wish.asks, Style) and wish.asks.split]
         self._splits = {fqn: split_module(names, fqn, wish) for fqn, wish in cut}
         self._left_alone = {wish: self._ignored(wish) for wish in wishes}
 
@@ -137,16 +137,15 @@ class Asked:
             if wish is not None:
                 everywhere = all(module in modules for modules in shared)
                 claim = Claim(wish, (BY_ANCESTOR, everywhere, via.count(".") - inner.count(".")), via, module)
-                yield from self._inside(claim, wish.asks, inner) if isinstance(wish.asks, Style) else (claim,)
+                yield from self._inside(claim, inner) if isinstance(wish.asks, Style) else (claim,)
 
-    def _inside(self, claim: Claim, style: Style, inner: str) -> Iterator[Claim]:
+    def _inside(self, claim: Claim, inner: str) -> Iterator[Claim]:
         """What a module's style asks of a parameter inside it; that of a module further in may overrule it."""
         if "." not in inner:
             claim = replace(claim, rank=(BY_MODULE,))
-        if style.split == "whole":
-            yield claim
-        elif claim.module in self._splits and inner in self._splits[claim.module].dims:
-            dim = self._splits[claim.module].dims[inner]
+        dims = self._splits[claim.module].dims if claim.module in self._splits else {}
+        if inner in dims:
+            dim = dims[inner]
             yield claim if dim is None else replace(claim, placement=self._fit(Shard(dim), claim), open=True)
 
     def _named(self, wish: Wish, via: str) -> Claim:
@@ -166,10 +165,9 @@ class Asked:
         """Canonical names of the parameters that an entry leaves alone: under all names inside what is ignored."""
         if isinstance(wish.asks, Style):
             return set()
-        by_module = isinstance(wish.asks, Replicated)
-        option = "ignored_modules" if by_module else "ignored_params"
+        option, ignored = wish.asks.ignores, set[str]()
+        by_module = option == "ignored_modules"
         known = self.names.modules if by_module else self.names.parameters
-        ignored: set[str] = set()
         for item in getattr(wish.asks, option):
             found = find(join(glob.escape(wish.root), item), known) if isinstance(item, str) else self.names.of(item)
             if not found and not isinstance(item, str):

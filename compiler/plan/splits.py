@@ -28,25 +28,29 @@ class Split:
     """
 
     dims: dict[str, int | None]
-    takes: Placement
-    gives: Placement
+    takes: Placement | None = None
+    gives: Placement | None = None
     inputs: tuple[int, ...] = (0,)
     output: int | None = None
 
     def borders(self, style: Style) -> tuple[Border, ...]:
         """What crosses the module's border, where the style may say otherwise."""
+        if self.takes is None:
+            return style.borders
         takes, gives = style.takes or self.takes, style.gives or self.gives
         ins = (Border("in", i, takes, self.takes, True, style.takes is not None) for i in self.inputs)
         return (*ins, Border("out", self.output, None, gives, style.gives is None, style.gives is not None))
 
 
 def split_module(names: Names, fqn: str, wish: Wish) -> Split:
-    """How a wish for columns or rows cuts this module.
+    """How a wish cuts this module.
 
-    Raises PlanError where the module owns no parameters, or is of a kind whose columns are not known.
+    Raises PlanError where its columns or rows are meant, and it owns no parameters or is of a kind that is not known.
     """
     module, owned = names.modules[fqn], names.owned(fqn)
     assert isinstance(wish.asks, Style)
+    if wish.asks.split == "whole":
+        return Split(dict.fromkeys(name for name, _ in module.named_parameters(remove_duplicate=False)))
     what = f"{wish.text} names {fqn or 'the model itself'}, a {type(module).__name__}"
     kind = next((make for knows, make in KINDS if knows(module)), None)
     if kind is None and "tensors" in wish.means and _is_weight(module):

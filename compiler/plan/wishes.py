@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch.distributed.tensor import Placement
 
-from shardc.compiler.plan.entries import FullyShard, Replicated
+from shardc.compiler.plan.entries import DataEntry
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Wish:
 
     axis: str
     patterns: tuple[str, ...]
-    asks: Style | Replicated | FullyShard
+    asks: Style | DataEntry
     text: str
     root: str = ""
     means: tuple[Literal["modules", "tensors"], ...] = ("modules",)
