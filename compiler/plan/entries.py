@@ -163,6 +163,9 @@ def _several(value: object, kinds: tuple[type, ...], what: str) -> tuple:
 
 def _option(value: object) -> str:
     if isinstance(value, tuple):
-        items = (f'"{item}"' if isinstance(item, str) else f"a {type(item).__name__}" for item in value)
-        return f"[{', '.join(items)}]"
+        return f"[{', '.join(map(_option, value))}]"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, (nn.Module, Tensor)):
+        return f"a {type(value).__name__}"
     return getattr(value, "__name__", "...") if callable(value) else str(value)

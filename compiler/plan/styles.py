@@ -6,7 +6,7 @@ in a global view.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -96,10 +96,9 @@ def read_style(value: object, place: str) -> Style:
             gives=None if gives == usual["output_layouts"] else gives,
         )
     given = _options(value)
-    borders = (*_inputs(given, place), *_outputs(given, place))
-    counts = {"in": given.get("input_layouts"), "out": given.get("output_layouts")}
-    lengths = {side: len(layouts) for side, layouts in counts.items() if layouts is not None}
-    return Style(borders=tuple(b for b in borders if b.declared is not None), counts=tuple(lengths.items()))
+    lists = {side: given.get(f"{side}put_layouts") for side in ("in", "out")}
+    counts = tuple((side, len(layouts)) for side, layouts in lists.items() if layouts is not None)
+    return Style(borders=_borders(given, place), counts=counts)
 
 
 def style_text(value: object) -> str:
@@ -169,30 +168,28 @@ def _no_style(value: object, place: str) -> PlanError:
     )
 
 
-def _inputs(given: Mapping[str, Any], place: str) -> Iterator[Border]:
-    listed = zip(given.get("input_layouts") or (), given.get("desired_input_layouts") or (), strict=False)
-    for i, (declared, desired) in enumerate(listed):
-        yield _border("in", i, declared, desired, place)
+def _borders(given: Mapping[str, Any], place: str) -> tuple[Border, ...]:
+    """What the options of a style say of each value that crosses the module's border."""
     named, wanted = given.get("input_kwarg_layouts", {}), given.get("desired_input_kwarg_layouts", {})
-    for name in sorted(wanted):
-        if name not in named:
-            raise PlanError(
-                f"{place}: desired_input_kwarg_layouts names {name}, which input_kwarg_layouts does not",
-                help="give both dicts the same names",
-            )
-    for name, declared in named.items():
-        yield _border("in", name, declared, wanted.get(name), place)
-
-
-def _outputs(given: Mapping[str, Any], place: str) -> Iterator[Border]:
-    layouts = given.get("output_layouts", ())
-    for i, (declared, desired) in enumerate(zip(layouts, given.get("desired_output_layouts", ()), strict=True)):
-        yield _border("out", i if len(layouts) > 1 else None, declared, desired, place)
-
-
-def _border(side: Literal["in", "out"], index: int | str | None, declared: Any, desired: Any, place: str) -> Border:
-    option = "input_layouts" if side == "in" else "output_layouts"
-    return Border(side, index, _checked(declared, option, place), _checked(desired, f"desired_{option}", place))
+    for name in sorted(set(wanted) - set(named)):
+        raise PlanError(
+            f"{place}: desired_input_kwarg_layouts names {name}, which input_kwarg_layouts does not",
+            help="give both dicts the same names",
+        )
+    ins, outs = (
+        list(zip(given.get(f"{side}_layouts") or (), given.get(f"desired_{side}_layouts") or (), strict=True))
+        for side in ("input", "output")
+    )
+    said: list[tuple[Literal["in", "out"], int | str | None, Any, Any]] = [
+        *(("in", i, *pair) for i, pair in enumerate(ins)),
+        *(("in", name, layout, wanted.get(name)) for name, layout in named.items()),
+        *(("out", i if len(outs) > 1 else None, *pair) for i, pair in enumerate(outs)),
+    ]
+    borders = (
+        Border(s, i, _checked(a, f"{s}put_layouts", place), _checked(b, f"desired_{s}put_layouts", place))
+        for s, i, a, b in said
+    )
+    return tuple(border for border in borders if border.declared is not None)
 
 
 def _one(style: ParallelStyle, option: str, place: str) -> Placement:
