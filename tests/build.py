@@ -32,7 +32,8 @@ from shardc.compiler.ir.signature import Input, InputKind, Output, OutputKind, S
 from shardc.compiler.pipeline.runner import Context, Record, Runner
 from shardc.compiler.pipeline.stages import Stage, verify
 from shardc.compiler.plan.call_layouts import CallLayouts
-from shardc.compiler.plan.resolved import ParamLayout, Resolved
+from shardc.compiler.plan.param_layout import ParamLayout
+from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.rules.ops import all_rules as _rules  # noqa: F401  fills the rule table
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.mesh import Mesh

@@ -8,7 +8,8 @@ from shardc.compiler.infer.atoms import Atom, Atoms
 from shardc.compiler.infer.infer import Decisions
 from shardc.compiler.ir.graph import inputs_of
 from shardc.compiler.ir.signature import InputKind, Signature
-from shardc.compiler.plan.resolved import ParamLayout, Resolved
+from shardc.compiler.plan.param_layout import ParamLayout
+from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Part, Spec, canonical
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.plan.at_rest import AtRest
 from shardc.compiler.plan.layout import bad_option, check_float, counted, placement_code, shown
+from shardc.compiler.plan.param_layout import AtRest
 
 
 class DataEntry:

@@ -9,14 +9,14 @@ from torch import nn
 
 from shardc.compiler.errors import PlanError
 from shardc.compiler.plan.annotate import DEFAULT_MESH_DIM, Annotation, annotated
-from shardc.compiler.plan.at_rest import rest
 from shardc.compiler.plan.call_layouts import CallLayouts
 from shardc.compiler.plan.entries import FullyShard
 from shardc.compiler.plan.forwards import Forward
 from shardc.compiler.plan.layout import unknown_mesh_dim
 from shardc.compiler.plan.match import Names
+from shardc.compiler.plan.param_layout import ParamLayout
 from shardc.compiler.plan.plan import Plan, as_plan, read_entry
-from shardc.compiler.plan.resolved import ParamLayout, Resolved
+from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.plan.settle import Asked
 from shardc.compiler.plan.wishes import Wish
 from shardc.compiler.spec.mesh import Mesh
@@ -132,24 +132,23 @@ def _layout(name: str, names: Names, asked: Mapping[str, Asked], mesh: Mesh) -> 
     notes += [f"a scalar stays whole over {axis}" for axis in shards if not tensor.ndim]
     try:
         compute = from_placements(tensor.shape, placed, mesh)
-        lies = rest(compute, at_rest, mesh)
+        return ParamLayout(
+            fqn=name,
+            dtype=tensor.dtype,
+            requires_grad=tensor.requires_grad,
+            stored=compute,
+            compute=compute,
+            kept=compute,
+            at_rest=at_rest,
+            open=frozenset(axis for axis, claim in claims.items() if claim.open),
+            local=frozenset(local),
+            keys=keys,
+            aliases=tuple(names.of(tensor)[1:]),
+            unit={axis: claims[axis].module for axis in shards},
+            notes=tuple(notes),
+        ).computed_as(compute, mesh)
     except ValueError as error:
         raise PlanError(str(error), excerpt="\n".join(keys.values()), help=f"lay out {name} in another way") from None
-    return ParamLayout(
-        fqn=name,
-        dtype=tensor.dtype,
-        requires_grad=tensor.requires_grad,
-        stored=lies.stored,
-        compute=compute,
-        kept=lies.kept,
-        at_rest=at_rest,
-        open=frozenset(axis for axis, claim in claims.items() if claim.open),
-        local=frozenset(local),
-        keys=keys,
-        aliases=tuple(names.of(tensor)[1:]),
-        unit={axis: claims[axis].module for axis in shards},
-        notes=(*notes, *lies.notes),
-    )
 
 
 def _bucket_bytes(asked: Mapping[str, Asked]) -> dict[str, int]:

@@ -2,93 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.distributed.tensor import Placement, Shard
 
 from shardc.compiler.errors import PlanError
 from shardc.compiler.ir.marks import CONSTRAIN, parse_key, parse_placement
-from shardc.compiler.plan.at_rest import AtRest, rest
 from shardc.compiler.plan.call_layouts import CallLayouts, parse_path
 from shardc.compiler.plan.layout import Layout, as_layout
 from shardc.compiler.plan.match import did_you_mean, find
-from shardc.compiler.plan.report import Report
+from shardc.compiler.plan.param_layout import ParamLayout, Report
 from shardc.compiler.plan.wishes import Border
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import REPLICATE, Spec
-
-
-@dataclass(frozen=True)
-class ParamLayout:
-    """One parameter (or a buffer that the plan names).
-
-    stored: the layout at rest; compute: while computing; kept: between forward and backward. What FullyShard splits
-        is whole in `compute`. What is open is split plainly.
-    open: mesh dims whose split comes from a style: the dim is fixed, which factor of it is not.
-    local: data mesh dims over which its gradient is not reduced.
-    keys: mesh dim -> the plan entry behind its layout, as the user wrote it.
-    aliases: further FQNs of the same tensor. unit: FullyShard mesh dim -> FQN of its gather unit. at_rest: what it
-        asks, by mesh dim.
-    notes: what a reader of the report should know.
-    """
-
-    fqn: str
-    dtype: torch.dtype
-    requires_grad: bool
-    stored: Spec
-    compute: Spec
-    kept: Spec
-    open: frozenset[str] = frozenset()
-    local: frozenset[str] = frozenset()
-    keys: dict[str, str] = field(default_factory=dict)
-    aliases: tuple[str, ...] = ()
-    unit: dict[str, str] = field(default_factory=dict)
-    at_rest: dict[str, AtRest] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def computed_as(self, compute: Spec, mesh: Mesh) -> ParamLayout:
-        """The same parameter, computed with in another layout, and stored so that it comes by it without a detour."""
-        lies = rest(compute, self.at_rest, mesh)
-        return replace(self, stored=lies.stored, compute=compute, kept=lies.kept, notes=(*self.notes, *lies.notes))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def why(self) -> str:
-        """The plan entries behind it."""
-        return "; ".join(self.keys.values())
-
-    @property
-    def gather_unit(self) -> str | None:
-        """The unit whose gathers and reductions it takes part in; None where it is not gathered."""
-        units = [self.unit[a] for a in self.stored.axes() if a in self.unit]
-        return " ".join(dict.fromkeys(units)) if units else None
-
-    def row(self, mesh: Mesh) -> dict[str, Any]:
-        """Of the report."""
-        # torch.chunk gives its first ranks the most, so no rank holds more than the one at the origin.
-        held = math.prod(self.stored.local_shape(mesh, dict.fromkeys(mesh.names, 0)))
-        return {
-            "fqn": self.fqn,
-            "shape": self.shape,
-            "dtype": self.dtype,
-            "keys": tuple(self.keys.values()),
-            "layout": self.stored.text(self.dtype),
-            "bytes": self.nbytes,
-            "bytes_per_rank": held * self.dtype.itemsize,
-            "aliases": self.aliases,
-            "notes": self.notes,
-        }
 
 
 @dataclass(frozen=True)
