@@ -215,7 +215,7 @@ BAD = {  # line: (what it is in place of, what is said)
 @pytest.mark.parametrize("line", BAD)
 def test_what_is_no_program_is_refused_with_its_line(line: str):
     number, said = BAD[line]
-    lines = GOOD.splitlines()
+    lines = [*map(str, GOOD.splitlines())]
     lines[number - 1] = line
     with pytest.raises(PlanError) as error:
         read("\n".join(lines), "p.txt", "SHARDED")

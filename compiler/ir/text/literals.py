@@ -62,7 +62,7 @@ def literal(value: Any) -> str:
     if value is None or value is ... or type(value) in (bool, int, float, Local):
         return str(value)
     if isinstance(value, NAMED):
-        return DTYPES.get(value, str(value))  # pyright: ignore[reportArgumentType]
+        return DTYPES[value] if isinstance(value, torch.dtype) and value in DTYPES else str(value)
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{literal(k)}: {literal(v)}' for k, v in value.items())}}}"
     for name, (kind, parts, _) in FORMS.items():
