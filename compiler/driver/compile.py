@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardc.compiler.analysis.program import Program
+from shardc.compiler.driver.bound_model import BoundModel
 from shardc.compiler.driver.call_keys import held
-from shardc.compiler.driver.compiled_module import CompiledModule
+from shardc.compiler.driver.compiled_module import CompiledModule, bind, is_compiled
 from shardc.compiler.driver.fill import Filling, check_init
 from shardc.compiler.driver.lowering import Lowering
 from shardc.compiler.driver.precision import with_precision
@@ -20,14 +20,13 @@ from shardc.compiler.errors import PlanError
 from shardc.compiler.plan.layout import Precision, bad_option, shown
 from shardc.compiler.plan.match import did_you_mean, find
 from shardc.compiler.plan.resolve import check_placements, mesh_dims, resolve
+from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.user_code import call_site, warn_user
 from shardc.passes.pipeline import OPTIONAL
 from shardc.runtime.run.ranks import Ranks
 from shardc.runtime.wire.distribute import whole
 from shardc.runtime.wire.groups import default_device_mesh
-
-_COMPILED: WeakSet[nn.Module] = WeakSet()  # modules that some compile has taken over
 
 
 def compile(
@@ -82,12 +81,14 @@ def compile(
         Filling(model, resolved, ranks, src_data_rank).fill(init)
     except PlanError as error:
         raise error.at(call_site()) from None
-    _COMPILED.update(model.modules())
-    values = partial(_whole_values, model)
     options = {"recompute": patterns, "rng": rng, "precision": precision, "dynamic": dynamic, "backend": backend}
     options["without"] = left_out
-    lowering = Lowering(model, resolved, integers, ranks, values, strict, **options)
-    return CompiledModule(model, lowering)
+    lower = partial(_lowering, mesh=integers, ranks=ranks, strict=strict, **options)
+    return bind(model, BoundModel(model, resolved, lower))
+
+
+def _lowering(model: nn.Module, plan: Resolved, **options: Any) -> Lowering:
+    return Lowering(model, plan, values=partial(_whole_values, model), **options)
 
 
 def _check_model(model: Any) -> None:
@@ -96,7 +97,7 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise PlanError(f"compile takes an nn.Module, not {shown(model)}", help="write compile(model, plan, mesh=mesh)")
     for fqn, module in model.named_modules():
-        if module in _COMPILED or isinstance(module, CompiledModule):
+        if is_compiled(module):
             raise PlanError(
                 f"{fqn or 'this module'} is compiled already",
                 help="compile the outermost module once, with one plan, and call what compile returned",

@@ -7,7 +7,9 @@ from typing import Any
 
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.ir.collectives import COLLECTIVES
+from shardc.compiler.ir.graph import returned
 from shardc.compiler.ir.moves import move_of
+from shardc.compiler.ir.node import spec
 from shardc.compiler.ir.signature import OutputKind
 from shardc.runtime.run.executable import Executable
 
@@ -32,6 +34,10 @@ class Entry:
         self.plain = not signature.keywords and len(signature.leaves) == signature.positional
         self.plain = self.plain and all(leaf.input is not None for leaf in signature.leaves)
         self.one = signature.out_spec.is_leaf() and self.there == [True] and not signature.outputs[0].number
+        self.effects = bool(signature.effects)
+        effected = returned(self.program.gm)[signature.out_spec.num_leaves : len(self.there)] if self.effects else []
+        # of the values that forward sets elsewhere, which are a rank's part alone
+        self.pieces = [not spec(node).is_whole for node in effected if node is not None]
 
     def result(self, values: list[Any]) -> Any:
         """What the user gets, of the outputs that have a value."""

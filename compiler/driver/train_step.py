@@ -116,9 +116,9 @@ class TrainStep:
         self.model, self.steps = model, 0
         self._held = dict(compiled.named_parameters())
         self._local = {fqn: _local_parameter(p) for fqn, p in self._held.items()}
-        _check_pieces(optimizer, self._held, compiled.in_pieces)
+        _check_pieces(optimizer, self._held, compiled._bound.in_pieces)
         self.optimizer = optimizer(list(self._local.values()))
-        compiled.follow(self._moved)
+        compiled._bound.follow(self._moved)
 
     def _moved(self, held: nn.Parameter, move: Callable[[Tensor], Tensor]) -> None:
         """State that was loaded before the first program goes where that one puts its parameter."""
@@ -148,7 +148,7 @@ class TrainStep:
             for name, gradient in gradients.items():
                 totals[name] = totals[name] + gradient if name in totals else gradient
         if self._clip_norm is not None:
-            self._compiled.clip({name: totals.get(name) for name in self._local}, self._clip_norm, 2.0)
+            self._compiled._bound.clip({name: totals.get(name) for name in self._local}, self._clip_norm, 2.0)
         for name, parameter in self._local.items():
             parameter.data = _local(self._held[name])  # laid out anew by the first program, or moved by `to`
             parameter.grad = totals.get(name)
@@ -170,21 +170,22 @@ class TrainStep:
     def _gradients(self, batch: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(the loss, local gradients by parameter), what was kept back of reductions included."""
         with torch.enable_grad():
-            entry, flat = self._compiled.prepared(batch, {})
+            entry, flat = self._compiled._bound.prepared(batch, {})
         signature = self._checked(entry.program).signature
         found, saved = entry.run.halfway(flat)
-        self._compiled.mutate(entry, flat, found[1:])
-        loss = found[0].detach()
-        tangent = torch.full((), 1 / self._accumulate, dtype=loss.dtype, device=loss.device)
-        gradients = entry.run.gradients(saved, [tangent])
+        values, loss = found[: len(entry.there)], found[0].detach()
+        self._compiled._bound.mutate(entry, flat, found[len(entry.there) :])
+        self._compiled._bound.affect(entry, [v for v in values if v is not None], (batch, {}))
+        ends = [signature.inputs[i].of or 0 for i in signature.indices(InputKind.TANGENT)]
+        tangents = [torch.full_like(values[i], 0 if i else 1 / self._accumulate) for i in ends]
+        gradients = entry.run.gradients(saved, tangents)
         sources = [signature.inputs[signature.outputs[i].of or 0] for i in signature.indices(OutputKind.GRADIENT)]
         pairs = zip(sources, gradients, strict=True)
         return loss, {s.name: _local(g) for s, g in pairs if g is not None and s.kind is InputKind.PARAMETER}
 
     def _checked(self, program: Program) -> Program:
-        results = [program.signature.outputs[i] for i in program.signature.indices(OutputKind.OUTPUT)]
         ends = [node for node in returned(program.gm)[:1] if isinstance(node, Node)]
-        if len(results) != 1 or not ends or shape(ends[0]) != ():
+        if program.signature.out_spec.num_leaves != 1 or not ends or shape(ends[0]) != ():
             raise ShardingError(
                 "loss_fn does not return one scalar tensor", where=call_site(), help="reduce it: .mean(), or .sum()"
             )
@@ -256,12 +257,13 @@ class TrainStep:
         held = self._held[fqn]
         if not isinstance(held, DTensor) or not _is_like(value, self._local[fqn]):
             return value
-        return self._compiled.labelled(fqn, value)
+        return self._compiled._bound.labelled(fqn, value)
 
     def _placed(self, fqn: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        placed = self._compiled.placed(fqn, value, self._held[fqn]) if value.shape == self._held[fqn].shape else value
+        held = self._held[fqn]
+        placed = self._compiled._bound.placed(fqn, value, held) if value.shape == held.shape else value
         return _local(placed).detach().clone()
 
 

@@ -7,7 +7,7 @@ tangents, carries; outputs as the leaves of what forward returns, then mutations
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -15,6 +15,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+
+
+class Effect(Protocol):
+    """What each call does to one container: attributes of a module, a dict, a list."""
+
+    name: str
+    spec: Any  # pytree spec of the new values
+    find: Callable[[Any], Any]  # of a call, (args, kwargs), the container as it is then
+
+    def apply(self, call: Any, leaves: Sequence[Any]) -> None:
+        """Do it to the container as it is at this call, (args, kwargs)."""
+        ...
 
 
 class Reads(Protocol):
@@ -112,6 +124,8 @@ class Signature:
     keywords: tuple[str, ...]
     tied: Mapping[str, str]  # every other FQN of a tied parameter or buffer -> the FQN in `inputs`
     notes: tuple[str, ...] = ()  # what tracing reports
+    # What forward sets beside tensors, whose new values are the last of the OUTPUTs:
+    effects: tuple[Effect, ...] = field(default=(), compare=False, repr=False)
     reads: Reads | None = field(default=None, compare=False, repr=False)  # what tracing read beside tensors
 
     def holds(self) -> bool:
@@ -148,15 +162,24 @@ class Signature:
 
     def unflatten_outputs(self, values: Sequence[Tensor]) -> Any:
         """What the user gets, in forward's own structure: `values` are the OUTPUTs that have a node, in order."""
+        return self.out_spec.unflatten(self._leaves(values)[: self.out_spec.num_leaves])
+
+    def apply_effects(self, values: Sequence[Tensor], call: Any) -> None:
+        """Set what forward sets beside tensors, in what a call, (args, kwargs), was given and the module has."""
+        leaves, start = self._leaves(values), self.out_spec.num_leaves
+        for effect in self.effects:
+            end = start + effect.spec.num_leaves
+            effect.apply(call, leaves[start:end])
+            start = end
+
+    def _leaves(self, values: Sequence[Tensor]) -> list[Any]:
         outputs = [o for o in self.outputs if o.kind is OutputKind.OUTPUT]
         wanted = sum(o.node is not None for o in outputs)
         if len(values) != wanted:
             raise ValueError(f"forward returns {wanted} tensors, given {len(values)}")
         rest = iter(values)
         found = [o.constant if o.node is None else _result(o, next(rest)) for o in outputs]
-        return self.out_spec.unflatten(
-            [v if o.same is None else found[o.same] for v, o in zip(found, outputs, strict=True)]
-        )
+        return [v if o.same is None else found[o.same] for v, o in zip(found, outputs, strict=True)]
 
     def _check_counts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if len(args) == self.positional and set(kwargs) == set(self.keywords):

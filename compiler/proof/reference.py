@@ -12,9 +12,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir.signature import Input, InputKind, OutputKind, Signature
 from shardc.compiler.plan.layout import Precision
 from shardc.compiler.trace.eager_draws import NumberedDraws
+from shardc.compiler.trace.module.attributes import Attributes
 from shardc.compiler.trace.module.border_casts import casting
 
 
@@ -50,6 +52,12 @@ class Original:
     def run(self, flat: Sequence[Tensor], divided: Sequence[int]) -> tuple[list[Any], list[Tensor], dict[int, Any]]:
         """(outputs, tangents, gradients by output position) of the module under autograd. divided: of each input of
         the program, by what it divides a tangent before use, or the gradient of a parameter."""
+        if not self.signature.holds():
+            changed = self.signature.reads.changed() if self.signature.reads is not None else []
+            raise ShardingError(
+                f"the module is not as it was when this program was traced: {', '.join(changed)}",
+                help="set it back, or call the module and verify the program of that call",
+            )
         late = (InputKind.TANGENT, InputKind.CARRY)
         entries = [e for e in self.signature.inputs if e.kind not in late]
         leaves = [x.detach().clone().requires_grad_(e.requires_grad) for x, e in zip(flat, entries, strict=True)]
@@ -58,11 +66,23 @@ class Original:
             with torch.set_grad_enabled(bool(needs)), self._modes():
                 computed = [self._cast(x, e) for x, e in zip(leaves, entries, strict=True)]
                 args, kwargs = self._arguments(computed)
-                with casting(self.module, self.borders):
+                with casting(self.module, self.borders), self._effects(args, kwargs) as effects:
                     result = functional_call(self.module, self._held(computed), args, kwargs)
-                outputs = [self._cast(x) for x in pytree.tree_leaves(result)]
+                    outputs = [self._cast(x) for x in (*pytree.tree_leaves(result), *effects())]
             tangents = self._tangents(outputs)
             return outputs, tangents, self._gradients(leaves, outputs, tangents, divided)
+
+    @contextmanager
+    def _effects(self, args: Any, kwargs: Any) -> Iterator[Callable[[], list[Any]]]:
+        """What gives the values that forward set elsewhere; all of it is put back."""
+        attributes = Attributes(self.module)
+        attributes.watch_call((args, kwargs), str)
+        for effect in self.signature.effects:
+            attributes.watch(effect.name, effect.find((args, kwargs)))
+        try:
+            yield lambda: attributes.effects()[1]
+        finally:
+            attributes.restore()
 
     def _cast(self, x: Any, entry: Input | None = None) -> Any:
         """An input as it is computed with; without an entry an output as it is returned."""

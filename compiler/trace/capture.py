@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -31,8 +30,8 @@ from torch.overrides import TorchFunctionMode
 
 from shardc.compiler.rules.checks import CHECK
 from shardc.compiler.rules.facts import written
-from shardc.compiler.trace.module.attributes import Attributes
-from shardc.compiler.trace.module.reads import Look, of_guards
+from shardc.compiler.trace.module.attributes import Attributes, Effect
+from shardc.compiler.trace.module.reads import Look, mutables, of_guards
 from shardc.compiler.trace.module.results import opened
 from shardc.compiler.trace.module.rewrites import Rewrites
 from shardc.compiler.trace.module.stand_ins import Held
@@ -67,19 +66,26 @@ class Program:
     held: Sequence[Held]
     rebuild: Callable[[Sequence[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
     attributes: Attributes
+    name: Callable[[Sequence[Any]], str]  # of what can be reached by these keys from the arguments
     grad: bool
     call: Call | None = None
     notes: tuple[str, ...] = ()
-    read: Callable[[], Look] | None = None  # finds what Dynamo read, where it was Dynamo
+    look: Look | None = None  # at what Dynamo read, where it was Dynamo
     out_spec: Any = None
-    leaves: list[Any] = field(default_factory=list)  # of the result: constants, None where a tensor stands
-    paths: list[str] = field(default_factory=list)
+    # Of the result, then of what forward sets beside tensors:
+    leaves: list[Any] = field(default_factory=list)  # constants, None where a tensor stands
+    names: list[str] = field(default_factory=list)
     tensors: list[int] = field(default_factory=list)  # which leaves are tensors, or numbers that data decides
     same: dict[int, int] = field(default_factory=dict)  # a leaf -> an earlier one that is the same tensor
     numbers: dict[int, str] = field(default_factory=dict)  # ... and of what type those are
     mutated: list[int] = field(default_factory=list)  # which inputs forward changes
-    changed: list[str] = field(default_factory=list)  # attributes that forward sets
+    effects: list[Effect] = field(default_factory=list)  # what it sets beside tensors
+    changed: list[str] = field(default_factory=list)  # what that is called
+    overwritten: list[tuple[str, Any]] = field(default_factory=list)  # what it puts others in the place of, by name
+    foreign: list[Any] = field(default_factory=list)  # the containers it changes that are neither its own nor passed
+    registered: list[str] = field(default_factory=list)  # parameters, buffers and modules that it registers
     replaced: list[int] = field(default_factory=list)  # inputs it replaces, or gives another shape
+    shared: list[tuple[int, int]] = field(default_factory=list)  # inputs that it makes share memory
     attached: list[int] = field(default_factory=list)  # arguments it writes values to that require grad
     objects: list[Any] = field(default_factory=list)  # of the result, each taken apart by its attributes
     lasting: list[Any] = field(default_factory=list)  # those of them that another run gave as well
@@ -91,6 +97,7 @@ class Program:
             for h, tensor in zip(self.held, inputs[: len(self.held)], strict=True):
                 h.put(tensor)
             args, kwargs = self.rebuild(inputs[len(self.held) :])
+            self.attributes.watch_call((args, kwargs), self.name)
             assert self.call is not None
             with recording():
                 result, objects = opened(self.call(args, kwargs))
@@ -99,12 +106,19 @@ class Program:
             after = self._after(inputs)
             # Not by version counters: batch norm changes its statistics without counting.
             self.mutated = [i for i, t in enumerate(inputs) if after[i] is not t or is_changed(t)]
+            self.shared += _sharing(inputs)
             self.replaced += [i for i, t in enumerate(inputs) if shapes[i] != (t.shape, t.stride())]
+            # Of a tensor that `set_` gave another's memory the label stays, and is wrong.
+            self.replaced += [i for i in self.mutated if after[i].detach().shape != after[i].shape]
             self.attached = [i for i in self.mutated if i >= len(self.held) and after[i].requires_grad]
-            self.changed = self.attributes.changed()
+            self.effects, effected, self.changed = self.attributes.effects()
+            self.overwritten, self.foreign = self.attributes.overwritten(), self.attributes.foreign()
+            self.registered = self.attributes.registered()
         finally:
             self.attributes.restore()
-        outputs = [*self._described(result), *(after[i].detach() for i in self.mutated)]
+        paths, self.out_spec = pytree.tree_flatten_with_path(result)
+        self.names = [f"output{pytree.keystr(path)}" for path, _ in paths] + self.changed
+        outputs = [*self._described([leaf for _, leaf in paths] + effected), *(after[i].detach() for i in self.mutated)]
         return tuple((x if self.grad else x.detach()).clone(memory_format=torch.contiguous_format) for x in outputs)
 
     def _after(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -121,16 +135,22 @@ class Program:
                 after[i] = now
         return after
 
-    def _described(self, result: Any) -> list[Tensor]:
-        paths, self.out_spec = pytree.tree_flatten_with_path(result)
-        self.paths = [pytree.keystr(path) for path, _ in paths]
-        every = {i: leaf for i, (_, leaf) in enumerate(paths) if isinstance(leaf, (Tensor, *SYMBOLIC))}
+    def _described(self, leaves: list[Any]) -> list[Tensor]:
+        every = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, (Tensor, *SYMBOLIC))}
         first = {id(leaf): i for i, leaf in reversed(every.items())}
-        self.leaves = [None if i in every else leaf for i, (_, leaf) in enumerate(paths)]
+        self.leaves = [None if i in every else leaf for i, leaf in enumerate(leaves)]
         self.same = {i: first[id(leaf)] for i, leaf in every.items() if first[id(leaf)] != i}
         self.tensors = [i for i in every if i not in self.same]
         self.numbers = {i: KINDS[type(leaf)] for i, leaf in every.items() if isinstance(leaf, SYMBOLIC)}
         return [as_tensor(every[i]) if i in self.numbers else every[i] for i in self.tensors]
+
+
+def _sharing(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Pairs of tensors, each with an earlier one in whose memory it lies."""
+    first: dict[int, int] = {}
+    memory = [getattr(x, "elem", x).untyped_storage()._cdata for x in tensors]  # the tensor under trace has none
+    pairs = [(i, first.setdefault(memory[i], i)) for i, x in enumerate(tensors) if x.numel()]
+    return [(i, earlier) for i, earlier in pairs if i != earlier]
 
 
 class _Root(nn.Module):
@@ -158,6 +178,7 @@ def quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # it refuses next
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # it looks at what lists hold
         warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")
         warnings.filterwarnings("ignore", "Error detected in")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
@@ -197,7 +218,9 @@ def by_dynamo(module: nn.Module, program: Program, tensors: Sequence[Tensor]) ->
         "skip_nnmodule_hook_guards": False,
     }
     gm, captured = read_bytecode(root, args, kwargs, **options)
-    program.read = partial(of_guards, captured, root, (args, kwargs))
+    program.look = of_guards(captured, root, (args, kwargs))
+    for one in mutables(program.look) if program.look is not None else ():
+        program.attributes.watch(*one)
     return gm, gm.meta["tracing_context"]
 
 

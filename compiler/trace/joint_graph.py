@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from shardc.compiler.ir.node import stays
 from shardc.compiler.ir.signature import Input, InputKind, Leaf, Output, OutputKind, Signature
 from shardc.compiler.rules.facts import ASSERT
 from shardc.compiler.trace.capture import Program
+from shardc.compiler.trace.module.results import SIMPLE
 from shardc.compiler.trace.sizes.data_decided import Settled, decides, is_needed, with_checks
 from shardc.compiler.trace.sizes.symbolic import SYMBOLIC, Sized, depends_on_data, symbols_of
 from shardc.compiler.trace.sources import VALUE_HELP, DependsOnValues, refusal_at
@@ -35,7 +35,6 @@ IDENTITIES = (
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
 )
-SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Enum, type)
 
 
 @dataclass(frozen=True)
@@ -219,8 +218,8 @@ def _outputs(
     """The entries of our output tuple, their nodes left out: results, mutations, gradients."""
     number = {at: i for i, at in enumerate(program.tensors)}
     out = [
-        Output(None, OutputKind.OUTPUT, f"output{path}", constant=leaf, requires_grad=number.get(at) in joint.tangents)
-        for at, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True))
+        Output(None, OutputKind.OUTPUT, name, constant=leaf, requires_grad=number.get(at) in joint.tangents)
+        for at, (name, leaf) in enumerate(zip(program.names, program.leaves, strict=True))
     ]
     out = [replace(o, number=program.numbers.get(at, ""), same=program.same.get(at)) for at, o in enumerate(out)]
     for i in program.mutated:
@@ -264,10 +263,10 @@ def _check_results(program: Program) -> None:
             f"forward returns a {kind} that is there before and after the call, and a program makes a new one",
             help="make the object in forward, or return the tensors in it",
         )
-    for path, leaf in zip(program.paths, program.leaves, strict=True):
+    for name, leaf in zip(program.names, program.leaves, strict=True):
         if not isinstance(leaf, SIMPLE):
             raise ShardingError(
-                f"output{path} is a {type(leaf).__name__}, which is neither a tensor nor a plain value",
+                f"{name} is a {type(leaf).__name__}, which is neither a tensor nor a plain value",
                 help="return tensors in lists, tuples, dicts, or a dataclass given to torch.export.register_dataclass",
             )
 

@@ -122,8 +122,12 @@ UNKNOWN_VALUE, UNKNOWN_SHAPE = DataDependentOutputException, DynamicOutputShapeE
 # What an input of the joint graph is, the idx-th or the gradient of an `output`; and what an output is.
 Primal, Tangent, Result, Gradient = PlainAOTInput, TangentAOTInput, PlainAOTOutput, GradAOTOutput
 CHECKED = "aten::_linalg_check_errors"
-# Of tensors under trace: one made of a fake tensor, and whether it is one that has been written to.
-functional, is_changed = to_fun, has_data_mutation
+functional = to_fun  # a tensor under trace, made of a fake one
+
+
+def is_changed(x: Any) -> bool:
+    """Whether a tensor under trace has been written to, or given the memory of another one by `set_`."""
+    return has_data_mutation(x) or bool(torch._functionalize_was_storage_changed(x.elem))  # pyright: ignore
 
 
 def joint_graph(flat: Flat, inputs: Sequence[Tensor], context: TracingContext | None) -> GraphModule:
@@ -309,7 +313,10 @@ def _functional() -> bool:
         x = functional(fake)
         before = writes(x), is_changed(x), is_plain(x), is_plain(fake), isinstance(x, FunctionalTensor)
         x.add_(1)
-        return before == (0, False, False, False, True) and writes(x) == 1 and is_changed(x)
+        y, z = functional(fake), functional(fake)
+        y.set_(z)
+        changed = is_changed(x) and is_changed(y) and not is_changed(z)
+        return before == (0, False, False, False, True) and writes(x) == 1 and changed
 
 
 def _surroundings() -> bool:

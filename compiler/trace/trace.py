@@ -35,7 +35,7 @@ from shardc.compiler.trace.joint_graph import Argument, build
 from shardc.compiler.trace.layers.copy_layers import export_layers
 from shardc.compiler.trace.module.attributes import Attributes
 from shardc.compiler.trace.module.border_casts import casting
-from shardc.compiler.trace.module.reads import reads_of
+from shardc.compiler.trace.module.reads import around, functions_of, reads_of
 from shardc.compiler.trace.module.stand_ins import (
     Held,
     bordered,
@@ -108,8 +108,12 @@ def trace_once(
         stack.enter_context(standing_in(module, held, fakes, mode, device))
         stack.enter_context(casting(module, casts))
         stack.enter_context(bordered(module, tuple(marks)))
-        program = Program(held, call.rebuild, Attributes(module), grad)
+        program = Program(held, call.rebuild, Attributes(module), call.name, grad)
+        stack.callback(program.attributes.restore)
+        for name, value in (found for function in functions_of(module) for found in around(function)):
+            program.attributes.watch(name, value)
         joint = _joint(module, program, fakes, tensors, data)
+        _refuse_unrepeatable(program)
         arguments = [*_held_arguments(held), *call.arguments()]
         constants = _tensor_attributes(module)
         gm, signature = build(
@@ -118,7 +122,8 @@ def trace_once(
     _refuse_or_report(program, held, signature, call)
     annotate(gm.graph, signature, module)
     gm.graph.lint()
-    return Traced(gm, replace(signature, reads=reads_of(module, program.read, program.changed), notes=program.notes))
+    reads = reads_of(module, program.look, program.changed, program.foreign)
+    return Traced(gm, replace(signature, effects=tuple(program.effects), reads=reads, notes=program.notes))
 
 
 def _joint(
@@ -130,7 +135,7 @@ def _joint(
         try:
             captured = by_dynamo(module, program, tensors)
         except REFUSALS as error:
-            program.read, refused = None, error
+            program.look, refused = None, error
         else:
             return _run(lambda: export_layers(program, flat, *captured))
         told = refusal(refused) if depends_on_values(refused) else None  # or only a function does: see rewrites.py
@@ -183,12 +188,13 @@ class _Arguments:
     spec: Any
     positional: int
     keywords: tuple[str, ...]
+    name: Callable[[Sequence[Any]], str]  # of what can be reached by these keys from (args, kwargs)
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
         paths, spec = pytree.tree_flatten_with_path((args, kwargs))
         name = _argument_namer(module)
-        names = tuple(name(path) for path, _ in paths)
+        names = tuple(name([_key(step) for step in path]) for path, _ in paths)
         values = tuple(value for _, value in paths)
         for leaf, value in zip(names, values, strict=True):
             if isinstance(value, Tensor) and value.layout is not torch.strided:
@@ -196,7 +202,7 @@ class _Arguments:
             if type(value).__module__ == "numpy":
                 raise ShardingError(f"{leaf} is a numpy {type(value).__name__}", help="pass torch.as_tensor of it")
         infos = tuple(TensorInfo.of(value) if isinstance(value, Tensor) else None for value in values)
-        return cls(names, values, infos, spec, len(args), tuple(kwargs))
+        return cls(names, values, infos, spec, len(args), tuple(kwargs), name)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with these tensors for those of the example."""
@@ -226,8 +232,8 @@ class _Arguments:
         }
 
 
-def _argument_namer(module: nn.Module) -> Callable[[Any], str]:
-    """Names a leaf of (args, kwargs) in terms of forward's parameters: `x`, `batch['ids']`, `args[1][0]`."""
+def _argument_namer(module: nn.Module) -> Callable[[Sequence[Any]], str]:
+    """Names what keys lead to from (args, kwargs) by forward's parameters: `x`, `batch['ids']`, `args[1][0]`."""
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):  # scripted modules have none
@@ -235,15 +241,20 @@ def _argument_namer(module: nn.Module) -> Callable[[Any], str]:
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
 
-    def name(path: Any) -> str:
-        key = path[1]
-        if path[0].idx == 1:
-            head = key.key
+    def name(keys: Sequence[Any]) -> str:
+        which, key, *further = keys
+        if which == 1:
+            head = key
         else:
-            head = named[key.idx] if key.idx < len(named) else f"{rest}[{key.idx - len(named)}]"
-        return head + pytree.keystr(path[2:])
+            head = named[key] if key < len(named) else f"{rest}[{key - len(named)}]"
+        return head + "".join(f"[{step!r}]" for step in further)
 
     return name
+
+
+def _key(step: Any) -> Any:
+    """What a step of a pytree's path looks up."""
+    return next(getattr(step, name) for name in ("idx", "key", "name") if hasattr(step, name))
 
 
 def argument_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -252,7 +263,7 @@ def argument_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     name = _argument_namer(module)
     keys: list[Any] = [path for path, _ in paths]
     heads = [str(path[1].idx) if path[0].idx == 0 else f"kw:{path[1].key}" for path in keys]
-    return [(name(path), head) for path, head in zip(keys, heads, strict=True)]
+    return [(name([_key(step) for step in path]), head) for path, head in zip(keys, heads, strict=True)]
 
 
 def _held_arguments(held: Sequence[Held]) -> list[Argument]:
@@ -287,6 +298,12 @@ def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signatu
             f"forward puts another tensor in place of {names[program.replaced[0]]}, or changes its shape",
             help="write the new value into it: it must keep its shape",
         )
+    if program.shared:
+        one, other = (names[i] for i in program.shared[0])
+        raise ShardingError(
+            f"forward makes {one} lie in the memory of {other}, where each would change with the other from then on",
+            help="copy the values: clone() what you assign to .data",
+        )
     repeated = Counter(id(value) for value in call.values if isinstance(value, Tensor))
     for output in signature.outputs:
         if output.kind is OutputKind.MUTATION and output.of is not None:
@@ -296,9 +313,9 @@ def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signatu
                     f"forward changes {output.name} in place, and was given the same tensor twice",
                     help="pass a clone as one of them",
                 )
-    constants = {i.name for i in signature.inputs if i.kind is InputKind.CONSTANT}
-    for name in program.changed:
-        if name in constants:
+    constants = {id(i.value) for i in signature.inputs if i.kind is InputKind.CONSTANT}
+    for name, value in program.overwritten:
+        if id(value) in constants:
             raise ShardingError(
                 f"forward reads the tensor {name} and sets it anew for the next call",
                 help=f"register {name} as a buffer",
@@ -308,11 +325,24 @@ def _refuse_or_report(program: Program, held: Sequence[Held], signature: Signatu
             f"forward writes values that require grad into {names[i]}: no gradient flows back through it",
             stacklevel=3,
         )
-    if program.changed:
-        warnings.warn(
-            f"forward sets {', '.join(program.changed)}: the compiled module does not, "
-            "and keeps what was read when tracing",
-            stacklevel=3,
+
+
+def _refuse_unrepeatable(program: Program) -> None:
+    """What a call of the program could not do again. While forward is traced its own effects are put back."""
+    registered, (_, _, late) = program.registered, program.attributes.effects()
+    if registered:
+        raise ShardingError(
+            f"forward registers {', '.join(registered)}", help="register parameters, buffers and modules before compile"
+        )
+    if late:
+        raise ShardingError(
+            f"a hook that runs in backward sets {', '.join(dict.fromkeys(late))}, and would do so while tracing alone",
+            help="return the values from forward, or set them outside of the module",
+        )
+    if program.foreign and program.look is None:
+        raise ShardingError(
+            f"forward or a hook sets {', '.join(dict.fromkeys(program.changed))}, and would do so while tracing alone",
+            help="return the values from forward, or set them outside of the module",
         )
 
 

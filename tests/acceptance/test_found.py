@@ -95,7 +95,7 @@ def test_a_parameter_ignored_over_one_mesh_dim_is_averaged_over_the_others():
 
 
 def lowering_of(compiled: shardc.CompiledModule) -> Lowering:
-    return compiled._lowering
+    return compiled._bound.lowering
 
 
 class SplitsItself(nn.Module):

@@ -59,7 +59,7 @@ def first_of_four() -> Iterator[None]:
 
 def measured(compiled: Any, x: Tensor) -> tuple[int, Program]:
     """The most bytes that the first rank holds in a forward and a backward of the program, its own included."""
-    entry, flat = compiled.prepared((x,), {})
+    entry, flat = compiled._bound.prepared((x,), {})
     tangents = [torch.ones_like(compiled(x))]
     with Counting(flat) as counted:
         results, saved = entry.run.halfway(flat)

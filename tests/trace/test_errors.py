@@ -226,23 +226,22 @@ class Notes(Base):
 
 
 @pytest.mark.parametrize("what", ["count", "log", "last", "state"])
-def test_what_forward_sets_on_modules_is_reported(what):
+def test_what_forward_sets_on_modules_is_put_back_and_named(what):
     module = nn.Sequential(Notes(what))
-    with pytest.warns(UserWarning, match=rf"forward sets 0\.{what}: the compiled module does not"):
-        trace(module, (X,))
+    effects = trace(module, (X,)).signature.effects
+    assert effects and all(effect.name.startswith(f"0.{what}") for effect in effects)
     assert (module[0].count, module[0].log, hasattr(module[0], "last")) == (1, [], False)
     assert module[0].state == SimpleNamespace(steps=[], last=None)
 
 
-def test_a_buffer_registered_in_forward_is_reported():
+def test_a_buffer_registered_in_forward_is_refused():
     class Late(Base):
         def forward(self, x):
             self.register_buffer("late", x.sum())
             return x
 
     module = Late()
-    with pytest.warns(UserWarning, match="forward sets late"):
-        trace(module, (X,))
+    assert "forward registers late" in refused(module).what
     assert not hasattr(module, "late")
 
 

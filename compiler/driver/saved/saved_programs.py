@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from shardc.compiler.driver.saved.fingerprint import fingerprint
-from shardc.compiler.errors import PlanError
+from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.ir.graph import copy_graph, placeholders
 from shardc.compiler.ir.node import val
 from shardc.compiler.ir.signature import InputKind, Reads, Traced
@@ -153,6 +153,11 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _data(traced: Traced) -> dict[str, Any]:
+    if traced.signature.effects:
+        raise ShardingError(
+            f"the program sets {', '.join(effect.name for effect in traced.signature.effects)}, which no text says how",
+            help="compile where the program runs, instead of loading it",
+        )
     constants = {entry.node: entry.value for entry in traced.signature.inputs if entry.value is not None}
     text = full_text(traced, Mesh(), "TRACED")
     return {"text": text.split("\n"), "tensors": {name: _bytes(x) for name, x in constants.items()}}

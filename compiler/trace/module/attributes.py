@@ -1,114 +1,236 @@
-"""Attributes that forward sets while it is traced: put back, and reported, as the traced program will not set them.
+"""What forward sets beside its tensors: attributes, entries of dicts and lists, the module's and those it is given.
 
-Seen are those of every submodule and, a few steps on, what lists, dicts, sets and plain objects in them hold.
+While tracing it is seen and put back. Each call of the program then does the same to what is there: an `Effect`.
+Looked at are the attributes of every submodule and, a few steps on, what containers and plain objects in them hold.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import getitem
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.trace.module.results import SIMPLE, opened
 from shardc.compiler.trace.module.stand_ins import TABLES
+from shardc.compiler.trace.sizes.data_decided import SYMBOLIC
 
 # RNNs keep a list of their own weights, rebuilt whenever it is out of date.
 DERIVED = ("_flat_weights", "_flat_weight_refs")
 PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+OWN = (*TABLES, "_modules")
 DEPTH = 3  # containers within containers
 CODE = (type, FunctionType, MethodType, ModuleType)
+Find = Callable[[Any], Any]  # of a call, (args, kwargs), a container as it is then
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What each call does to one container. spec: of the new values among the program's results.
+
+    keys: of a dict those that are set; of a list what becomes of it, by place in the old one, None for a new value.
+    """
+
+    name: str
+    find: Find
+    keys: tuple[Any, ...]
+    gone: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+    def apply(self, call: Any, leaves: Sequence[Any]) -> None:
+        container, values = self.find(call), iter(self.spec.unflatten(leaves))
+        if isinstance(container, dict):
+            for key in self.gone:
+                container.pop(key, None)
+            container.update(zip(self.keys, values, strict=True))
+        elif isinstance(container, set):
+            container.difference_update(self.gone)
+            container.update(values)
+        else:
+            old = list(container)
+            made = [next(values) if place is None else old[place] for place in self.keys]
+            container.clear()
+            container.extend(made)
+
+
+class Watched:
+    """A container, and a shallow copy of what it held. own: which of its keys are looked after elsewhere."""
+
+    def __init__(self, name: str, held: Any, find: Find, named: bool = False, own: Callable[[Any], bool] | None = None):
+        self.name, self.held, self.find, self._named, self._own = name, held, find, named, own or (lambda key: False)
+        kind = dict if isinstance(held, dict) else set if isinstance(held, set) else list
+        self.before = kind(held)
+
+    def name_of(self, key: Any) -> str:
+        return f"{self.name}.{key}".lstrip(".") if self._named else f"{self.name}[{key!r}]"
+
+    def inner(self) -> list[tuple[str, Any, Find]]:
+        """Each entry, its name, and how to find it."""
+        if isinstance(self.held, set):
+            return []
+        keys = [*self.held] if isinstance(self.held, dict) else range(len(self.held))
+        return [(self.name_of(k), self.held[k], lambda call, k=k: self.find(call)[k]) for k in keys if not self._own(k)]
+
+    def changes(self) -> tuple[tuple[Any, ...], tuple[Any, ...], list[Any]] | None:
+        """(keys, gone, new values) as an `Effect` has them; None where nothing changed."""
+        now, before = self.held, self.before
+        if isinstance(now, dict):
+            keys = [k for k in now if not self._own(k) and not (k in before and _same(before[k], now[k]))]
+            gone = [k for k in before if k not in now and not self._own(k)]
+            return (tuple(keys), tuple(gone), [now[k] for k in keys]) if keys or gone else None
+        if isinstance(now, set):
+            return ((), tuple(before - now), [*(now - before)]) if now != before else None
+        places = {id(value): i for i, value in reversed([*enumerate(before)])}
+        keys = [i if i < len(before) and value is before[i] else places.get(id(value)) for i, value in enumerate(now)]
+        new = [value for key, value in zip(keys, now, strict=True) if key is None]
+        return (tuple(keys), (), new) if keys != [*range(len(before))] else None
+
+    def restore(self) -> None:
+        now, before = self.held, self.before
+        if isinstance(now, dict):
+            if [*now] != [*before]:
+                now.clear()
+            now.update(before)
+        elif now != before if isinstance(now, set) else [*map(id, now)] != [*map(id, before)]:
+            now.clear()
+            now.update(before) if isinstance(now, set) else now.extend(before)
 
 
 class Attributes:
-    """The attributes of all submodules, to see what forward changed and to put it back."""
+    """What the submodules hold, and what else is watched, to see what forward changed and to put it back."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.named_modules())
-        self._before = [dict(vars(owner)) for _, owner in self._modules]
-        self._contents: dict[int, tuple[Any, Any]] = {}  # by id: each container, and a shallow copy of what it held
-        self._within: list[dict[str, list[int]]] = [
-            {name: self._look(value) for name, value in attributes.items()} for attributes in self._before
-        ]
+        self._watched: dict[int, Watched] = {}
+        self._passed: dict[int, Watched] = {}
+        self._tables: list[Watched] = []
+        self._foreign: dict[int, Watched] = {}
+        for fqn, owner in module.named_modules():
+            table = vars(owner)
+            tables = [table[name] for name in OWN if isinstance(table.get(name), dict)]
+            self._tables += [Watched(fqn, own, _at((), own), True) for own in tables]
+            self._watched[id(table)] = Watched(fqn, table, _at((), table), True, partial(_is_own, owner))
+        for one in [*self._watched.values()]:
+            self._reach(one.inner(), self._watched)
 
-    def _look(self, value: Any) -> list[int]:
-        """The containers that can be reached from a value, itself included."""
-        found: dict[int, None] = {}
-        front = [value]
+    def watch(self, name: str, value: Any, keys: Collection[Any] | None = None) -> None:
+        """Look at one more container or object, which is found by what it is; at these keys alone, if any."""
+        held = inner_of(value) if keys is None else vars(value)
+        if held is not None and not self._knows(held):
+            own = None if keys is None else lambda key: key not in keys
+            self._foreign[id(held)] = Watched(name, held, _at((), held), held is not value, own)
+
+    def watch_call(self, call: tuple[Any, Any], name: Callable[[Any], str]) -> None:
+        """Look at the containers of this call, (args, kwargs), and at the objects in it."""
+        self._passed = {}
+        front: list[tuple[Any, ...]] = [(0, i) for i in range(len(call[0]))] + [(1, key) for key in call[1]]
+        while front:
+            steps = front.pop()
+            value = _at(steps)(call)
+            if isinstance(value, (list, dict)):
+                self._passed.setdefault(id(value), Watched(name(steps), value, _at(steps)))
+            if isinstance(value, (list, tuple, dict)):
+                front += [(*steps, key) for key in (value if isinstance(value, dict) else range(len(value)))]
+            else:
+                self._reach([(name(steps), value, _at(steps))], self._passed)
+
+    def _reach(self, front: list[tuple[str, Any, Find]], into: dict[int, Watched]) -> None:
+        """Watch what can be reached in a few steps."""
         for _ in range(DEPTH):
-            front = [v for v in front if inner_of(v) is not None and id(v) not in found]
-            for v in front:
-                found[id(v)] = None
-                self._contents.setdefault(id(v), (v, _copy(v)))
-            front = [inner for v in front for inner in _inside(v)]
-        return [*found]
+            inner: list[tuple[str, Any, Find]] = []
+            for name, value, find in front:
+                held = inner_of(value)
+                if held is not None and not self._knows(held):
+                    named = held is not value
+                    within = (lambda call, find=find: vars(find(call))) if named else find
+                    one = into[id(held)] = Watched(name, held, within, named)
+                    inner += one.inner()
+            front = inner
 
-    def changed(self) -> list[str]:
-        """FQNs of the attributes that forward set, parameters and buffers apart."""
-        other = {key for key, (container, content) in self._contents.items() if not _alike(container, content)}
-        out = []
-        for (fqn, owner), before, within in zip(self._modules, self._before, self._within, strict=True):
-            now = vars(owner)
-            names = [n for n in now if n not in (*TABLES, *DERIVED)]
-            names = [n for n in names if not _same(n, before, now) or not other.isdisjoint(within.get(n, ()))]
-            for table in TABLES:
-                if isinstance(now.get(table), dict):
-                    names += [n for n in now[table] if n not in self._contents[id(before[table])][1]]
-            out += [f"{fqn}.{n}" if fqn else n for n in names if not is_recomputed(owner, n)]
-        return out
+    def _knows(self, held: Any) -> bool:
+        tables = any(one.held is held for one in self._tables)
+        return tables or any(id(held) in known for known in (self._watched, self._passed, self._foreign))
+
+    def effects(self) -> tuple[list[Effect], list[Any], list[str]]:
+        """(what forward did, a leaf for each new value in it, what those are called)."""
+        effects, leaves, names = [], [], []
+        for one in self._all():
+            found = one.changes()
+            if found is None:
+                continue
+            keys, gone, values = found
+            called = [one.name_of(k) for k in (*keys, *gone)] if isinstance(one.held, dict) else [one.name]
+            paths, spec = pytree.tree_flatten_with_path([opened(value)[0] for value in values])
+            for path, leaf in paths:
+                name = (called[path[0].idx] if isinstance(one.held, dict) else one.name) + pytree.keystr(path[1:])
+                _check(name, leaf)
+                leaves.append(leaf)
+                names.append(name)
+            effects.append(Effect(", ".join(called), one.find, keys, gone, spec))
+        return effects, leaves, names
+
+    def overwritten(self) -> list[tuple[str, Any]]:
+        """(name, value) of what forward puts something else in the place of."""
+        dicts = [(one, one.changes()) for one in self._all() if isinstance(one.held, dict)]
+        changed = [(one, found[0]) for one, found in dicts if found is not None]
+        return [(one.name_of(key), one.before[key]) for one, keys in changed for key in keys if key in one.before]
+
+    def registered(self) -> list[str]:
+        """Parameters, buffers and submodules that forward registered."""
+        return [one.name_of(key) for one in self._tables for key in one.held if key not in one.before]
 
     def restore(self) -> None:
-        for (_, owner), before in zip(self._modules, self._before, strict=True):
-            for name in [name for name in vars(owner) if name not in before]:
-                del vars(owner)[name]
-            vars(owner).update(before)
-        for container, content in self._contents.values():
-            if not _alike(container, content):
-                _refill(container, content)
+        for one in (*self._tables, *self._all()):
+            one.restore()
+
+    def foreign(self) -> list[Any]:
+        """The containers that forward changed, and that are neither the module's nor an argument's."""
+        return [one.held for one in self._foreign.values() if one.changes() is not None]
+
+    def _all(self) -> list[Watched]:
+        return [*self._watched.values(), *self._passed.values(), *self._foreign.values()]
+
+
+def _at(steps: Sequence[Any], start: Any = None) -> Find:
+    """Follows keys from a call, or from what is the same in every call."""
+
+    def find(call: Any) -> Any:
+        return reduce(getitem, steps, call if start is None else start)
+
+    return find
+
+
+def _check(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, (Tensor, *SYMBOLIC, *SIMPLE)):
+        raise ShardingError(
+            f"forward puts a {type(leaf).__name__} into {name}, which a program cannot make",
+            help="put tensors and plain values there, in lists, tuples and dicts, or do it outside of forward",
+        )
+
+
+def _is_own(owner: nn.Module, name: str) -> bool:
+    """Whether an attribute is a table of the module, or made anew by it at each call."""
+    return name in (*OWN, *DERIVED) or is_recomputed(owner, name)
 
 
 def inner_of(value: Any) -> Any:
     """The container itself, or the attributes of an object that is nothing else; None for other values."""
-    if isinstance(value, (list, dict, set)):
+    if isinstance(value, (list, dict, set, deque)):
         return value
     if isinstance(value, (Tensor, nn.Module, *PLAIN, *CODE)) or type(value).__module__.partition(".")[0] == "torch":
         return None  # torch's own objects keep what they have looked up
     return getattr(value, "__dict__", None)
 
 
-def _copy(value: Any) -> Any:
-    held = inner_of(value)
-    return next(kind(held) for kind in (list, dict, set) if isinstance(held, kind))
-
-
-def _inside(value: Any) -> list[Any]:
-    held = inner_of(value)
-    return list(held.values()) if isinstance(held, dict) else list(held)
-
-
-def _same(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
-    if name not in before:
-        return False
-    old, value = before[name], now[name]
-    return old is value or (isinstance(value, PLAIN) and type(old) is type(value) and old == value)
-
-
-def _alike(container: Any, content: Any) -> bool:
-    """Whether a container still holds the same objects in the same order."""
-    held = inner_of(container)
-    if len(held) != len(content):
-        return False
-    if isinstance(held, set):
-        return {id(v) for v in held} == {id(v) for v in content}
-    if isinstance(held, dict):
-        return all(a is b and held[a] is content[b] for a, b in zip(held, content, strict=True))
-    return all(a is b for a, b in zip(held, content, strict=True))
-
-
-def _refill(container: Any, content: Any) -> None:
-    held = inner_of(container)
-    held.clear()
-    held.extend(content) if isinstance(held, list) else held.update(content)
+def _same(old: Any, now: Any) -> bool:
+    return old is now or (isinstance(now, PLAIN) and type(old) is type(now) and old == now)
 
 
 def is_recomputed(owner: nn.Module, name: str) -> bool:

@@ -11,14 +11,15 @@ expressions followed again, and what they lead to compared by value.
 from __future__ import annotations
 
 import ast
+import inspect
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
 from operator import is_, itemgetter
-from types import FunctionType, MappingProxyType, MethodType
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from shardc.compiler.trace.module.attributes import DEPTH, DERIVED, PLAIN, inner_of, is_recomputed
 from shardc.compiler.trace.torch_internals import guards_of
+from shardc.compiler.user_code import is_users
 
 log = logging.getLogger(__name__)
 TABLES = ("_parameters", "_buffers", "_modules")  # which the compiled module looks after
@@ -46,6 +48,8 @@ class Survey:
     absent: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
     sized: dict[int, tuple[Any, int]] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)  # what is described by its id, which must stay its own
+    pinned: frozenset[int] = frozenset()  # ids of containers that none of equal content can stand for
+    met: list[tuple[str, Any]] = field(default_factory=list)  # what each expression led to
 
     def item(self, table: Any, key: Any) -> Any:
         value = table[key]
@@ -71,6 +75,10 @@ class Survey:
 
     def describe(self, value: Any, depth: int) -> Any:
         """A value as what can be compared. depth: how far into containers and objects to look."""
+        found = self._described(value, depth)
+        return (id(value), found) if id(value) in self.pinned else found
+
+    def _described(self, value: Any, depth: int) -> Any:
         if isinstance(value, CONSTANT):
             return type(value), value
         if isinstance(value, tuple):
@@ -100,8 +108,8 @@ Look = Callable[[Survey], None]
 class Reads:
     """What one trace read. Kept alive with it are the objects read, so that another is never taken for one of them."""
 
-    def __init__(self, look: Look) -> None:
-        self._look = look
+    def __init__(self, look: Look, pinned: Iterable[Any] = ()) -> None:
+        self._look, self._pinned = look, [*pinned]
         self._kept = self._take(self._survey())
         self._found = self._kept.found
 
@@ -122,7 +130,7 @@ class Reads:
         return list(dict.fromkeys(_shown(name) for name in names))
 
     def _survey(self) -> Survey:
-        survey = Survey()
+        survey = Survey(pinned=frozenset(map(id, self._pinned)))
         self._look(survey)
         return survey
 
@@ -154,14 +162,10 @@ class Reads:
         return not any([key in table for table, key in self._absent])
 
 
-def reads_of(module: nn.Module, read: Callable[[], Look] | None, sets: Iterable[str]) -> Reads:
-    """read: finds what Dynamo says was read, if it was Dynamo that traced. sets: FQNs of what forward itself sets."""
-    try:
-        if read is not None:
-            return Reads(read())
-    except (*GONE, SyntaxError, NameError) as error:
-        log.info("every attribute counts as read, as where Dynamo read cannot be found: %r", error)
-    return Reads(of_all(module, sets))
+def reads_of(module: nn.Module, look: Look | None, sets: Iterable[str], foreign: Iterable[Any]) -> Reads:
+    """look: at what Dynamo says was read, if it was Dynamo that traced. sets: FQNs of what forward itself sets.
+    foreign: the containers that it changes by what they are."""
+    return Reads(look, foreign) if look is not None else Reads(of_all(module, sets))
 
 
 def of_all(module: nn.Module, but: Iterable[str] = ()) -> Look:
@@ -181,14 +185,18 @@ def of_all(module: nn.Module, but: Iterable[str] = ()) -> Look:
     return look
 
 
-def of_guards(captured: Any, root: nn.Module, call: Any) -> Look:
+def of_guards(captured: Any, root: nn.Module, call: Any) -> Look | None:
     """What Dynamo guards on, the arguments' tensors and what is torch's own apart. root: what it captured, around the
-    module; call: (args, kwargs)."""
+    module; call: (args, kwargs). None where it cannot be told."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda _: None, call)
     names = {"L": {"self": root, "args": args, "kwargs": kwargs}, "G": type(root).forward.__globals__}
     told = sorted(guards_of(captured), key=str)
-    parsed = [(ast.parse(name, mode="eval").body, name, attr) for name, attr in told if _counts(name)]
-    wanted = [read for read in parsed if _is_there(*read[:2], names)]
+    try:
+        parsed = [(ast.parse(name, mode="eval").body, name, attr) for name, attr in told if _counts(name)]
+        wanted = [read for read in parsed if _is_there(*read[:2], names)]
+    except (*GONE, SyntaxError, NameError) as error:
+        log.info("every attribute counts as read, as where Dynamo read cannot be found: %r", error)
+        return None
 
     def look(survey: Survey) -> None:
         known: dict[str, Any] = {}
@@ -198,6 +206,7 @@ def of_guards(captured: Any, root: nn.Module, call: Any) -> Look:
             except GONE:
                 survey.found[name] = GONE
                 continue
+            survey.met.append((_shown(name), value))
             if attr is not None:
                 table = getattr(value, "__dict__", {})
                 survey.found[f"{name}.{attr}"] = attr in table, hasattr(value, attr)
@@ -232,7 +241,7 @@ def _counts(name: str) -> bool:
     """Whether a name leads to what may change: not torch's own, nor what the compiled module looks after."""
     if HOOKS.search(name):
         return True
-    held = re.search(r"\._(parameters|buffers)\['\w+'\]$|\._(parameters|buffers|modules)$|\.training$", name)
+    held = re.search(r"_(parameters|buffers)('\])?\['\w+'\]$|_(parameters|buffers|modules)('\])?$|\.training$", name)
     hook = name.endswith("_hooks))[0]]")
     return not held and not hook and not NOT_THE_USERS.match(name) and not re.match(r"L\['(args|kwargs)'\]$", name)
 
@@ -281,3 +290,35 @@ def _shown(name: str) -> str:
     text = text.replace("L['self']['root']", "self")
     text = re.sub(r"^G\['__import_(\w+)'\]", lambda m: m[1].replace("_dot_", "."), text)
     return re.sub(r"\['(\w+)'\]", r".\1", text).lstrip(".")
+
+
+def functions_of(module: nn.Module) -> Iterator[FunctionType]:
+    """The functions that a call runs, as far as can be told without running it: forwards and hooks."""
+    for owner in module.modules():
+        tables = [table for name, table in vars(owner).items() if HOOKS.search(name) and isinstance(table, dict)]
+        for found in (getattr(type(owner), "forward", None), *(hook for table in tables for hook in table.values())):
+            function = inspect.unwrap(getattr(found, "__func__", found)) if callable(found) else None
+            if isinstance(function, FunctionType) and is_users(function.__code__.co_filename):
+                yield function
+
+
+def around(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the variables outside of a function that its code names, and that within it."""
+    inner = [c for c in function.__code__.co_consts if isinstance(c, CodeType)]
+    for code in (function.__code__, *inner):
+        yield from ((name, function.__globals__[name]) for name in code.co_names if name in function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield name, getattr(cell, "cell_contents", None)
+
+
+def mutables(look: Look) -> Iterator[tuple[str, Any, list[Any] | None]]:
+    """(name, a container or object that was looked at, or a Python module and which of its names)."""
+    survey, globals_ = Survey(), dict[int, tuple[str, Any, list[Any]]]()
+    look(survey)
+    for name, value in survey.met:
+        if isinstance(value, ModuleType):
+            keys = [key for table, key, _ in survey.items.values() if table is vars(value)]
+            globals_[id(value)] = name, value, keys
+        elif not HOOKS.search(name):
+            yield name, value, None
+    yield from globals_.values()

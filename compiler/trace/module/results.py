@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Iterable
+from enum import Enum
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+
+SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Enum, type)
 
 
 class Opened:

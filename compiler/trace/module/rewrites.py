@@ -292,6 +292,12 @@ def _multi_margin(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> A
     return loss.squeeze(0) if loss.dim() else loss
 
 
+def _set_data(x: Tensor, other: Tensor) -> None:
+    """`x.data = other`, of which nothing is recorded, as what is."""
+    with torch.no_grad():
+        x.set_(other)  # pyright: ignore[reportArgumentType]
+
+
 REWRITES: dict[Any, Callable[..., Any]] = {
     F.gaussian_nll_loss: _gaussian_nll,
     **dict.fromkeys((torch.cov, Tensor.cov), _cov),
@@ -303,6 +309,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.index_put, Tensor.index_put), _put),
     **dict.fromkeys((torch.index_put_, Tensor.index_put_), _in_place(_put)),
     Tensor.__setitem__: _set,
+    Tensor.data.__set__: _set_data,  # pyright: ignore[reportAttributeAccessIssue]
     **dict.fromkeys((F.ctc_loss, torch.ctc_loss), _ctc),
     torch.linalg.lstsq: _lstsq,
     **dict.fromkeys((torch.equal, Tensor.equal), _equal),

@@ -179,7 +179,7 @@ def test_sizes_beyond_what_stays_bound_are_bound_anew(monkeypatch: pytest.Monkey
     for rows in (8, 5, 6, 7, 5, 9, 8):
         agrees(compiled, alone, (torch.randn(rows, 4, dtype=torch.float64),))
     assert len(compiled.programs) == 1
-    assert sum(map(len, compiled._lowering._entries._kept.values())) == 2
+    assert sum(map(len, compiled._bound.lowering._entries._kept.values())) == 2
 
 
 def test_programs_for_many_sizes_are_not_saved(tmp_path: Any):
