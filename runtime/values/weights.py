@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from shardc.compiler.errors import CheckpointError
 from shardc.runtime.checkpoint.files import read_into, read_metadata
 from shardc.runtime.checkpoint.optimizers import is_optimizer_key
-from shardc.runtime.checkpoint.safetensors_file import SafetensorsFile
+from shardc.runtime.checkpoint.safetensors_file import read_safetensors
 
 
 def weights(source: Mapping[str, Tensor] | str | os.PathLike[str]) -> Mapping[str, Tensor]:
@@ -25,7 +25,7 @@ def weights(source: Mapping[str, Tensor] | str | os.PathLike[str]) -> Mapping[st
         return source
     path = Path(source)
     if path.is_file():
-        return SafetensorsFile(path)
+        return read_safetensors(path)
     if (path / ".metadata").is_file():
         return _Folder(path)
     files = sorted(path.glob("*.safetensors"))
@@ -33,7 +33,7 @@ def weights(source: Mapping[str, Tensor] | str | os.PathLike[str]) -> Mapping[st
         raise CheckpointError(
             f"there are no weights at {path}", help="give a .safetensors file, a folder of them, or a DCP folder"
         )
-    return {key: file[key] for file in map(SafetensorsFile, files) for key in file}
+    return {key: x for file in files for key, x in read_safetensors(file).items()}
 
 
 class _Folder(Mapping[str, Tensor]):
