@@ -42,7 +42,7 @@ def _stretch(x: Tensor) -> tuple[int, int]:
     if not x.numel():
         return 0, 0
     start, last = x.storage_offset(), sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return start * x.element_size(), (start + last + 1) * x.element_size()
+    return int(start * x.element_size()), int((start + last + 1) * x.element_size())
 
 
 def apart(gm: GraphModule, kept: int | None = None, changed: Collection[int] = ()) -> dict[int, list[Node]]:

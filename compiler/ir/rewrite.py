@@ -82,7 +82,7 @@ def replace(node: Node, by: Node | Sequence[Any]) -> None:
     for user in list(node.users):
         if user.target is not operator.getitem:
             raise AssertionError(f"{user.name} takes all results of {node.name} at once")
-        replace(user, by[user.args[1]])
+        replace(user, by[user.args[1]])  # pyright: ignore
     node.graph.erase_node(node)
 
 

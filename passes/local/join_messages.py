@@ -200,7 +200,7 @@ def _message(members: Sequence[Node], values: Sequence[Node]) -> Node:
     first, rest = members[0], members[0].args[1:]
     found = tuple(tensors(n)[0].to(tensors(v)[0].dtype) for n, v in zip(members, values, strict=True))
     if len(members) == 1:
-        said = {"origin": first.name, "why": of(first).why}
+        said: dict[str, Any] = {"origin": first.name, "why": of(first).why}
         return emit(first.target, (values[0], *rest), first, value=found[0], layout=spec(first), **said)
     if first.target is not all_reduce:
         rest = ([node.args[1] for node in members], *rest[1:])
@@ -217,7 +217,7 @@ def _give_back(message: Node, members: Sequence[Node]) -> None:
     for i, node in enumerate(members):
         part, own, found = message, tensors(node)[0].dtype, tensors(message)[i]
         if len(members) > 1:
-            said = {"origin": node.name, "why": of(node).why}
+            said: dict[str, Any] = {"origin": node.name, "why": of(node).why}
             part = emit(operator.getitem, (message, i), node, value=found, layout=spec(node), **said)
         if found.dtype is not own:
             of(part).wire = found.dtype

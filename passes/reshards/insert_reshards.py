@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -80,7 +81,7 @@ def _replace_mark(node: Node, changes: Counter) -> None:
     replace(node, value)
 
 
-def _insert(value: Node, needed: Spec, user: Node, **said: str | None) -> Node:
+def _insert(value: Node, needed: Spec, user: Node, **said: Any) -> Node:
     """A reshard in front of a user. A sum belongs to the module that left it pending, all else to its user's."""
     like = value if spec(value).pending else user
     with user.graph.inserting_before(user):
