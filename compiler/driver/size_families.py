@@ -24,6 +24,7 @@ from torch.fx import Node
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir.graph import copy_graph
+from shardc.compiler.ir.node import set_specs, specs
 from shardc.compiler.spec.rank_numbers import Local
 from shardc.compiler.spec.spec import Spec
 from shardc.compiler.trace.sizes.symbolic import Sized, Template, Values
@@ -248,15 +249,15 @@ class _Places:
 def _held(node: Node) -> Iterator[tuple[str, Any]]:
     yield "args", node.args
     yield "kwargs", dict(node.kwargs)
-    if "spec" in node.meta:  # what runs a program reads sizes there; "val" stays as it is at the base
-        yield "spec", node.meta["spec"]
+    if specs(node):  # what runs a program reads sizes there; its value stays as it is at the base
+        yield "specs", specs(node)
 
 
 def _put(node: Node, name: str, value: Any) -> None:
     if name in ("args", "kwargs"):
         setattr(node, name, value)
     else:
-        node.meta[name] = value
+        set_specs(node, value)
 
 
 def _skeleton(program: Program) -> list[Any]:
