@@ -46,6 +46,7 @@ from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec, to_placements
 from shardc.compiler.trace.module.reads import Reads, of_all
 from shardc.compiler.trace.sizes.symbolic import Template, Values
+from shardc.compiler.trace.torch_internals import aside
 from shardc.compiler.trace.trace import argument_names, trace
 from shardc.compiler.user_code import call_site
 from shardc.passes.pipeline import first_passes
@@ -140,7 +141,7 @@ class Lowering:
 
     def lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync = ALL) -> Entry:
         """Trace, run the pipeline, agree with the other ranks, bind."""
-        with collecting_nothing():
+        with collecting_nothing(), aside():
             return self._lowered(args, kwargs, sync)
 
     def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync) -> Entry:

@@ -179,8 +179,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # it refuses next
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # it looks at what lists hold
-        warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")
-        warnings.filterwarnings("ignore", "Error detected in")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
         try:

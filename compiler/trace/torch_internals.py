@@ -16,6 +16,7 @@ import torch
 import torch._dynamo.config as dynamo_config
 import torch._inductor.config as inductor_config
 import torch.fx.traceback as fx_traceback
+import torch.nn.modules.module as modules
 from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch._dynamo.convert_frame import fullgraph_capture
@@ -47,6 +48,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, PendingUnbackedSymbolNotFound, ShapeEnv
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode
 
 # Passed on as they are.
 __all__ = [
@@ -183,18 +185,43 @@ def functionalizing(mode: FakeTensorMode) -> Iterator[None]:
 # ---- surroundings
 
 
+# Hooks of every module. torch's trackers, such as that of FlopCounterMode, set some.
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    modules._global_forward_pre_hooks,
+    modules._global_forward_hooks,
+    modules._global_backward_pre_hooks,
+    modules._global_backward_hooks,
+)
+
+
+def is_users_hook(hook: Any) -> bool:
+    return not getattr(hook, "__module__", "").startswith("torch.")
+
+
 @contextmanager
 def aside() -> Iterator[None]:
-    """Nothing that this is called in is in force, modes and notes on the node at hand; but the default device is."""
+    """Nothing that this is called in is in force: modes that watch or change operators, what keeps tensors for
+    backward elsewhere, anomaly detection, notes on the node at hand, trackers of modules. The default device is."""
     device = torch.get_default_device()
     modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    packing = []
+    while pair := torch._C._autograd._top_saved_tensors_default_hooks(True):
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        packing.append(pair)
     try:
-        with _disable_current_modes(), fx_traceback.preserve_node_meta(False), ExitStack() as stack:
+        with ExitStack() as stack:
+            for hooks in GLOBAL_HOOKS:
+                stack.enter_context(patch.dict(hooks, {k: v for k, v in hooks.items() if is_users_hook(v)}, clear=True))
+            stack.enter_context(_disable_current_modes())
+            stack.enter_context(fx_traceback.preserve_node_meta(False))
+            stack.enter_context(torch.autograd.set_detect_anomaly(False))
             if device.type != "cpu":
                 stack.enter_context(device)
             fx_traceback.current_meta = {}
             yield
     finally:
+        for pair in reversed(packing):
+            torch._C._autograd._push_saved_tensors_default_hooks(*pair)
         for mode in reversed(modes):
             _push_mode(mode)
 
@@ -322,8 +349,9 @@ def _functional() -> bool:
 def _surroundings() -> bool:
     with torch.device("meta"), aside():
         kept = torch.empty(1).is_meta
-    with FakeTensorMode(), aside():
-        real = is_plain(torch.empty(1))
+    with FakeTensorMode(), FlopCounterMode(display=False), torch.autograd.graph.saved_tensors_hooks(abs, abs), aside():
+        real = is_plain(torch.empty(1)) and not any(GLOBAL_HOOKS)
+        real = real and torch.ones(1, requires_grad=True).exp().grad_fn._saved_result is not None
     with as_if_compiling():
         asked = torch.compiler.is_compiling()
     return kept and real and asked and not torch.compiler.is_compiling()
@@ -379,7 +407,11 @@ PROBES: dict[Callable[[], bool], str] = {
         _subclasses.functional_tensor.FunctionalTensorMode _C._ExcludeDispatchKeyGuard _C.DispatchKeySet
         _C.DispatchKey _C.DispatchKey.Functionalize""",
     _surroundings: """_C._len_torch_function_stack overrides._pop_mode overrides._push_mode
-        utils._python_dispatch._disable_current_modes _subclasses.fake_tensor.FakeTensor""",
+        utils._python_dispatch._disable_current_modes _subclasses.fake_tensor.FakeTensor
+        _C._autograd._top_saved_tensors_default_hooks _C._autograd._pop_saved_tensors_default_hooks
+        _C._autograd._push_saved_tensors_default_hooks nn.modules.module._global_forward_pre_hooks
+        nn.modules.module._global_forward_hooks nn.modules.module._global_backward_pre_hooks
+        nn.modules.module._global_backward_hooks""",
     _logging: "_logging.trace_structured",
     _as_they_run: "_subclasses.fake_impls _subclasses.fake_impls.op_implementations_dict _C.DispatchKey.Autograd",
     _unknown: """_dynamo.source.ConstantSource fx.experimental.symbolic_shapes.ShapeEnv._make_data_dependent_error

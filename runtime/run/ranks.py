@@ -6,11 +6,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.experimental import register_sharding
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import COLLECTIVES
@@ -28,6 +30,12 @@ from shardc.runtime.wire.distribute import as_dtensor, broadcast, gather_whole, 
 from shardc.runtime.wire.groups import Groups
 from shardc.runtime.wire.handshake import Calls, agree, calls_of
 from shardc.runtime.wire.wire import Line
+
+
+@register_sharding(torch.ops.aten._is_any_true.default)
+def _whole(x: Any) -> Any:
+    """What anomaly mode asks of every gradient, and DTensor has no answer to by itself."""
+    return [([Replicate()], [Replicate()])]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from shardc.compiler.trace.module.attributes import DEPTH, DERIVED, PLAIN, inner_of, is_recomputed
-from shardc.compiler.trace.torch_internals import guards_of
+from shardc.compiler.trace.torch_internals import GLOBAL_HOOKS, guards_of, is_users_hook
 from shardc.compiler.user_code import is_users
 
 log = logging.getLogger(__name__)
@@ -181,6 +181,7 @@ def of_all(module: nn.Module, but: Iterable[str] = ()) -> Look:
                 full = f"{fqn}.{name}" if fqn else name
                 if full not in apart:
                     survey.found[full] = survey.describe(survey.item(table, name), DEPTH)
+        _hooks_of_all(survey)
 
     return look
 
@@ -215,8 +216,19 @@ def of_guards(captured: Any, root: nn.Module, call: Any) -> Look | None:
                 survey.found[name] = survey.describe(value, 1 if HOOKS.search(name) else 0)
         for owner in root.modules():
             _classes(owner, survey)
+        _hooks_of_all(survey)
 
     return look
+
+
+def _hooks_of_all(survey: Survey) -> None:
+    """The user's hooks of every module, which are in the program, as are those of one module."""
+    found = []
+    for hooks in GLOBAL_HOOKS:
+        survey.sized[id(hooks)] = hooks, len(hooks)
+        found += [survey.item(hooks, key) for key in hooks if is_users_hook(hooks[key])]
+    survey.kept += found
+    survey.found["hooks of all modules"] = tuple(map(id, found))
 
 
 def _classes(owner: nn.Module, survey: Survey) -> None:
@@ -240,7 +252,7 @@ def _is_there(tree: ast.expr, name: str, names: Mapping[str, Any]) -> bool:
 def _counts(name: str) -> bool:
     """Whether a name leads to what may change: not torch's own, nor what the compiled module looks after."""
     if HOOKS.search(name):
-        return True
+        return "_global_" not in name  # see _hooks_of_all
     held = re.search(r"_(parameters|buffers)('\])?\['\w+'\]$|_(parameters|buffers|modules)('\])?$|\.training$", name)
     hook = name.endswith("_hooks))[0]]")
     return not held and not hook and not NOT_THE_USERS.match(name) and not re.match(r"L\['(args|kwargs)'\]$", name)
