@@ -26,11 +26,11 @@ def test_this_torch_has_every_name():
 
 
 def test_every_probe_holds_and_every_name_has_one(monkeypatch):
-    from shardc.compiler.trace import torch_internals as annex
+    from shardc.compiler.trace import torch_probes as probes
 
-    assert annex.broken() == []
-    assert sorted(f"torch.{name}" for names in annex.PROBES.values() for name in names.split()) == NAMES
-    monkeypatch.setattr(annex, "is_plain", lambda x: True)
-    monkeypatch.setattr(annex, "registry", None)
-    lost = [line for line in annex.broken() if "to_fun" in line or "registry" in line]
+    assert probes.broken() == []
+    assert sorted(f"torch.{name}" for names in probes.PROBES.values() for name in names.split()) == NAMES
+    monkeypatch.setattr(probes, "is_plain", lambda x: True)
+    monkeypatch.setattr(probes, "registry", None)
+    lost = [line for line in probes.broken() if "to_fun" in line or "registry" in line]
     assert [line.split(": ")[0] for line in lost] == ["AttributeError", "it does something else"]
