@@ -58,5 +58,6 @@ def test_a_pass(path: Path, title: str, given: str, wanted: str):
         path.write_text(path.read_text().replace(f"\n==>\n{wanted}\n", f"\n==>\n{made}\n"))
         wanted = made
     assert made == (wanted or without_inputs(before.plain()))
-    for have, want in zip(values(program), values(before), strict=True):
-        assert torch.equal(have, want)
+    if wanted:
+        for have, want in zip(values(program), values(before), strict=True):
+            assert torch.equal(have, want)
