@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from shardc.compiler.errors import CheckpointError
 from shardc.runtime.checkpoint.files import Writer, alone_is_meant, read_into, read_metadata
-from shardc.runtime.checkpoint.optimizers import Alone, Step, Stepped, Trained, is_optimizer_key
+from shardc.runtime.checkpoint.optimizers import Alone, Step, Trained, is_optimizer_key
 from shardc.runtime.checkpoint.safetensors_file import write_safetensors
 from shardc.runtime.wire.distribute import as_runs, relaid, room_in_runs, whole
 
@@ -126,9 +126,7 @@ def _sorted_out(objects: Sequence[Any]) -> tuple[list[nn.Module], list[Trained]]
         seen |= dict.fromkeys(module.state_dict())
     named = {id(p): name for module in modules for name, p in module.named_parameters()}
     optimizers = [x for x in objects if not isinstance(x, nn.Module)]
-    return modules, [
-        Alone(k, x, named) if isinstance(x, Optimizer) else Stepped(k, x) for k, x in enumerate(optimizers)
-    ]
+    return modules, [Trained(k, Alone(x, named) if isinstance(x, Optimizer) else x) for k, x in enumerate(optimizers)]
 
 
 def _collect(modules: Sequence[nn.Module], trained: Sequence[Trained]) -> dict[str, Any]:
@@ -137,8 +135,9 @@ def _collect(modules: Sequence[nn.Module], trained: Sequence[Trained]) -> dict[s
     if on_meta:
         raise CheckpointError(f"on meta, without values: {', '.join(on_meta)}", help="load them first")
     for one in trained:
-        state[f"{one.prefix}groups"] = pickle.dumps({"groups": one.groups(), "steps": one.steps()})  # as one value
-        for name, values in one.state().items():
+        held = {"groups": one.optimizer.optimizer_groups(), "steps": one.optimizer.steps}
+        state[one.groups] = pickle.dumps(held)  # as one value
+        for name, values in one.optimizer.optimizer_state().items():
             state |= {f"{one.prefix}{name}.{key}": x for key, x in values.items()}
     return {key: as_runs(x) if isinstance(x, DTensor) else x for key, x in state.items()}
 
