@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 import shardc
 from shardc import Mesh, PlanError, Program, ShardingError
-from shardc.compiler.driver import lowering
+from shardc.compiler.driver.lowering import Lowering
 from shardc.compiler.ir.graph import copy_graph
 from shardc.compiler.ir.signature import Traced
 from shardc.compiler.trace.trace import trace
@@ -44,7 +42,12 @@ class Refused(Exception):
 
 
 def agrees(
-    model: nn.Module, inputs: Sequence[Tensor], mesh: Mesh, plan: Any, options: dict[str, Any] | None = None
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    mesh: Mesh,
+    plan: Any,
+    options: dict[str, Any] | None = None,
+    tracer: Callable[..., Traced] = trace,
 ) -> Program:
     """Run the model alone and compiled: outputs, all gradients, buffers, and every value of the program are equal.
 
@@ -55,6 +58,7 @@ def agrees(
         warnings.simplefilter("ignore", UserWarning)
         try:
             compiled = shardc.compile(model, plan, mesh=mesh, **(options or {}))
+            lowering_of(compiled).tracing.trace = tracer
             program = compiled.lower(*inputs)
         except (PlanError, ShardingError) as error:
             if FAULT in str(error):
@@ -104,16 +108,28 @@ def _run(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[list[Tensor], lis
     return [t.detach().requires_grad_(t.requires_grad) for t in returned], given
 
 
-@contextmanager
-def traced_once() -> Iterator[None]:
-    """Within, the first trace serves every compile: of copies of one model, called with inputs of one shape."""
-    found: list[Traced] = []
+class Once:
+    """Traces a module, and gives the same trace for copies of it that are called with inputs of one shape."""
 
-    def again(module: nn.Module, *args: Any, marks: Any, **options: Any) -> Traced:
-        if not found:
+    def __init__(self) -> None:
+        self._found: Traced | None = None
+
+    def __call__(self, module: nn.Module, *args: Any, marks: Any, **options: Any) -> Traced:
+        if self._found is None:
             names = [name for name, _ in module.named_modules()]  # marks that no plan speaks of do nothing
-            found.append(trace(module, *args, marks=names, **options))
-        return Traced(copy_graph(found[0].gm), found[0].signature)
+            self._found = trace(module, *args, marks=names, **options)
+        return Traced(copy_graph(self._found.gm), self._found.signature)
 
-    with mock.patch.object(lowering, "trace", again):
-        yield
+
+def lowering_of(compiled: nn.Module) -> Lowering:
+    """What finds and makes its programs."""
+    return compiled._bound.lowering  # pyright: ignore
+
+
+def traces_no_more(compiled: nn.Module) -> None:
+    """From here on a call for which nothing is kept, or loaded, is a failure."""
+
+    def fail(*args: Any, **options: Any) -> Traced:
+        raise AssertionError("traced")
+
+    lowering_of(compiled).tracing.trace = fail

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, note, settings
 from hypothesis import strategies as st
 
-from tests.agree import Refused, agrees, traced_once
+from tests.agree import Once, Refused, agrees
 from tests.conftest import FUZZ
 from tests.draw_plans import ask
 from tests.draws import program
@@ -26,11 +26,11 @@ PLANS = 3  # tracing takes longest: each program is traced once and compiled for
 def test_a_random_program_equals_one_device(random: Random):
     drawn = program(random)
     note(drawn)
-    with traced_once():
-        for _ in range(PLANS):
-            asked = ask(random, drawn)
-            note(asked)
-            try:
-                agrees(drawn.model(), drawn.tensors(), *asked.values())
-            except Refused as refused:
-                event(f"refused: {refused}")
+    once = Once()
+    for _ in range(PLANS):
+        asked = ask(random, drawn)
+        note(asked)
+        try:
+            agrees(drawn.model(), drawn.tensors(), *asked.values(), tracer=once)
+        except Refused as refused:
+            event(f"refused: {refused}")

@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _opt(options: argparse.Namespace) -> int:
-    from shardc.compiler.driver.text_passes import of_call, of_text, passes
+    from shardc.compiler.driver.saved.text_passes import of_call, of_text, passes
     from shardc.tools.explain import compile_target, parse_mesh
 
     if options.list:

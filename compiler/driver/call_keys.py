@@ -56,22 +56,29 @@ def held(module: nn.Module) -> dict[str, Tensor]:
     return dict(named)
 
 
-def call_key(modules: Sequence[nn.Module], params: Sequence[Any], args: Any, kwargs: Any, sizes: bool = True) -> tuple:
-    """What decides whether two calls share a program; without `sizes`, whether they can be of one family."""
-    if not kwargs and all(isinstance(x, Tensor) for x in args):
-        leaves, structure = args, len(args)
-    else:
-        leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    described = tuple(
-        (tuple(x.shape) if sizes else x.dim(), x.dtype, x.device, x.requires_grad, label(x))
-        if isinstance(x, Tensor)
-        else _constant(x)
-        for x in leaves
-    )
-    flags = tuple(m.training for m in modules)
-    kinds = tuple((p.requires_grad, p.dtype) for p in params)
-    modes = torch.is_grad_enabled(), torch.get_default_dtype(), autocast_state()
-    return described, structure, flags, kinds, modes
+class Keys:
+    """Of calls of one module, which after compile has no other submodules and parameters than before."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = list(module.modules())
+        self._params = [(m._parameters, n) for m in self._modules for n, p in m._parameters.items() if p is not None]
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any], sizes: bool = True) -> tuple:
+        """What decides whether two calls share a program; without `sizes`, whether they can be of one family."""
+        if not kwargs and all(isinstance(x, Tensor) for x in args):
+            leaves, structure = args, len(args)
+        else:
+            leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        described = tuple(
+            (tuple(x.shape) if sizes else x.dim(), x.dtype, x.device, x.requires_grad, label(x))
+            if isinstance(x, Tensor)
+            else _constant(x)
+            for x in leaves
+        )
+        flags = tuple(m.training for m in self._modules)
+        kinds = tuple((p.requires_grad, p.dtype) for p in (table[name] for table, name in self._params))
+        modes = torch.is_grad_enabled(), torch.get_default_dtype(), autocast_state()
+        return described, structure, flags, kinds, modes
 
 
 def shapes_of(call: tuple[Any, Any]) -> list[tuple[int, ...]]:

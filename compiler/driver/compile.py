@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.driver.bound_model import BoundModel
-from shardc.compiler.driver.call_keys import held
 from shardc.compiler.driver.compiled_module import CompiledModule, bind, is_compiled
+from shardc.compiler.driver.decide import Options
 from shardc.compiler.driver.fill import Filling, check_init
 from shardc.compiler.driver.lowering import Lowering
 from shardc.compiler.driver.precision import with_precision
@@ -20,12 +20,10 @@ from shardc.compiler.errors import PlanError
 from shardc.compiler.plan.layout import Precision, bad_option, shown
 from shardc.compiler.plan.match import did_you_mean, find
 from shardc.compiler.plan.resolve import check_placements, mesh_dims, resolve
-from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.user_code import call_site, warn_user
 from shardc.passes.pipeline import OPTIONAL
 from shardc.runtime.run.ranks import Ranks
-from shardc.runtime.wire.distribute import whole
 from shardc.runtime.wire.groups import default_device_mesh
 
 
@@ -81,14 +79,9 @@ def compile(
         Filling(model, resolved, ranks, src_data_rank).fill(init)
     except PlanError as error:
         raise error.at(call_site()) from None
-    options = {"recompute": patterns, "rng": rng, "precision": precision, "dynamic": dynamic, "backend": backend}
-    options["without"] = left_out
-    lower = partial(_lowering, mesh=integers, ranks=ranks, strict=strict, **options)
+    options = Options(strict, patterns, rng, precision, dynamic, backend, left_out)
+    lower = partial(Lowering, mesh=integers, ranks=ranks, options=options)
     return bind(model, BoundModel(model, resolved, lower))
-
-
-def _lowering(model: nn.Module, plan: Resolved, **options: Any) -> Lowering:
-    return Lowering(model, plan, values=partial(_whole_values, model), **options)
 
 
 def _check_model(model: Any) -> None:
@@ -159,10 +152,6 @@ def _mesh(mesh: Any, plan: Any, model: nn.Module) -> tuple[Mesh, DeviceMesh | No
             help="pass a torch DeviceMesh (init_device_mesh) or shardc.Mesh(dp=2, tp=2)",
         )
     return Mesh.of(mesh), mesh
-
-
-def _whole_values(model: nn.Module) -> Mapping[str, Tensor]:
-    return {fqn: whole(x) for fqn, x in held(model).items()}
 
 
 __all__ = ["CompiledModule", "Program", "compile"]

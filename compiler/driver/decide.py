@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from shardc.compiler.analysis.program import Program
+from shardc.compiler.driver.call_keys import held
+from shardc.compiler.driver.kept_gradients import Sync
+from shardc.compiler.driver.precision import border_casts
+from shardc.compiler.infer.infer import Decisions
+from shardc.compiler.infer.open_splits import refinements
+from shardc.compiler.ir.carry import add_carries
 from shardc.compiler.ir.graph import copy_graph
-from shardc.compiler.ir.signature import Traced
+from shardc.compiler.ir.signature import Signature, Traced
 from shardc.compiler.ir.text import input_names
 from shardc.compiler.pipeline.runner import Context, Runner
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.pipeline.torch_trace import log_passes
+from shardc.compiler.plan.layout import Precision
+from shardc.compiler.plan.resolved import Resolved
+from shardc.compiler.proof.reference import Original
 from shardc.compiler.rules.ops import all_rules as _rules  # noqa: F401  fills the rule table
-from shardc.passes.pipeline import pipeline
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.spec import Spec, to_placements
+from shardc.passes.pipeline import first_passes, pipeline
+from shardc.runtime.run.executable import autocast_state
+from shardc.runtime.wire.distribute import whole
+
+
+@dataclass(frozen=True)
+class Options:
+    """What compile was told beside the model, the plan and the mesh. recompute: patterns; without: names of passes."""
+
+    strict: bool = False
+    recompute: tuple[str, ...] = ()
+    rng: str = "counter"
+    precision: Precision | None = None
+    dynamic: bool = False
+    backend: str | Callable[..., Any] = "eager"
+    without: tuple[str, ...] = ()
 
 
 def decide(traced: Traced, ctx: Context, original: Any = None) -> Program:
@@ -26,3 +56,57 @@ def decide(traced: Traced, ctx: Context, original: Any = None) -> Program:
         records.append(runner.run(step))
     log_passes(records)
     return Program(gm, global_gm, ctx.signature, ctx.mesh, ctx.plan, records, original)
+
+
+@dataclass
+class Deciding:
+    """One module's plan, mesh and options. moved: told of a parameter that is stored otherwise from now on, and of
+    its layouts before and after."""
+
+    module: nn.Module
+    plan: Resolved
+    mesh: Mesh
+    options: Options
+    moved: Callable[[str, Spec, Spec], None]
+    settled: bool = False
+
+    def program(self, traced: Traced, sync: Sync, decisions: Decisions | None = None) -> Program:
+        """What the pipeline makes of a traced module (its graph is consumed). The first one settles how parameters
+        are stored. decisions: those of other sizes, that are like these."""
+        decisions = Decisions() if decisions is None else decisions
+        if not self.settled:
+            self._settle(traced, decisions)
+        self.settled = True
+        if sync.carries:
+            traced = add_carries(traced, [name for name, _ in sync.carries])
+        ctx = self._context(traced.signature, decisions, keep=frozenset(sync.keep), carries=dict(sync.carries))
+        return decide(traced, ctx, self._original(traced.signature))
+
+    def _context(self, signature: Signature, decisions: Decisions, **sync: Any) -> Context:
+        told = self.options
+        options = {"strict": told.strict, "rng": told.rng, "without": told.without, "decisions": decisions}
+        return Context(self.mesh, self.plan, signature, **options, **sync)
+
+    def _settle(self, traced: Traced, decisions: Decisions) -> None:
+        """The first program shows which factor a style's open split falls on: store parameters so, rather than
+        move them at every step. What torch has no placements for (uneven heads) stays as it is."""
+        copy, ctx = copy_graph(traced.gm), self._context(traced.signature, decisions)
+        for step in first_passes(ctx):
+            step.run(copy, ctx)
+        params = dict(self.plan.params)
+        for name, spec in refinements(copy, traced.signature, self.plan, self.mesh, decisions).items():
+            before, layout = params[name].stored, params[name].computed_as(spec, self.mesh)
+            if to_placements(layout.stored, self.mesh) is not None:
+                self.moved(name, before, layout.stored)
+                params[name] = layout
+        self.plan = replace(self.plan, params=params)
+
+    def _original(self, signature: Signature) -> Original:
+        """The module as it is here, to prove the program by."""
+        modes = tuple(m.training for m in self.module.modules())
+        rng, precision = self.options.rng, self.options.precision
+        casts = border_casts(self.module, precision)
+        return Original(self.module, signature, self._values, modes, autocast_state(), rng, precision, casts)
+
+    def _values(self) -> dict[str, Any]:
+        return {fqn: whole(x) for fqn, x in held(self.module).items()}

@@ -52,14 +52,16 @@ class Entries:
     def __init__(self) -> None:
         self._kept: dict[Any, list[Entry]] = {}
 
+    def __len__(self) -> int:
+        return sum(map(len, self._kept.values()))
+
     def get(self, key: Any) -> Entry | None:
+        """The entry for a call that is made now."""
         for entry in self._kept.get(key, ()):
             if entry.holds():
+                self._kept[key] = self._kept.pop(key)
                 return entry
         return None
-
-    def use(self, key: Any) -> None:
-        self._kept[key] = self._kept.pop(key)
 
     def add(self, key: Any, entry: Entry) -> Entry | None:
         """Keep an entry; the one that goes for it, if there are too many."""

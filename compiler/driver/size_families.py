@@ -11,6 +11,7 @@ to sizes with the remainders it was made for.
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,13 +23,19 @@ import sympy
 from torch.fx import Node
 
 from shardc.compiler.analysis.program import Program
+from shardc.compiler.driver.call_keys import shapes_of
+from shardc.compiler.driver.decide import Deciding
+from shardc.compiler.driver.kept_gradients import Sync
+from shardc.compiler.driver.tracing import Tracing
 from shardc.compiler.errors import ShardingError
+from shardc.compiler.infer.infer import Decisions
 from shardc.compiler.ir.graph import copy_graph
 from shardc.compiler.ir.node import set_specs, specs
 from shardc.compiler.spec.rank_numbers import Local
 from shardc.compiler.spec.spec import Spec
 from shardc.compiler.trace.sizes.symbolic import Sized, Template, Values
 
+log = logging.getLogger(__name__)
 ENOUGH = 3  # other values of a size by which to see what depends on it
 LIMIT = 8  # families per form of call; further sizes get a program each
 
@@ -95,13 +102,19 @@ class Family:
 class Families:
     """The families made so far, by the form of the call: all of it but its sizes."""
 
+    tracing: Tracing
+    deciding: Deciding
     made: dict[Any, list[Family]] = field(default_factory=dict)
+    _layouts: dict[Any, Any] = field(default_factory=dict)  # of what is passed in, by the form of the call
 
-    def find(self, key: Any, shapes: Sequence[Sequence[int]]) -> Program | None:
-        """The program for a call of this form and these sizes, if a family has it."""
-        for family in self.made.get(key, ()):
+    def find(self, form: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program | None:
+        """The program for a call of this form, if a family has one of its sizes. Its conditions hold: forward takes
+        the path that its own call took, so what is passed in lies as it did then."""
+        families = self.made.get(form, ())
+        shapes = shapes_of(self.tracing.whole(args, kwargs, self._layouts.get(form))) if families else ()
+        for family in families:
             values = family.solve(shapes)
-            if values is not None and family.program.signature.holds():
+            if values is not None:
                 with suppress(Unfit):  # a number would not be whole: not this family
                     return family.at(values)
         return None
@@ -110,14 +123,38 @@ class Families:
         """Whether a program, or what was made of it for other sizes, can come again. What was made is no program."""
         return any(f.program.records is program.records for families in self.made.values() for f in families)
 
-    def has_room(self, key: Any) -> bool:
-        return len(self.made.get(key, ())) < LIMIT
+    def program(self, form: Any, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync) -> Program | None:
+        """A program for this call from a trace for all sizes, and a family of it, where it is the same for others;
+        None where the module cannot be traced so."""
+        layouts = self.tracing.layouts(args, kwargs)
+        call = self.tracing.whole(args, kwargs, layouts)
+        template = self._template(call) if len(self.made.get(form, ())) < LIMIT else None
+        values = template and template.solve(shapes_of(call))
+        if template is None or values is None:
+            return None
 
-    def add(self, key: Any, program: Program, template: Template, base: Values, lower: Callable[[Values], Program]):
-        """Make a family of `program`, which is the template lowered at `base`. Raises Unfit where it is none."""
-        family = _family(program, template, base, lower)
-        self.made.setdefault(key, []).append(family)
-        return family
+        known = Decisions()
+
+        def lower(values: Values, like: Decisions) -> Program:
+            return self.deciding.program(self.tracing.dressed(template.at(values), args, kwargs), sync, like)
+
+        program = lower(values, known)
+        self._layouts[form] = layouts
+        try:
+            family = _family(program, template, values, lambda values: lower(values, Decisions(known)))
+            self.made.setdefault(form, []).append(family)
+            log.info("dynamic: %s", family.note())
+        except Unfit as error:
+            log.warning("dynamic: this program is for its own sizes only: %s", error)
+        return program
+
+    def _template(self, call: tuple[Any, Any]) -> Template | None:
+        try:
+            traced = self.tracing.symbolic(call)
+            return Template.of(traced.gm, traced.signature)
+        except ShardingError as error:
+            log.warning("dynamic: each size gets a program of its own, as %s", error)
+            return None
 
 
 def _family(program: Program, template: Template, base: Values, make: Callable[[Values], Program]) -> Family:

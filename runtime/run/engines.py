@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.ir.graph import placeholders, returned
 from shardc.compiler.ir.halves import Halves
 from shardc.compiler.ir.node import of, spec, val
+from shardc.compiler.ir.signature import InputKind, OutputKind, Signature
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec
 from shardc.runtime.run.backward_half import BackwardHalf
@@ -25,19 +26,17 @@ from shardc.runtime.shards import cut, join
 class SimulatedRanks:
     """Global tensors in, global tensors out; every rank's piece is computed here.
 
-    late: how many inputs of backward do not come from forward. results: how many of forward's returns are the
-    caller's. sources: which inputs the gradients belong to. There is
-    one loss here, and not one a rank: what the program divides to average their gradients is multiplied at the door.
-    copied: inputs that are overwritten once forward has run, and needed in backward.
+    There is one loss here, and not one a rank: what the program divides to average their gradients is multiplied at
+    the door. copied: inputs that are overwritten once forward has run, and needed in backward.
     """
 
-    def __init__(
-        self, parts: Halves, late: int, mesh: Mesh, results: int, sources: Sequence[int], copied: Collection[int]
-    ) -> None:
-        self._forward, self._mesh, self._results, self._copied = parts.forward, mesh, results, copied
+    def __init__(self, parts: Halves, signature: Signature, mesh: Mesh, copied: Collection[int]) -> None:
+        self._forward, self._mesh, self._copied = parts.forward, mesh, copied
+        self._results = len(signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION))
+        late = len(signature.indices(InputKind.TANGENT, InputKind.CARRY))
         self._backward = parts.backward and BackwardHalf(parts.backward, late, self._ready, self._nothing)
         given = placeholders(parts.forward)
-        self._ways = [of(given[i]).divided for i in sources]
+        self._ways = [of(given[signature.outputs[i].of or 0]).divided for i in signature.indices(OutputKind.GRADIENT)]
         self._coords = [mesh.coords(r) for r in range(mesh.size)]
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:

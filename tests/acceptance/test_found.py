@@ -15,10 +15,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 import shardc
 from shardc import FullyShard, Layout, Mesh, Plan, Replicated, ShardingError
 from shardc.compiler.driver.kept_gradients import Sync
-from shardc.compiler.driver.lowering import Lowering
 from shardc.compiler.rules.table import RuleError
 from tests.acceptance.models import MLP
-from tests.agree import agrees, draw
+from tests.agree import agrees, draw, lowering_of
 
 TWO = Mesh(tp=2)
 ANY = {"": PrepareModuleInput()}  # a plan that says nothing, and so is not empty
@@ -92,10 +91,6 @@ def test_a_parameter_ignored_over_one_mesh_dim_is_averaged_over_the_others():
     plan = Plan(dp=Replicated(), tp=Replicated(ignored_modules="net1"))
     for outputs in (Layout(dp=Shard(0)), Layout(dp=Shard(0), tp=Shard(1)), Layout()):
         agrees(MLP().double(), [draw(6, 16)], Mesh(dp=2, tp=2), plan, {"outputs": outputs})
-
-
-def lowering_of(compiled: shardc.CompiledModule) -> Lowering:
-    return compiled._bound.lowering
 
 
 class SplitsItself(nn.Module):

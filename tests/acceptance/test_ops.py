@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 
 from shardc import Mesh
-from tests.agree import Calls, agrees, draw, traced_once
+from tests.agree import Calls, Once, agrees, draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*plan is empty")
 
@@ -43,6 +43,6 @@ def test_is_right_however_its_operands_are_split(name: str):
     first = (Shard(0), *[Replicate() for _ in given[1:]])
     rows, columns = (tuple(Shard(d if x.dim() > 1 else 0) for x in given) for d in (0, 1))
     crossed = tuple(Shard((i + 1) % x.dim()) for i, x in enumerate(given))
-    with traced_once():
-        for layout in dict.fromkeys([first, rows, columns, crossed]):
-            agrees(Calls(function), given, Mesh(tp=2), None, {"inputs": layout})
+    once = Once()
+    for layout in dict.fromkeys([first, rows, columns, crossed]):
+        agrees(Calls(function), given, Mesh(tp=2), None, {"inputs": layout}, once)

@@ -14,16 +14,19 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
 from shardc.compiler.analysis.program import Program
-from shardc.compiler.driver import lowering
+from shardc.compiler.driver.decide import decide
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.infer import infer
 from shardc.compiler.infer.infer import Decisions, call_rule, decide_node
-from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.graph import call_nodes, copy_graph
 from shardc.compiler.ir.node import spec
+from shardc.compiler.ir.signature import Traced
+from shardc.compiler.pipeline.runner import Context
+from shardc.compiler.plan.resolve import resolve
 from shardc.compiler.rules.table import TABLE
 from shardc.compiler.rules.table import parse as rule_line
 from shardc.compiler.spec.mesh import Mesh
-from tests.agree import traced_once
+from shardc.compiler.trace.trace import trace
 from tests.build import build, parse
 from tests.draw_plans import ask
 from tests.draws import program
@@ -42,13 +45,15 @@ class Forgetful(Decisions):
         return infer.decide(rule, specs, [infer.nbytes(n) for n in infer.operands(node)], mesh, put_off)
 
 
-def outcome(model: nn.Module, inputs: list, asked: tuple, kept: type[Decisions]) -> list[str]:
+def outcome(traced: Traced, model: nn.Module, asked: tuple, kept: Decisions) -> list[str]:
     """The program's text after every pass and what each call needs, or why there is none."""
-    plan, mesh, options = asked[1], asked[0], asked[2]
-    with mock.patch.object(lowering, "Decisions", kept), warnings.catch_warnings():
+    mesh, plan, options = asked
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
-            made = shardc.compile(model, plan, mesh=mesh, **(options or {})).lower(*inputs)
+            borders = {side: options.get(side) for side in ("inputs", "outputs")}
+            ctx = Context(mesh, resolve(plan, model, mesh, **borders), traced.signature, decisions=kept)
+            made = decide(Traced(copy_graph(traced.gm), traced.signature), ctx)
         except (PlanError, ShardingError) as error:
             return [str(error)]
     return [r.after for r in made.records] + [str(n.meta.get("wants")) for n in made.global_gm.graph.nodes]
@@ -58,10 +63,9 @@ def outcome(model: nn.Module, inputs: list, asked: tuple, kept: type[Decisions])
 def test_a_random_program_is_the_same_when_each_call_is_decided_by_itself(seed: int):
     random = Random(seed)
     drawn = program(random)
-    with traced_once():
-        asked = ask(random, drawn).values()
-        model, inputs = drawn.model(), drawn.tensors()
-        assert outcome(model, inputs, asked, Decisions) == outcome(drawn.model(), inputs, asked, Forgetful)
+    asked, model = ask(random, drawn).values(), drawn.model()
+    traced = trace(model, drawn.tensors(), marks=[name for name, _ in model.named_modules()])
+    assert outcome(traced, model, asked, Decisions()) == outcome(traced, model, asked, Forgetful())
 
 
 class Block(nn.Module):
@@ -74,11 +78,10 @@ class Block(nn.Module):
 
 
 def stack(layers: int) -> tuple[Program, Decisions]:
-    known = Decisions()
-    plan = shardc.Plan(tp={"*.up": ColwiseParallel(), "*.down": RowwiseParallel()})
-    with mock.patch.object(lowering, "Decisions", lambda: known):
-        compiled = shardc.compile(nn.Sequential(*[Block() for _ in range(layers)]), plan, mesh=Mesh(tp=2))
-        return compiled.lower(torch.randn(4, 8)), known
+    known, mesh, model = Decisions(), Mesh(tp=2), nn.Sequential(*[Block() for _ in range(layers)])
+    plan = resolve(shardc.Plan(tp={"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}), model, mesh)
+    traced = trace(model, [torch.randn(4, 8)], marks=plan.marked)
+    return decide(traced, Context(mesh, plan, traced.signature, decisions=known)), known
 
 
 def test_further_layers_take_no_further_decisions():

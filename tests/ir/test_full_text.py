@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 import shardc
 from shardc import FullyShard, Mesh, Plan, PlanError, Replicated
-from shardc.compiler.driver.text_passes import Between, of_call
+from shardc.compiler.driver.saved.text_passes import Between, of_call
 from shardc.compiler.ir.graph import copy_graph, placeholders
 from shardc.compiler.ir.node import tensors
 from shardc.compiler.ir.signature import Traced

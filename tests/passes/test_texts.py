@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardc.compiler.driver.text_passes import Between, of_text, passes
+from shardc.compiler.driver.saved.text_passes import Between, of_text, passes
 from shardc.compiler.pipeline.stages import Stage
 from tests.build import on_one_device, random_inputs, simulated
 

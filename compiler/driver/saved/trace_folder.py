@@ -23,11 +23,9 @@ FOLDER = "SHARDC_CACHE"  # environment variable; unset or empty: nothing is kept
 
 def find(key: str, about: Mapping[str, str], reads: Reads) -> Traced | None:
     """What tracing gave for this call in another process, if it is there and still holds."""
-    path, held = _path(key, about), Traces()
-    if path is None:
-        return None
+    held = Traces()
     try:
-        load(path, held, about, reads)
+        load(_path(key, about), held, about, reads)
         return held.find(key)
     except FileNotFoundError:
         return None
@@ -38,10 +36,7 @@ def find(key: str, about: Mapping[str, str], reads: Reads) -> Traced | None:
 
 def keep(key: str, traced: Traced, about: Mapping[str, str]) -> None:
     """Write an entry. What cannot be written (an operator without a name, a full disk) is traced at every start."""
-    path = _path(key, about)
-    if path is None:
-        return
-    held = Traces()
+    path, held = _path(key, about), Traces()
     held.keep(key, traced)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +49,5 @@ def on() -> bool:
     return bool(os.environ.get(FOLDER))
 
 
-def _path(key: str, about: Mapping[str, str]) -> Path | None:
-    folder = os.environ.get(FOLDER)
-    if not folder:
-        return None
-    return Path(folder) / f"{text_key(key, sorted(found_by(about).items()))}.json"
+def _path(key: str, about: Mapping[str, str]) -> Path:
+    return Path(os.environ[FOLDER]) / f"{text_key(key, sorted(found_by(about).items()))}.json"

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -24,16 +23,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import shardc
 from shardc import Mesh, Plan, PlanError, Replicated, ShardingError
-from shardc.compiler.driver import lowering
 from tests.acceptance.models import MLP, MLP_TP, TRANSFORMER_TP, Transformer
+from tests.agree import traces_no_more
 from tests.runtime.ranks import on_ranks, run_ranks
 
 PLAN = Plan(dp=Replicated(), tp=TRANSFORMER_TP)
 CLOSE = {"rtol": 2e-5, "atol": 1e-5}
-
-
-def no_tracing() -> Any:
-    return mock.patch.object(lowering, "trace", side_effect=AssertionError("traced"))
 
 
 def tokens() -> Tensor:
@@ -60,8 +55,8 @@ def run_what_was_saved(rank: int, path: str) -> None:
     loaded.load_programs(path)
     ids = tokens()
     mine = ids[2 * mesh.get_local_rank("dp") :][:2]
-    with no_tracing():
-        out = loaded(mine)
+    traces_no_more(loaded)
+    out = loaded(mine)
     out.square().mean().backward()
     assert torch.equal(out, inplace(mine))
     inplace(mine).square().mean().backward()
@@ -137,8 +132,8 @@ def test_a_loaded_program_computes_what_the_saved_one_does(tmp_path: Path):
     path = saved(tmp_path / "p.json")
     fresh, loaded = compiled_with(), compiled_with()
     loaded.load_programs(path)
-    with no_tracing():
-        found = calls(loaded)
+    traces_no_more(loaded)
+    found = calls(loaded)
     for have, want in zip(found, calls(fresh), strict=True):
         assert torch.equal(have, want)
     assert str(loaded.programs[0]) == str(fresh.programs[0])
@@ -154,9 +149,9 @@ def test_another_call_is_traced_as_ever_and_saved_beside_the_first(tmp_path: Pat
     loaded.save_programs(tmp_path / "both.json")
     again = compiled_with()
     again.load_programs(tmp_path / "both.json")
-    with no_tracing():
-        calls(again)
-        calls(again.eval())
+    traces_no_more(again)
+    calls(again)
+    calls(again.eval())
 
 
 class Wider(ManySorts):

@@ -13,10 +13,11 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
-from shardc.compiler.driver import lowering
 from shardc.compiler.driver import program_cache as entries
 from shardc.compiler.driver.saved import fingerprint
 from shardc.compiler.driver.saved.trace_folder import FOLDER
+from shardc.compiler.trace.trace import trace
+from tests.agree import lowering_of
 
 PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
 
@@ -26,24 +27,27 @@ class Net(nn.Sequential):
         super().__init__(nn.Linear(6, 8), nn.LeakyReLU(negative), nn.Linear(8, 6))
 
 
+class Counted:
+    """Traces, and counts how often."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __call__(self, *args, **options):
+        self.made += 1
+        return trace(*args, **options)
+
+
 @pytest.fixture
-def traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every trace that is made."""
-    made: list[int] = []
-    trace = lowering.trace
-
-    def counted(*args, **kwargs):
-        made.append(1)
-        return trace(*args, **kwargs)
-
-    monkeypatch.setattr(lowering, "trace", counted)
+def traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
     monkeypatch.setenv(FOLDER, str(tmp_path / "traces"))
-    return made
+    return Counted()
 
 
-def started(negative: float = 0.1, rows: int = 4):
+def started(traces: Counted, negative: float = 0.1, rows: int = 4):
     torch.manual_seed(0)
     net = shardc.compile(Net(negative), PLAN, mesh=shardc.Mesh(tp=2))
+    lowering_of(net).tracing.trace = traces
     out = net(torch.ones(rows, 6))
     out.sum().backward()
     return net, out, [p.grad for p in net.parameters()]
@@ -55,8 +59,8 @@ def entry(tmp_path: Path) -> Path:
 
 
 def test_a_second_start_does_not_trace(traces):
-    first, second = started(), started()
-    assert len(traces) == 1
+    first, second = started(traces), started(traces)
+    assert traces.made == 1
     assert str(first[0].programs[0]) == str(second[0].programs[0])
     assert torch.equal(first[1], second[1])
     for have, want in zip(second[2], first[2], strict=True):
@@ -64,9 +68,9 @@ def test_a_second_start_does_not_trace(traces):
 
 
 def test_another_call_has_an_entry_of_its_own(traces, tmp_path):
-    started()
-    started(rows=8)
-    assert len(traces) == 2 and len(list((tmp_path / "traces").iterdir())) == 2
+    started(traces)
+    started(traces, rows=8)
+    assert traces.made == 2 and len(list((tmp_path / "traces").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -78,28 +82,28 @@ def test_another_call_has_an_entry_of_its_own(traces, tmp_path):
     ],
 )
 def test_a_damaged_entry_is_refused_and_made_anew(damage, traces, tmp_path, caplog):
-    started()
+    started(traces)
     whole = entry(tmp_path).read_text()
     assert damage(whole) != whole
     entry(tmp_path).write_text(damage(whole))
     with caplog.at_level(logging.WARNING, "shardc.compiler.driver.saved.trace_folder"):
-        started()
-    assert len(traces) == 2 and "refused" in caplog.text
-    started()
-    assert len(traces) == 2 and entry(tmp_path).read_text() == whole
+        started(traces)
+    assert traces.made == 2 and "refused" in caplog.text
+    started(traces)
+    assert traces.made == 2 and entry(tmp_path).read_text() == whole
 
 
 def test_an_entry_of_another_module_is_refused_and_made_anew(traces, caplog):
-    started()
+    started(traces)
     with caplog.at_level(logging.WARNING, "shardc.compiler.driver.saved.trace_folder"):
-        _, out, _ = started(0.5)
-    assert len(traces) == 2 and "refused" in caplog.text and "module" in caplog.text
+        _, out, _ = started(traces, 0.5)
+    assert traces.made == 2 and "refused" in caplog.text and "module" in caplog.text
     torch.manual_seed(0)
     torch.testing.assert_close(out, Net(0.5)(torch.ones(4, 6)))
 
 
 def test_an_entry_of_another_tracer_is_refused_and_made_anew(traces, caplog, monkeypatch, tmp_path):
-    started()
+    started(traces)
     rooms = tmp_path / "compiler"
     shutil.copytree(fingerprint.ROOMS, rooms)
     monkeypatch.setattr(fingerprint, "ROOMS", rooms)
@@ -107,18 +111,18 @@ def test_an_entry_of_another_tracer_is_refused_and_made_anew(traces, caplog, mon
         (rooms / file).write_text((rooms / file).read_text() + "# a change\n")
         fingerprint.tracer.cache_clear()
         with caplog.at_level(logging.WARNING, "shardc.compiler.driver.saved.trace_folder"):
-            before = len(traces)
-            started()
-        assert len(traces) - before == again
+            before = traces.made
+            started(traces)
+        assert traces.made - before == again
     assert "the tracer" in caplog.text
     fingerprint.tracer.cache_clear()
 
 
 def test_nothing_is_kept_where_no_folder_is_named(traces, monkeypatch, tmp_path):
     monkeypatch.setenv(FOLDER, "")
-    started()
-    started()
-    assert len(traces) == 2 and not (tmp_path / "traces").exists()
+    started(traces)
+    started(traces)
+    assert traces.made == 2 and not (tmp_path / "traces").exists()
 
 
 def test_programs_are_kept_up_to_a_bound(monkeypatch):

@@ -77,9 +77,11 @@ class Between:
 
 def of_call(compiled: CompiledModule, *args: Any, **kwargs: Any) -> Between:
     """As traced, of a module that was just compiled."""
-    program, lowering = compiled.lower(*args, **kwargs), compiled._lowering
-    (traced,) = lowering.traces.made.values()
-    ctx = Context(program.mesh, program.plan, program.signature, rng=lowering.rng, without=lowering.without)
+    program, lowering = compiled.lower(*args, **kwargs), compiled._bound.lowering
+    (traced,) = lowering.tracing.traces.made.values()
+    ctx = Context(
+        program.mesh, program.plan, program.signature, rng=lowering.options.rng, without=lowering.options.without
+    )
     return Between(Traced(copy_graph(traced.gm), program.signature), ctx, Stage.TRACED, 0, planned=True)
 
 

@@ -1,0 +1,70 @@
+"""Binds: a program becomes a function of a caller's tensors, on all ranks simulated here or on this one for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch.fx import GraphModule
+
+from shardc.compiler.analysis.memory import kinds_on
+from shardc.compiler.analysis.program import Program
+from shardc.compiler.driver.kept_gradients import Kept
+from shardc.compiler.ir.graph import returned
+from shardc.compiler.ir.node import is_random, spec
+from shardc.compiler.ir.owned import read_later
+from shardc.compiler.ir.signature import InputKind, OutputKind
+from shardc.compiler.rules.ops.random.distributions import SEED
+from shardc.compiler.spec.spec import Spec
+from shardc.runtime.run.compiled_stretches import Stretches
+from shardc.runtime.run.engines import SimulatedRanks, ThisRank
+from shardc.runtime.run.executable import Executable
+from shardc.runtime.run.ranks import Ranks
+
+
+def bind(program: Program, ranks: Ranks | None, backend: str | Callable[..., Any], ledger: Kept) -> Executable:
+    """ranks: None where all are simulated. ledger: keeps what unsynchronised steps hold back."""
+    parts, signature = program.halves, program.signature
+    changed = {signature.outputs[i].of or 0 for i in signature.indices(OutputKind.MUTATION)}
+    later = read_later(parts.forward, len(signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION)))
+    if ranks is None:
+        engine, kept = SimulatedRanks(parts, signature, program.mesh, later & changed), {}
+    else:
+        kept, wraps = _gradients(program, ranks)
+        engine = _this_rank(program, ranks, backend, wraps, changed)
+    return Executable(signature, engine, kept, ledger, sorted(later - changed))
+
+
+def _this_rank(program: Program, ranks: Ranks, backend: Any, wraps: Mapping[int, Any], changed: set[int]) -> ThisRank:
+    parts, signature = program.halves, program.signature
+    stretches = Stretches(backend) if backend != "eager" else None
+    forward = ranks.bind(parts.forward, stretches, len(signature.indices(OutputKind.OUTPUT)), changed)
+    late = [signature.inputs[i].name for i in signature.indices(InputKind.TANGENT, InputKind.CARRY)]
+    backward = parts.backward and ranks.backward(parts.backward, late, program.hash, stretches)
+    if stretches is not None:
+        stretches.compile_all(kinds_on(parts, program.mesh, ranks.coords))
+    results = len(signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION))
+    drawing = [_drawing(half, ranks) for half in (parts.forward, parts.backward)]
+    return ThisRank(forward, backward, results, wraps, *drawing)
+
+
+def _drawing(half: GraphModule | None, ranks: Ranks) -> Callable[[], AbstractContextManager[None]]:
+    """Around a half in which torch draws whole tensors, all ranks draw alike. (A seed agrees by itself.)"""
+    nodes = half.graph.nodes if half is not None else ()
+    return ranks.drawing_alike if any(is_random(n) and n.target is not SEED for n in nodes) else nullcontext
+
+
+def _gradients(program: Program, ranks: Ranks) -> tuple[dict[int, tuple[str, Spec]], dict[int, Any]]:
+    """Which gradients are kept back, and which become DTensors (those of parameters held as shards)."""
+    kept, wraps, ends = {}, {}, returned(program.gm)
+    for i, place in enumerate(program.signature.indices(OutputKind.GRADIENT)):
+        source = program.signature.inputs[program.signature.outputs[place].of or 0]
+        if source.kind is not InputKind.PARAMETER or ends[place] is None:
+            continue
+        layout = program.plan.params[source.name]
+        if spec(ends[place]).pending and not layout.local:
+            kept[i] = source.name, spec(ends[place])
+        elif not layout.stored.is_whole:
+            wraps[i] = ranks.wrapper(layout.stored)
+    return kept, wraps

@@ -1,0 +1,164 @@
+"""Of a call the traced module, in the dtypes of the precision: kept from an earlier call, loaded, or traced now."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from shardc.compiler.driver.call_keys import Keys, check_call, global_shape, held, text_key
+from shardc.compiler.driver.decide import Options
+from shardc.compiler.driver.precision import add_casts, border_casts, call_dtypes, computed_as, info_as
+from shardc.compiler.driver.saved import trace_folder
+from shardc.compiler.driver.saved.saved_programs import Traces, about, load, save
+from shardc.compiler.errors import PlanError
+from shardc.compiler.infer.marked_layouts import check_counts, input_layouts
+from shardc.compiler.ir.marks import border_key
+from shardc.compiler.ir.node import of
+from shardc.compiler.ir.signature import Signature, Traced
+from shardc.compiler.plan.match import find
+from shardc.compiler.plan.resolved import Resolved
+from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.trace.module.reads import Reads, of_all
+from shardc.compiler.trace.trace import argument_names, trace
+
+Layouts = Sequence[Mapping[str, Any] | None]  # of the leaves of a call's arguments
+
+
+@dataclass
+class Tracing:
+    """One module's traces. real: callers are ranks, and pass pieces. trace: what is asked where nothing is kept."""
+
+    module: nn.Module
+    plan: Resolved
+    mesh: Mesh
+    options: Options
+    keys: Keys
+    real: bool
+    trace: Callable[..., Traced] = trace
+    traces: Traces = field(default_factory=Traces)
+
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raises PlanError for a call that forward, or the layouts of its inputs, cannot take."""
+        check_call(self.module, args, kwargs)
+        self.plan.calls.check_call(args, kwargs)
+        self.plan.check_count("", "in", len(args))
+
+    def traced(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+        """A copy that its user may change, with casts and what is to be recomputed marked."""
+        return self.dressed(self._found(self.whole(args, kwargs, self.layouts(args, kwargs))), args, kwargs)
+
+    def whole(self, args: Sequence[Any], kwargs: Mapping[str, Any], layouts: Layouts | None) -> tuple[Any, Any]:
+        """The call at global shapes and in the dtypes computed with. Real ranks pass pieces: sizes are multiplied by
+        the mesh dims that split them. layouts: where only the graph shows them."""
+        call = self._computed(args, kwargs)
+        if not self.real:
+            return call
+        names = argument_names(self.module, *call)
+        leaves, structure = pytree.tree_flatten(call)
+        for i, (x, (name, head)) in enumerate(zip(leaves, names, strict=True)):
+            if not isinstance(x, Tensor):
+                continue
+            entering = [border_key("", "in", head)]
+            layout = layouts[i] if layouts is not None else self.plan.root_layout("in", name, x.dim(), entering)
+            self._check_label(x, name, layout or {})
+            shape = global_shape(x, layout or {}, self.mesh)
+            if shape != tuple(x.shape):
+                leaves[i] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)
+        return pytree.tree_unflatten(leaves, structure)
+
+    def layouts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layouts | None:
+        """Per leaf of the arguments, the layout it is passed in, where only the graph shows it."""
+        if not self.real or not self.plan.declares_inside:
+            return None
+        traced = self._found(self._computed(args, kwargs), grad=True)
+        found = input_layouts(traced.gm, traced.signature, self.plan)
+        return [None if leaf.input is None else found[leaf.input] for leaf in traced.signature.leaves]
+
+    def symbolic(self, call: tuple[Any, Any]) -> Traced:
+        """For all sizes. Raises ShardingError where forward cannot be traced so."""
+        return self.trace(self.module, *call, symbolic=True, **self._known())
+
+    def dressed(self, traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+        """With the casts of the precision, and what is to be recomputed marked. Raises PlanError for layouts that do
+        not fit."""
+        if self.options.precision is not None:
+            dtypes = {fqn: x.dtype for fqn, x in held(self.module).items()}
+            given = call_dtypes(traced, tuple(args), dict(kwargs))
+            traced = add_casts(traced, dtypes | given, self.options.precision)
+        check_counts(traced.gm, self.plan)
+        self._check_results(traced.signature)
+        for node in traced.gm.graph.nodes:
+            view = of(node)
+            if node.op == "call_function" and view.phase == "forward" and not view.region:
+                view.region = self._recomputed_as(view.path)
+        return traced
+
+    def save(self, path: str | os.PathLike[str], hashes: Mapping[str, str]) -> None:
+        save(path, self.traces, hashes, self._about())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        load(path, self.traces, self._about(), Reads(of_all(self.module)))
+
+    def _found(self, call: tuple[Any, Any], grad: bool | None = None) -> Traced:
+        """From what is kept, or made now."""
+        known = self._known(grad)
+        key = text_key(self.keys.of(*call), known["marks"], sorted(known["params"].items()), known["grad"])
+        found = self.traces.find(key)
+        if found is not None:
+            return found
+        about = self._about() if trace_folder.on() else None
+        found = about and trace_folder.find(key, about, Reads(of_all(self.module)))
+        if found is None:
+            found = self.trace(self.module, *call, **known)
+            if about is not None:
+                trace_folder.keep(key, found, about)
+        self.traces.keep(key, found)
+        return found
+
+    def _known(self, grad: bool | None = None) -> dict[str, Any]:
+        """What tracing is told beside the call."""
+        infos = {fqn: info_as(x, self.options.precision) for fqn, x in held(self.module).items()}
+        grad = torch.is_grad_enabled() if grad is None else grad
+        casts = border_casts(self.module, self.options.precision)
+        return {"marks": self.plan.marked, "params": infos, "grad": grad, "casts": casts}
+
+    def _about(self) -> dict[str, str]:
+        told = self.options
+        options = {"strict": told.strict, "recompute": told.recompute, "rng": told.rng, "precision": told.precision}
+        return about(self.module, self.mesh, self.plan.report(), options | {"without": told.without})
+
+    def _computed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        return pytree.tree_map(lambda x: computed_as(x, self.options.precision), (tuple(args), dict(kwargs)))
+
+    def _check_results(self, signature: Signature) -> None:
+        """Raises PlanError where forward returns another number of values than there are layouts for."""
+        count = signature.out_spec.num_leaves
+        result = pytree.tree_unflatten([None] * count, signature.out_spec)
+        self.plan.calls.check_result(result)
+        if isinstance(result, (tuple, list)):
+            self.plan.check_count("", "out", len(result))
+
+    def _recomputed_as(self, path: str) -> str:
+        """The outermost module around a path that the user asked to recompute, if any: a region of its own."""
+        parts = path.split(".")
+        prefixes = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+        found = (p for p in prefixes if any(find(pattern, [p]) for pattern in self.options.recompute))
+        return next(("the root" if prefix == "" else prefix for prefix in found), "")
+
+    def _check_label(self, x: Tensor, name: str, layout: Mapping[str, Any]) -> None:
+        """A DTensor says itself how it lies; that must be what the program was told."""
+        if not isinstance(x, DTensor):
+            return
+        told = tuple(layout.get(axis, Replicate()) for axis in self.mesh.names)
+        if Mesh.of(x.device_mesh) != self.mesh or tuple(x.placements) != told:
+            raise PlanError(
+                f"input {name} is a DTensor laid out {tuple(x.placements)}, and the program expects {told}",
+                help=f"say so: compile(..., inputs={{{name!r}: Layout(...)}}), or redistribute it before the call",
+            )
