@@ -36,7 +36,7 @@ from shardc.compiler.trace.module.results import opened
 from shardc.compiler.trace.module.rewrites import Rewrites
 from shardc.compiler.trace.module.stand_ins import Held
 from shardc.compiler.trace.sizes.data_decided import KINDS, SYMBOLIC, as_tensor
-from shardc.compiler.trace.sources import without_data, writes_to_constant
+from shardc.compiler.trace.sources import COMMUNICATION, communicates, without_data, writes_to_constant
 from shardc.compiler.trace.torch_internals import (
     UNKNOWN_SHAPE,
     UNKNOWN_VALUE,
@@ -356,6 +356,8 @@ class _Stamp(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         line, owner = self._caller()
+        if func.namespace in COMMUNICATION:
+            raise communicates(line, str(func).removesuffix(".default"))
         changed = [x for _, x in written(func, args, kwargs or {}) if isinstance(x, Tensor)]
         if not all(isinstance(x, FunctionalTensor) for x in changed):
             raise writes_to_constant(line)

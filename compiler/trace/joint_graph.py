@@ -25,7 +25,7 @@ from shardc.compiler.trace.capture import Program
 from shardc.compiler.trace.module.results import SIMPLE
 from shardc.compiler.trace.sizes.data_decided import Settled, decides, is_needed, with_checks
 from shardc.compiler.trace.sizes.symbolic import SYMBOLIC, Sized, depends_on_data, symbols_of
-from shardc.compiler.trace.sources import VALUE_HELP, DependsOnValues, refusal_at
+from shardc.compiler.trace.sources import COMMUNICATION, VALUE_HELP, DependsOnValues, communicates, refusal_at
 from shardc.compiler.trace.torch_internals import Gradient, Primal, Result, Tangent, is_higher_order
 
 aten = torch.ops.aten
@@ -287,6 +287,8 @@ def _refuse_unsupported(joint: Joint, needed: Iterable[Node], data: bool) -> Non
     chosen = set(needed)
     sizes = symbols_of([node.meta["val"] for node in joint.primals.values()])
     for node in joint.nodes:
+        if getattr(node.target, "namespace", "") in COMMUNICATION:
+            raise communicates(node.meta.get("stack_trace"), str(node.target).removesuffix(".default"))
         if node not in chosen or node.op != "call_function":
             continue
         if is_higher_order(node.target):

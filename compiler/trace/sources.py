@@ -224,6 +224,19 @@ def writes_to_constant(stack_trace: str | None) -> ShardingError:
     )
 
 
+COMMUNICATION = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")  # namespaces of operators
+
+
+def communicates(stack_trace: str | None, name: str) -> ShardingError:
+    """For a collective of the user's own: what it would be called on is one device's, not a rank's."""
+    return _refusal_in(
+        stack_trace,
+        f"forward calls the collective {name} itself",
+        "the program is written for the global batch: leave the collective out, and write the sum over the batch "
+        "(x.sum(0), x.mean()); shardc.constrain fixes a layout",
+    )
+
+
 def without_data(stack_trace: str | None) -> ShardingError:
     return _refusal_in(
         stack_trace,
