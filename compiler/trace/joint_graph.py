@@ -281,6 +281,21 @@ def _check_constant(node: Node, name: str, value: Any) -> None:
             f"forward uses a tensor that requires grad but is no parameter or buffer of the module ({name})",
             "assign it to the module as an nn.Parameter, or detach it",
         )
+    if not _has_memory(value):
+        raise refusal_at(
+            node,
+            "forward returns an attribute of a tensor, such as x.T, x.mT or x.data, as it is",
+            "return what an operator gives: x.t(), x.transpose(-2, -1), x.detach(), torch.real(x)",
+        )
+
+
+def _has_memory(value: Tensor) -> bool:
+    """Not so of what Dynamo takes from a stand-in by itself: to read it would end the process."""
+    try:
+        value.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _refuse_unsupported(joint: Joint, needed: Iterable[Node], data: bool) -> None:

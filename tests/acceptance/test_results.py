@@ -110,3 +110,44 @@ def test_programs_that_return_objects_are_not_saved(tmp_path: Path):
     compiled.lower(torch.randn(4, 5, 6))
     with pytest.raises(ShardingError, match="cannot be saved"):
         compiled.save_programs(tmp_path / "programs")
+
+
+class Attribute(nn.Module):
+    def __init__(self, taken) -> None:
+        super().__init__()
+        self.up, self.taken = nn.Linear(4, 4), taken
+        self.register_buffer("table", torch.arange(12.0).view(3, 4))
+
+    def forward(self, x: Tensor):
+        return self.up(x), self.taken(self, x)
+
+
+BARE = {
+    "of an input": lambda _, x: x.T,
+    "matrices of it": lambda _, x: x.mT,
+    "its data": lambda _, x: x.data,
+    "of a buffer": lambda model, _: model.table.T,
+    "of a parameter": lambda model, _: model.up.weight.data,
+}
+COMPUTED = {
+    "of an input": lambda _, x: x.T * 1,
+    "its data": lambda _, x: x.detach(),
+    "of a buffer": lambda model, _: model.table.t(),
+    "itself": lambda model, _: model.table,
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_an_attribute_that_is_returned_as_it_is_is_refused(name: str):
+    """Tracing sees no operator there: it once became a constant without memory, which ended the process."""
+    compiled = shardc.compile(Attribute(BARE[name]), shardc.Replicated(), mesh=Mesh(dp=2))
+    with pytest.raises(ShardingError, match="returns an attribute of a tensor"):
+        compiled.lower(torch.randn(4, 4))
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_an_operator_makes_of_it_is_returned(name: str):
+    model, x = Attribute(COMPUTED[name]), torch.randn(4, 4)
+    want = model(x)[1].clone()
+    compiled = shardc.compile(model, shardc.Replicated(), mesh=Mesh(dp=2), outputs=(None, shardc.Layout()))
+    torch.testing.assert_close(compiled(x)[1], want)
