@@ -43,9 +43,11 @@ from shardc.compiler.trace.torch_internals import (
     is_higher_order,
     is_plain,
     joint_graph,
+    mkldnn_enabled,
     questions,
     read_bytecode,
     registry,
+    set_mkldnn_enabled,
     size_symbol,
     trace_structured,
     writes,
@@ -164,12 +166,21 @@ def _unknown() -> bool:
     return len(asked) == 1 and size_symbol(env, 4, "x_0").node.expr.is_Symbol
 
 
+def _flags() -> bool:
+    before = mkldnn_enabled()
+    set_mkldnn_enabled(not before)
+    changed = mkldnn_enabled()
+    set_mkldnn_enabled(before)
+    return changed is not before and mkldnn_enabled() is before
+
+
 # What each private name that is used here is held against. test_torch_internals.py sees to it that none is missing.
 PROBES: dict[Callable[[], bool], str] = {
     _reading: """_dynamo.config _dynamo.config.patch _dynamo.config.ignore_logging_functions
         _dynamo.convert_frame.fullgraph_capture _dynamo.utils.dynamo_timed _dynamo.utils.get_metrics_context
         _dynamo.functional_export.create_fx_graph_from_captured_output _guards.TracingContext
         _C._set_grad_enabled amp.autocast_mode._enter_autocast amp.autocast_mode._exit_autocast""",
+    _flags: "_C._get_mkldnn_enabled _C._set_mkldnn_enabled",
     _refusing: "_dynamo.exc.TorchDynamoException",
     _joining: """_functorch.aot_autograd.aot_export_joint_with_descriptors _guards.tracing _ops.HigherOrderOperator
         _functorch._aot_autograd.descriptors.PlainAOTInput _functorch._aot_autograd.descriptors.PlainAOTOutput

@@ -47,7 +47,16 @@ from shardc.compiler.trace.module.stand_ins import (
 from shardc.compiler.trace.sizes.data_decided import data_mode
 from shardc.compiler.trace.sizes.symbolic import symbolic_mode, symbolic_stand_in
 from shardc.compiler.trace.sources import DependsOnValues, annotate, depends_on_values, headline, is_fault, refusal
-from shardc.compiler.trace.torch_internals import REFUSALS, FakeTensorMode, as_they_run, aside, capturing, joint_graph
+from shardc.compiler.trace.torch_internals import (
+    REFUSALS,
+    FakeTensorMode,
+    as_they_run,
+    aside,
+    capturing,
+    joint_graph,
+    mkldnn_enabled,
+    set_mkldnn_enabled,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +71,8 @@ def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
         try:
             return trace_once(module, args, kwargs, **options, data=True)
         except DependsOnValues:
-            raise error from error.__cause__
+            told = {name: getattr(error, name) for name in ("where", "excerpt", "rule", "help")}
+            raise ShardingError(error.what, **told) from error.__cause__
 
 
 def trace_once(
@@ -349,11 +359,11 @@ def _refuse_unrepeatable(program: Program) -> None:
 @contextmanager
 def _plain_operators() -> Iterator[None]:
     """Keeps attention and LSTM from fused inference operators, so that every mode has the same few operators."""
-    attention, rnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    attention, rnn = torch.backends.mha.get_fastpath_enabled(), mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.mkldnn.enabled = False  # its `flags` would also set TF32, which warns
+    set_mkldnn_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(attention)
-        torch.backends.mkldnn.enabled = rnn
+        set_mkldnn_enabled(rnn)
