@@ -60,7 +60,7 @@ __all__ = [
 aten = torch.ops.aten
 Flat = Callable[..., tuple[Tensor, ...]]
 
-# `torch.backends.mkldnn.enabled` is refused where torch's own test harness froze it, and `flags` sets TF32, which warns.
+# `torch.backends.mkldnn.enabled` is refused where a test harness froze it, and `flags` sets TF32, which warns.
 mkldnn_enabled, set_mkldnn_enabled = torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled
 
 # ---- forward, read
