@@ -76,7 +76,7 @@ class Keys:
             for x in leaves
         )
         flags = tuple(m.training for m in self._modules)
-        kinds = tuple((p.requires_grad, p.dtype) for p in (table[name] for table, name in self._params))
+        kinds = tuple((p.requires_grad, p.dtype) for p in (table[name] for table, name in self._params))  # pyright: ignore
         modes = torch.is_grad_enabled(), torch.get_default_dtype(), autocast_state()
         return described, structure, flags, kinds, modes
 

@@ -159,7 +159,7 @@ def bind(model: nn.Module, bound: BoundModel) -> CompiledModule:
     if not hasattr(model, "_model"):
         about["_model"] = property(lambda self: self)  # what compile was given, to those who look for it inside
     bases = (CompiledModule,) if kind is nn.Module else (CompiledModule, kind)
-    model.__class__ = type(kind)(kind.__name__, bases, {**about, "_bound": bound, "forward": forward})
+    model.__class__ = type(kind)(kind.__name__, bases, {**about, "_bound": bound, "forward": forward})  # pyright: ignore
     assert isinstance(model, CompiledModule)
     _COMPILED.update(model.modules())
     return model

@@ -119,8 +119,8 @@ class Tracing:
             found = self.trace(self.module, *call, **known)
             if about is not None:
                 trace_folder.keep(key, found, about)
-        self.traces.keep(key, found)
-        return found
+        self.traces.keep(key, found)  # pyright: ignore
+        return found  # pyright: ignore
 
     def _known(self, grad: bool | None = None) -> dict[str, Any]:
         """What tracing is told beside the call."""

@@ -64,7 +64,7 @@ def decide(
         choices[axis], groups[axis] = _choose(axis, rule, specs, found, nbytes, mesh, axis in put_off)
         if before is not None and (again := dict(before.choices).get(axis, MISSING)) is not MISSING:
             if again in (None, PENDING) or any(again in f for f in found):
-                choices[axis], groups[axis] = again, dict(before.passing)[axis]
+                choices[axis], groups[axis] = again, dict(before.passing)[axis]  # pyright: ignore
     factors = dict(_whole(rule))
     chosen = set(choices.values())
     for f in factors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shardc.compiler.trace.torch_internals import trace_structured
+from shardc.compiler.trace.torch_internals import trace_structured  # pyright: ignore
 
 if TYPE_CHECKING:
     from shardc.compiler.pipeline.runner import Record

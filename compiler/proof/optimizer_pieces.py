@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 SIZE = 6  # of every dim of what is tried: cut in two along each
 STEPS = 3
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def looks_at_the_whole(make: Callable[[Sequence[nn.Parameter]], Any], parameters: Sequence[Tensor]) -> list[bool]:

@@ -142,7 +142,7 @@ class Program:
         self.same = {i: first[id(leaf)] for i, leaf in every.items() if first[id(leaf)] != i}
         self.tensors = [i for i in every if i not in self.same]
         self.numbers = {i: KINDS[type(leaf)] for i, leaf in every.items() if isinstance(leaf, SYMBOLIC)}
-        return [as_tensor(every[i]) if i in self.numbers else every[i] for i in self.tensors]
+        return [as_tensor(every[i]) if i in self.numbers else every[i] for i in self.tensors]  # pyright: ignore
 
 
 def _sharing(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
@@ -234,7 +234,7 @@ def by_dispatch(module: nn.Module, blind: bool = False) -> Call:
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with (
             as_if_compiling(),
-            torch.jit.optimized_execution(False),
+            torch.jit.optimized_execution(False),  # pyright: ignore
             _Stamp(fqns, blind, call.__code__) as stamp,
             _Alias(),
             questions() as asked,

@@ -307,7 +307,7 @@ def _refuse_unsupported(joint: Joint, needed: Iterable[Node], data: bool) -> Non
         if node not in chosen or node.op != "call_function":
             continue
         if is_higher_order(node.target):
-            name = node.target.name()
+            name = node.target.name()  # pyright: ignore
             raise refusal_at(node, f"{name} cannot be part of a sharded program", "write it with plain operators")
         if not data and depends_on_data(_numbers(node.meta.get("val")), sizes):
             name = str(node.target).removesuffix(".default")

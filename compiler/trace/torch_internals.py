@@ -205,8 +205,8 @@ def aside() -> Iterator[None]:
     device = torch.get_default_device()
     modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
     packing = []
-    while pair := torch._C._autograd._top_saved_tensors_default_hooks(True):
-        torch._C._autograd._pop_saved_tensors_default_hooks()
+    while pair := torch._C._autograd._top_saved_tensors_default_hooks(True):  # pyright: ignore
+        torch._C._autograd._pop_saved_tensors_default_hooks()  # pyright: ignore
         packing.append(pair)
     try:
         with ExitStack() as stack:
@@ -221,7 +221,7 @@ def aside() -> Iterator[None]:
             yield
     finally:
         for pair in reversed(packing):
-            torch._C._autograd._push_saved_tensors_default_hooks(*pair)
+            torch._C._autograd._push_saved_tensors_default_hooks(*pair)  # pyright: ignore
         for mode in reversed(modes):
             _push_mode(mode)
 

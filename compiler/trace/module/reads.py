@@ -92,7 +92,7 @@ class Survey:
         if held is None:
             return "object", id(value)
         if held is value:
-            self.sized[id(value)] = value, len(value)
+            self.sized[id(value)] = value, len(value)  # pyright: ignore
         elif not depth:
             return type(value)
         if isinstance(held, set):
