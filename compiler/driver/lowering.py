@@ -15,6 +15,7 @@ from shardc.compiler.driver.bind import bind
 from shardc.compiler.driver.call_keys import Keys, text_key
 from shardc.compiler.driver.decide import Deciding, Options
 from shardc.compiler.driver.kept_gradients import ALL, Kept, Sync
+from shardc.compiler.driver.passing import Taken
 from shardc.compiler.driver.program_cache import Entries, Entry
 from shardc.compiler.driver.size_families import Families
 from shardc.compiler.driver.tracing import Tracing
@@ -115,9 +116,12 @@ class Lowering:
 
     def _made(self, form: Any, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync) -> Program:
         """Traced, decided, and the same on every rank."""
-        program = self.families.program(form, args, kwargs, sync) if self.options.dynamic else None
-        if program is None:
-            program = self.deciding.program(self.tracing.traced(args, kwargs), sync)
+
+        def decided(taken: Taken | None) -> Program:
+            program = self.families.program(form, args, kwargs, sync, taken) if self.options.dynamic else None
+            return program or self.deciding.program(self.tracing.traced(args, kwargs, taken), sync)
+
+        program = self.tracing.tried(args, kwargs, decided)
         key = text_key(self.keys.of(args, kwargs), sync)
         self._named[key] = program
         self.tracing.traces.check(key, program.hash)

@@ -26,6 +26,7 @@ from shardc.compiler.analysis.program import Program
 from shardc.compiler.driver.call_keys import shapes_of
 from shardc.compiler.driver.decide import Deciding
 from shardc.compiler.driver.kept_gradients import Sync
+from shardc.compiler.driver.passing import Taken
 from shardc.compiler.driver.tracing import Tracing
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.infer.infer import Decisions
@@ -105,13 +106,13 @@ class Families:
     tracing: Tracing
     deciding: Deciding
     made: dict[Any, list[Family]] = field(default_factory=dict)
-    _layouts: dict[Any, Any] = field(default_factory=dict)  # of what is passed in, by the form of the call
+    _taken: dict[Any, Any] = field(default_factory=dict)  # of what is passed in, by the form of the call
 
     def find(self, form: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program | None:
         """The program for a call of this form, if a family has one of its sizes. Its conditions hold: forward takes
         the path that its own call took, so what is passed in lies as it did then."""
         families = self.made.get(form, ())
-        shapes = shapes_of(self.tracing.whole(args, kwargs, self._layouts.get(form))) if families else ()
+        shapes = shapes_of(self.tracing.whole(args, kwargs, self._taken.get(form))) if families else ()
         for family in families:
             values = family.solve(shapes)
             if values is not None:
@@ -123,23 +124,23 @@ class Families:
         """Whether a program, or what was made of it for other sizes, can come again. What was made is no program."""
         return any(f.program.records is program.records for families in self.made.values() for f in families)
 
-    def program(self, form: Any, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync) -> Program | None:
+    def program(
+        self, form: Any, args: Sequence[Any], kwargs: Mapping[str, Any], sync: Sync, taken: Taken | None
+    ) -> Program | None:
         """A program for this call from a trace for all sizes, and a family of it, where it is the same for others;
         None where the module cannot be traced so."""
-        layouts = self.tracing.layouts(args, kwargs)
-        call = self.tracing.whole(args, kwargs, layouts)
+        call = self.tracing.whole(args, kwargs, taken)
         template = self._template(call) if len(self.made.get(form, ())) < LIMIT else None
         values = template and template.solve(shapes_of(call))
         if template is None or values is None:
             return None
-
         known = Decisions()
 
         def lower(values: Values, like: Decisions) -> Program:
-            return self.deciding.program(self.tracing.dressed(template.at(values), args, kwargs), sync, like)
+            return self.deciding.program(self.tracing.dressed(template.at(values), args, kwargs, taken), sync, like)
 
         program = lower(values, known)
-        self._layouts[form] = layouts
+        self._taken[form] = taken
         try:
             family = _family(program, template, values, lambda values: lower(values, Decisions(known)))
             self.made.setdefault(form, []).append(family)

@@ -9,26 +9,22 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch import nn
 
-from shardc.compiler.driver.call_keys import Keys, check_call, global_shape, held, text_key
+from shardc.compiler.driver.call_keys import Keys, check_call, held, text_key
 from shardc.compiler.driver.decide import Options
+from shardc.compiler.driver.passing import Call, Made, Passing, Taken
 from shardc.compiler.driver.precision import add_casts, border_casts, call_dtypes, computed_as, info_as
 from shardc.compiler.driver.saved import trace_folder
 from shardc.compiler.driver.saved.saved_programs import Traces, about, load, save
-from shardc.compiler.errors import PlanError
-from shardc.compiler.infer.marked_layouts import check_counts, input_layouts
-from shardc.compiler.ir.marks import border_key
+from shardc.compiler.infer.marked_layouts import check_counts
 from shardc.compiler.ir.node import of
 from shardc.compiler.ir.signature import Signature, Traced
 from shardc.compiler.plan.match import find
 from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.trace.module.reads import Reads, of_all
-from shardc.compiler.trace.trace import argument_names, trace
-
-Layouts = Sequence[Mapping[str, Any] | None]  # of the leaves of a call's arguments
+from shardc.compiler.trace.trace import trace
 
 
 @dataclass
@@ -50,42 +46,29 @@ class Tracing:
         self.plan.calls.check_call(args, kwargs)
         self.plan.check_count("", "in", len(args))
 
-    def traced(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+    def tried(self, args: Sequence[Any], kwargs: Mapping[str, Any], made: Callable[[Taken | None], Made]) -> Made:
+        """What is made of a call, of whose inputs real ranks pass pieces: of which, the graph may have to show."""
+        return self.passing.tried(self.computed(args, kwargs), made) if self.real else made(None)
+
+    def traced(self, args: Sequence[Any], kwargs: Mapping[str, Any], taken: Taken | None) -> Traced:
         """A copy that its user may change, with casts and what is to be recomputed marked."""
-        return self.dressed(self._found(self.whole(args, kwargs, self.layouts(args, kwargs))), args, kwargs)
+        return self.dressed(self._found(self.whole(args, kwargs, taken)), args, kwargs, taken)
 
-    def whole(self, args: Sequence[Any], kwargs: Mapping[str, Any], layouts: Layouts | None) -> tuple[Any, Any]:
+    def whole(self, args: Sequence[Any], kwargs: Mapping[str, Any], taken: Taken | None) -> Call:
         """The call at global shapes and in the dtypes computed with. Real ranks pass pieces: sizes are multiplied by
-        the mesh dims that split them. layouts: where only the graph shows them."""
-        call = self._computed(args, kwargs)
-        if not self.real:
-            return call
-        names = argument_names(self.module, *call)
-        leaves, structure = pytree.tree_flatten(call)
-        for i, (x, (name, head)) in enumerate(zip(leaves, names, strict=True)):
-            if not isinstance(x, Tensor):
-                continue
-            entering = [border_key("", "in", head)]
-            layout = layouts[i] if layouts is not None else self.plan.root_layout("in", name, x.dim(), entering)
-            self._check_label(x, name, layout or {})
-            shape = global_shape(x, layout or {}, self.mesh)
-            if shape != tuple(x.shape):
-                leaves[i] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)
-        return pytree.tree_unflatten(leaves, structure)
+        the mesh dims that split them."""
+        call = self.computed(args, kwargs)
+        return call if taken is None else self.passing.whole(call, taken)
 
-    def layouts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layouts | None:
-        """Per leaf of the arguments, the layout it is passed in, where only the graph shows it."""
-        if not self.real or not self.plan.declares_inside:
-            return None
-        traced = self._found(self._computed(args, kwargs), grad=True)
-        found = input_layouts(traced.gm, traced.signature, self.plan)
-        return [None if leaf.input is None else found[leaf.input] for leaf in traced.signature.leaves]
+    @property
+    def passing(self) -> Passing:
+        return Passing(self.module, self.plan, self.mesh, lambda call: self._found(call, grad=True))
 
     def symbolic(self, call: tuple[Any, Any]) -> Traced:
         """For all sizes. Raises ShardingError where forward cannot be traced so."""
         return self.trace(self.module, *call, symbolic=True, **self._known())
 
-    def dressed(self, traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+    def dressed(self, traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any], taken: Taken | None) -> Traced:
         """With the casts of the precision, and what is to be recomputed marked. Raises PlanError for layouts that do
         not fit."""
         if self.options.precision is not None:
@@ -98,7 +81,7 @@ class Tracing:
             view = of(node)
             if node.op == "call_function" and view.phase == "forward" and not view.region:
                 view.region = self._recomputed_as(view.path)
-        return traced
+        return traced if taken is None else taken.noted(traced)
 
     def save(self, path: str | os.PathLike[str], hashes: Mapping[str, str]) -> None:
         save(path, self.traces, hashes, self._about())
@@ -134,7 +117,7 @@ class Tracing:
         options = {"strict": told.strict, "recompute": told.recompute, "rng": told.rng, "precision": told.precision}
         return about(self.module, self.mesh, self.plan.report(), options | {"without": told.without})
 
-    def _computed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    def computed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         return pytree.tree_map(lambda x: computed_as(x, self.options.precision), (tuple(args), dict(kwargs)))
 
     def _check_results(self, signature: Signature) -> None:
@@ -151,14 +134,3 @@ class Tracing:
         prefixes = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
         found = (p for p in prefixes if any(find(pattern, [p]) for pattern in self.options.recompute))
         return next(("the root" if prefix == "" else prefix for prefix in found), "")
-
-    def _check_label(self, x: Tensor, name: str, layout: Mapping[str, Any]) -> None:
-        """A DTensor says itself how it lies; that must be what the program was told."""
-        if not isinstance(x, DTensor):
-            return
-        told = tuple(layout.get(axis, Replicate()) for axis in self.mesh.names)
-        if Mesh.of(x.device_mesh) != self.mesh or tuple(x.placements) != told:
-            raise PlanError(
-                f"input {name} is a DTensor laid out {tuple(x.placements)}, and the program expects {told}",
-                help=f"say so: compile(..., inputs={{{name!r}: Layout(...)}}), or redistribute it before the call",
-            )

@@ -9,9 +9,9 @@ An open split of those 144 rows then goes to the heads, the outermost atom of wh
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from shardc.compiler.infer.infer import Decisions, call_rule
 from shardc.compiler.ir.collectives import reshard
@@ -81,16 +81,17 @@ def unify(left: Sequence[Atom], right: Sequence[Atom]) -> bool:
 class Atoms:
     """The atoms of every dim of every value in a graph."""
 
-    def __init__(self, gm: GraphModule, known: Decisions | None = None) -> None:
+    def __init__(self, nodes: Iterable[Node], known: Decisions | None = None) -> None:
+        """nodes: of a graph, in its order, with all that they are made of."""
         self._known = known
         self._dims: dict[Node, list[list[list[Atom]]]] = {}
-        for node in gm.graph.nodes:
+        for node in nodes:
             if node.op in ("placeholder", "call_function"):
                 self._dims[node] = self._results(node)
 
-    def of(self, node: Node, dim: int) -> list[Atom]:
-        """The leaves of one dim of a node with one result, outermost first; leaves of size 1 left out."""
-        return [leaf for atom in self._dims[node][0][dim] for leaf in atom.leaves() if leaf.size != 1]
+    def of(self, node: Node, dim: int, result: int = 0) -> list[Atom]:
+        """The leaves of one dim of a node's result, outermost first; leaves of size 1 left out."""
+        return [leaf for atom in self._dims[node][result][dim] for leaf in atom.leaves() if leaf.size != 1]
 
     def _results(self, node: Node) -> list[list[list[Atom]]]:
         fresh = [[[Atom(int(n))] for n in t.shape] for t in tensors(node)]

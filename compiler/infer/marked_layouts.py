@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from torch.fx import GraphModule, Node
 
@@ -14,20 +14,31 @@ from shardc.compiler.ir.signature import InputKind, Signature
 from shardc.compiler.plan.resolved import Resolved
 
 
-def input_layout(node: Node, name: str, plan: Resolved) -> dict[str, Any]:
-    """Mesh dim -> placement of a root input."""
-    return plan.root_layout("in", name, len(shape(node)), [_key(user) for user in node.users if user.target is MARK])
+def input_layout(node: Node, name: str, plan: Resolved, rows: int | None = 0) -> dict[str, Any]:
+    """Mesh dim -> placement of a root input. rows: along which dim it is split with the batch, if nobody says."""
+    return plan.root_layout("in", name, len(shape(node)), _met("in", node), rows)
 
 
-def output_layout(node: Node, name: str, plan: Resolved) -> dict[str, Any]:
-    """Mesh dim -> placement of a root output."""
-    return plan.root_layout("out", name, len(shape(node)), [_key(node)] if node.target is MARK else [])
+def output_layout(node: Node, name: str, plan: Resolved, rows: int | None = 0) -> dict[str, Any]:
+    """Mesh dim -> placement of a root output, likewise."""
+    return plan.root_layout("out", name, len(shape(node)), _met("out", node), rows)
+
+
+def told(side: Literal["in", "out"], name: str, node: Node, plan: Resolved) -> dict[str, Any] | None:
+    """How a root input or output lies over the data-parallel mesh dims, where somebody says so."""
+    return plan.told(side, name, len(shape(node)), _met(side, node))
+
+
+def _met(side: str, node: Node) -> list[str]:
+    """The marks of a root input or output."""
+    marks = [user for user in node.users if user.target is MARK] if side == "in" else [node]
+    return [_key(mark) for mark in marks if mark.target is MARK]
 
 
 def input_layouts(gm: GraphModule, signature: Signature, plan: Resolved) -> dict[int, dict[str, Any]]:
     """input_layout of every BATCH input, by position among the inputs."""
     found = zip(signature.indices(InputKind.BATCH), inputs_of(gm, signature, InputKind.BATCH), strict=True)
-    return {i: input_layout(node, entry.name, plan) for i, (entry, node) in found}
+    return {i: input_layout(node, entry.name, plan, None if entry.rows is False else 0) for i, (entry, node) in found}
 
 
 def check_counts(gm: GraphModule, plan: Resolved) -> None:

@@ -21,7 +21,7 @@ def refinements(
     held = [(plan.params[entry.name], node) for entry, node in inputs_of(gm, signature, InputKind.PARAMETER)]
     if not any(layout.open for layout, _ in held):
         return {}
-    atoms, out = Atoms(gm, known), {}
+    atoms, out = Atoms(gm.graph.nodes, known), {}
     for layout, node in held:
         plain = layout.compute
         better = _refined(plain, layout, [atoms.of(node, d) for d in range(len(plain.dims))], mesh)

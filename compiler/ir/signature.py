@@ -86,6 +86,7 @@ class Input:
     requires_grad: bool = False
     value: Tensor | None = None  # of a CONSTANT
     of: int | None = None  # of a TANGENT: index in `outputs` of the OUTPUT it belongs to
+    rows: bool | None = None  # of BATCH: whether its ranks were taken to pass parts of it; None where nobody asked
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,11 @@ class Resolved:
     warnings: tuple[str, ...] = ()
 
     def root_layout(
-        self, side: Literal["in", "out"], name: str, ndim: int, marks: Iterable[str] = ()
+        self, side: Literal["in", "out"], name: str, ndim: int, marks: Iterable[str] = (), rows: int | None = 0
     ) -> dict[str, Placement]:
         """Mesh dim -> placement of an input or output of the model: the caller's word, else what the module it meets
-        says, else the default. name: its readable path, as in `CallLayouts.given`; marks: those that it meets.
+        says, else the default. name: its readable path, as in `CallLayouts.given`; marks: those that it meets. rows:
+        the dim along which it is a part of the batch; None where it is none.
 
         A root style, or a layout the user wrote on a module that is fed by this input itself, describes what is
         passed in; defaults of styles do not.
@@ -60,7 +61,16 @@ class Resolved:
         given = self.calls.given(side, name, ndim)
         if given is not None:
             return given
-        return {axis: Shard(0) for axis in self.data_axes if ndim} | self._declared(side, marks)
+        split = {axis: Shard(rows) for axis in self.data_axes} if rows is not None and ndim else {}
+        return split | self._declared(side, marks)
+
+    def told(
+        self, side: Literal["in", "out"], name: str, ndim: int, marks: Iterable[str]
+    ) -> dict[str, Placement] | None:
+        """`root_layout`, where it is no default over any data-parallel mesh dim; else None."""
+        given = self.calls.given(side, name, ndim)
+        declared = self._declared(side, marks) if given is None else given
+        return declared if given is not None or {*self.data_axes} <= {*declared} else None
 
     def _declared(self, side: str, marks: Iterable[str]) -> dict[str, Placement]:
         out: dict[str, Placement] = {}

@@ -65,8 +65,10 @@ class AverageGradients:
 
 
 def _split(tangent: Node, ctx: Context) -> tuple[str, ...]:
-    """The data-parallel mesh dims that split an output: each of their ranks has a loss of its own."""
-    return tuple(a for a in ctx.plan.data_axes if spec(tangent).dim_of(a) is not None)
+    """The data-parallel mesh dims whose ranks have losses of their own: those that split an output, or its tangent
+    is pending over."""
+    layout = spec(tangent)
+    return tuple(a for a in ctx.plan.data_axes if layout.dim_of(a) is not None or a in dict(layout.pending))
 
 
 def _gradients(gm: GraphModule, given: Given, ctx: Context) -> dict[Node, Node]:

@@ -22,7 +22,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import PlanError
-from shardc.compiler.infer.marked_layouts import input_layout, output_layout
+from shardc.compiler.infer.batch import Batch, NotRows
+from shardc.compiler.infer.marked_layouts import input_layout, output_layout, told
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes, inputs_of, output_node, placeholders, returned
 from shardc.compiler.ir.marks import MARK, UnlessPending, parse_key
@@ -46,14 +47,28 @@ class SeedPlan:
         changes: Counter = Counter()
         for mark in call_nodes(gm, MARK):
             changes["marks"] += _wish(mark, ctx)
-        outputs = _output_specs(gm, ctx)
+        batch = _batch(gm, ctx)
+        outputs, tangents = _output_specs(gm, batch, ctx)
         for entry, node in inputs_of(gm, ctx.signature):
-            layout, of(node).why = _input_layout(node, entry, outputs, ctx)
+            layout, of(node).why = _input_layout(node, entry, tangents, batch, ctx)
             set_spec(node, layout)
         _fix_outputs(gm, outputs, ctx)
         for entry, node in inputs_of(gm, ctx.signature, InputKind.PARAMETER):
             changes["gathers"] += _compute_layout(node, entry.name, ctx)
         return PassResult(changes)
+
+
+def _batch(gm: GraphModule, ctx: Context) -> Batch | None:
+    """What is rows of the batch. Raises NotRows where ranks were taken to pass rows and do not."""
+    if not ctx.plan.data_axes:
+        return None
+    batch = Batch(gm, ctx.signature, ctx.plan, ctx.decisions)
+    taken = [entry for entry, _ in inputs_of(gm, ctx.signature, InputKind.BATCH) if entry.rows]
+    if wrong := [entry.name for entry in taken if entry.name in batch.whole]:
+        raise NotRows(wrong)
+    if taken:
+        batch.check()
+    return batch
 
 
 def _wish(mark: Node, ctx: Context) -> bool:
@@ -95,17 +110,20 @@ def _by_data(what: str, node: Node) -> PlanError:
     )
 
 
-def _input_layout(node: Node, entry: Input, outputs: Mapping[int, Spec], ctx: Context) -> tuple[Spec, str]:
+def _input_layout(
+    node: Node, entry: Input, tangents: Mapping[int, Spec], batch: Batch | None, ctx: Context
+) -> tuple[Spec, str]:
     """The layout that an input comes in, and the plan entry behind it in words."""
     match entry.kind:
         case InputKind.PARAMETER | InputKind.BUFFER if layout := ctx.plan.layout(entry.name):
             return layout.stored, layout.why
         case InputKind.BATCH:
             given = ctx.plan.calls.given("in", entry.name, len(shape(node)))
-            layout = input_layout(node, entry.name, ctx.plan)
+            whole = batch is not None and (entry.rows is False or entry.name in batch.whole)
+            layout = input_layout(node, entry.name, ctx.plan, None if whole else 0)
             return _placed(node, layout, ctx, f"input {entry.name}"), "" if given is None else "inputs="
-        case InputKind.TANGENT:  # each rank's summand of a pending output has the whole gradient
-            return Spec(outputs[entry.of or 0].dims), ""
+        case InputKind.TANGENT:
+            return tangents[entry.of or 0], ""
         case InputKind.CARRY:
             return ctx.carries[entry.name], ""
     return Spec.whole(shape(node)), ""
@@ -119,22 +137,32 @@ def _placed(node: Node, layout: Mapping[str, Any], ctx: Context, what: str) -> S
         raise _misfit(what, node, error) from None
 
 
-def _output_specs(gm: GraphModule, ctx: Context) -> dict[int, Spec]:
-    """The layout each user output leaves with, by position among the outputs."""
+def _output_specs(gm: GraphModule, batch: Batch | None, ctx: Context) -> tuple[dict[int, Spec], dict[int, Spec]]:
+    """The layout each user output leaves with, and that in which its tangent comes, by position among the outputs.
+
+    Each rank's summand of a pending output has the whole gradient. What is no batch enters a loss of each rank: those
+    losses are one loss, their mean. A scalar made of the batch is taken for the loss itself.
+    """
     ends = returned(gm)
-    out: dict[int, Spec] = {}
+    out, tangents = dict[int, Spec](), dict[int, Spec]()
     for i, (node, entry) in enumerate(zip(ends, ctx.signature.outputs, strict=True)):
         if entry.same is not None:
             _check_same(ends[entry.same], entry, ctx)
         if entry.kind is not OutputKind.OUTPUT or not isinstance(node, Node):
             continue
-        layout = output_layout(node, entry.name, ctx.plan)
+        is_told = batch is None or of_data(shape(node)) or told("out", entry.name, node, ctx.plan) is not None
+        rows = 0 if is_told else batch.rows_of(node)
+        layout = output_layout(node, entry.name, ctx.plan, rows)
         if of_data(shape(node)):
             if ctx.plan.calls.given("out", entry.name, len(shape(node))):
                 raise _by_data(f"output {entry.name or i}", node)
             layout = {}
         out[i] = _placed(node, layout, ctx, f"output {entry.name or i}")
-    return out
+        tangents[i] = Spec(out[i].dims)
+        if not is_told and rows is None and (shape(node) or not batch.depends(node)):
+            free = [a for a in ctx.plan.data_axes if a not in layout]
+            tangents[i] = tangents[i].with_pending(dict.fromkeys(free, "sum"), ctx.mesh)
+    return out, tangents
 
 
 def _check_same(node: Node, entry: Output, ctx: Context) -> None:

@@ -18,7 +18,7 @@ MESH = Mesh(tp=2)
 
 def atoms(fn, **types: str) -> tuple[GraphModule, Atoms]:
     gm = build(fn, MESH, **types)
-    return gm, Atoms(gm)
+    return gm, Atoms(gm.graph.nodes)
 
 
 def of(fn, name: str, dim: int, **types: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -60,6 +61,14 @@ class Views(Twins):
         return h, h[:, :1], h.unsqueeze(1), h.chunk(3, -1), x, x.unsqueeze(-1)
 
 
+class Held(Twins):
+    """Results that are no batch, or have its rows in another dim."""
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(x)
+        return h, self.p * 2, self.q.exp().sum(), self.b.bias, self.new, h.t(), h.t()[None, 1:]
+
+
 class Swaps(Twins):
     def forward(self, x: Tensor) -> Any:
         self.old, self.new = self.new, self.old
@@ -108,7 +117,7 @@ class Heads(Twins):
 SUBSETS = ((0,), (0, 2), (3,), (1, 4), (6,), (5, 6), (0, 1, 2, 3, 4, 5, 6), (0,))
 
 
-KINDS: Sequence[type[Twins]] = (Twins, Spread, Detached, Repeated, Views, Swaps, Counts, Heads)
+KINDS: Sequence[type[Twins]] = (Twins, Spread, Detached, Repeated, Views, Held, Swaps, Counts, Heads)
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -166,7 +175,8 @@ def same(ours: Sequence[Any], theirs: Sequence[Any], what: str, rank: int = 0) -
     assert len(ours) == len(theirs), what
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            b = b if a.shape == b.shape else b.tensor_split(len(b) // len(a))[rank]
+            for dim, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)):
+                b = b if n == m else b.tensor_split(m // n, dim)[rank]
             torch.testing.assert_close(a, b, **CLOSE, msg=lambda text, i=i: f"{what}, {i}: {text}")
         else:
             assert a == b, f"{what}, {i}: {a} and {b}"
@@ -182,3 +192,37 @@ def door(kind: type[Twins], plan: Any, mesh: Any, rank: int = 0, ranks: int = 1)
     else:
         ours, theirs = two_steps(compiled, x.chunk(ranks)[rank], True), two_steps(alone, x, False)
     same(ours, theirs, f"{kind.__name__}, {plan}", rank)
+
+
+class Attends(nn.Module):
+    """Of its inputs two are rows of the batch: a mask is of its columns, positions are one row, weights of classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.places = nn.Embedding(11, 8), nn.Embedding(6, 8)
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 5)
+        self.double()
+
+    def forward(self, ids: Tensor, mask: Tensor, places: Tensor, weight: Tensor, labels: Tensor) -> Any:
+        q, k, v = self.qkv(self.tokens(ids) + self.places(places)).chunk(3, -1)
+        logits = self.head(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight), logits, mask * 2, places
+
+    @staticmethod
+    def inputs(rows: int) -> tuple[Tensor, ...]:
+        draw = torch.Generator().manual_seed(rows)
+        ids, labels = (torch.randint(n, (rows, 6), generator=draw) for n in (11, 5))
+        mask, weight = (torch.rand(n, generator=draw, dtype=torch.double) for n in ((6, 6), (5,)))
+        return ids, mask, torch.arange(6)[None], weight, labels
+
+
+class Prototypes(nn.Module):
+    """Whether what x is compared with is a part of the batch nobody can tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor, prototypes: Tensor) -> Tensor:
+        return self.a(x) @ prototypes.t()

@@ -13,8 +13,20 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel
 
 import shardc
-from shardc import CompiledModule, FullyShard, Plan, RankMismatchError, Replicated
-from tests.acceptance.door.kinds import KINDS, Heads, Probabilities, Twins, door, tensors, whole
+from shardc import CompiledModule, FullyShard, Plan, PlanError, RankMismatchError, Replicated
+from tests.acceptance.door.kinds import (
+    KINDS,
+    Attends,
+    Heads,
+    Held,
+    Probabilities,
+    Prototypes,
+    Twins,
+    door,
+    same,
+    tensors,
+    whole,
+)
 from tests.runtime.ranks import on_ranks, run_ranks
 
 PLANS = (Replicated(), FullyShard(), FullyShard("a", reshard_after_forward=False))
@@ -31,13 +43,19 @@ def tensor_parallel() -> DeviceMesh:
 def all_kinds(rank: int) -> None:
     mesh = data_parallel()
     for kind in KINDS:
-        for plan in PLANS:
+        for plan in PLANS if kind is Twins else PLANS[:2]:
             door(kind, Plan(dp=plan), mesh, rank, 2)
     door(Heads, {"a": ColwiseParallel(output_layouts=Replicate()), "d": ColwiseParallel()}, tensor_parallel())
     clipped(rank, mesh)
     stale(rank, mesh)
+
+
+def losses_and_inputs(rank: int) -> None:
+    mesh = data_parallel()
     kept_back(rank, mesh)
     apart(rank, mesh)
+    passed(rank, mesh)
+    each_rank_has_its_own_loss(rank, mesh)
 
 
 def clipped(rank: int, mesh: DeviceMesh) -> None:
@@ -108,6 +126,49 @@ def apart(rank: int, mesh: DeviceMesh) -> None:
         sum(t.sum() for t in results[: 1 + rank]).backward()  # pyright: ignore
 
 
+def passed(rank: int, mesh: DeviceMesh) -> None:
+    """What is no rows of the batch is the same on every rank; where the graph does not tell, the user is asked."""
+    for rows, dynamic in ((1, False), (4, True), (6, False)):  # of one row, as positions, and of as many as the mask
+        alone, compiled = Attends(), shardc.compile(Attends(), Replicated(), mesh=mesh, dynamic=dynamic)
+        ids, *more, labels = Attends.inputs(2 * rows)
+        ours = compiled(ids.chunk(2)[rank], *more, labels.chunk(2)[rank])
+        theirs = alone(ids, *more, labels)
+        ours[1].square().mean().backward()
+        theirs[1].square().mean().backward()
+        grads = [[p.grad for p in m.parameters()] for m in (compiled, alone)]
+        same([*ours, *grads[0]], [*theirs, *grads[1]], f"{rows} rows", rank)
+    x = torch.ones(4, 4).double()
+    for count in (3, 4):
+        compiled = shardc.compile(Prototypes(), Replicated(), mesh=mesh)
+        with pytest.raises(PlanError, match=r"inputs=\{'prototypes': Shard\(0\)\}\) or inputs=\{'prototypes': Rep"):
+            compiled(x, torch.ones(count, 4).double())
+        compiled = shardc.compile(Prototypes(), Replicated(), mesh=mesh, inputs={"prototypes": Replicate()})
+        assert compiled(x, torch.ones(count, 4).double()).shape == (4, count)
+
+
+def each_rank_has_its_own_loss(rank: int, mesh: DeviceMesh) -> None:
+    """Of results that are no batch too: a temperature, weights of a loss outside of the model."""
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(3)).double()
+    for plan in PLANS[:2]:
+        alone, compiled = Held(), shardc.compile(Held(), Plan(dp=plan), mesh=mesh)
+
+        def loss(m: nn.Module, number: int) -> Tensor:
+            h, p, q, *_ = m(x.chunk(2)[number])
+            return (h * p).sum() * (number + 1) + q * h.detach().sum()
+
+        loss(compiled, rank).backward()
+        ((loss(alone, 0) + loss(alone, 1)) / 2).backward()  # as DistributedDataParallel averages
+        for (name, p), q in zip(compiled.named_parameters(), alone.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                torch.testing.assert_close(whole(p.grad), q.grad, msg=lambda text, n=name: f"{n}: {text}")
+
+
 @on_ranks
 def test_values_of_a_program_are_the_callers_own():
     run_ranks(all_kinds, 2)
+
+
+@on_ranks
+def test_what_enters_a_loss_and_what_is_passed_is_as_on_one_device():
+    run_ranks(losses_and_inputs, 2)
