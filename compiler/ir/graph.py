@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import networkx as nx
@@ -53,14 +53,8 @@ def results_of(gm: GraphModule, signature: Signature, *kinds: OutputKind) -> lis
 
 def forward_of(gm: GraphModule, signature: Signature) -> set[Node]:
     """What the caller's results are made of, and what forward makes besides."""
-    seen: set[Node] = set()
-    stack = [node for _, node in results_of(gm, signature, OutputKind.OUTPUT, OutputKind.MUTATION)] + early(gm)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return seen
+    results = results_of(gm, signature, OutputKind.OUTPUT, OutputKind.MUTATION)
+    return behind([*(node for _, node in results), *early(gm)])
 
 
 class Unrun(GraphModule):
@@ -92,6 +86,18 @@ def uses(graph: Graph) -> nx.DiGraph:
     found = nx.DiGraph()
     found.add_nodes_from(graph.nodes)
     found.add_edges_from((used, node) for node in graph.nodes for used in node.all_input_nodes)
+    return found
+
+
+def behind(nodes: Iterable[Any], is_given: Callable[[Node], bool] = lambda node: False) -> set[Node]:
+    """These and all that they are made of; of what is given, not what that is made of."""
+    found: set[Node] = set()
+    stack = [node for node in nodes if isinstance(node, Node)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += () if is_given(node) else node.all_input_nodes
     return found
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from shardc.compiler.ir.graph import Unrun, forward_of, inputs_of, returned
+from shardc.compiler.ir.graph import Unrun, behind, forward_of, inputs_of, returned
 from shardc.compiler.ir.moves import move_of
 from shardc.compiler.ir.node import is_random, of
 from shardc.compiler.ir.signature import InputKind, OutputKind, Signature
@@ -55,7 +55,7 @@ def _backward_nodes(
 ) -> tuple[list[Node], list[Node]]:
     """What backward computes, in order, and what it must be handed. again: of forward, what is not saved."""
     kept = forward - again
-    needed = _reached(gradients, kept)
+    needed = behind(gradients, lambda n: _is_saved(n, kept))
     saved = sorted(n for n in needed if _is_saved(n, kept) and n not in tangents)
     body: list[Node] = []
     placed: set[Node] = set()
@@ -76,19 +76,6 @@ def _backward_nodes(
         if isinstance(node, Node):
             place(node)
     return body, saved
-
-
-def _reached(gradients: list, kept: set[Node]) -> set[Node]:
-    seen: set[Node] = set()
-    stack = [n for n in gradients if isinstance(n, Node)]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if not _is_saved(node, kept):
-            stack += node.all_input_nodes
-    return seen
 
 
 def _is_saved(node: Node, kept: set[Node]) -> bool:

@@ -6,7 +6,7 @@ what real ranks compute, so a test on one process proves the program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,18 +16,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir import collectives as c
-from shardc.compiler.ir.collectives import cut_of
+from shardc.compiler.ir.collectives import Cut, cut_of
 from shardc.compiler.ir.moves import Call, move_of
 from shardc.compiler.ir.node import is_random
-from shardc.compiler.spec.mesh import Mesh, place
+from shardc.compiler.ir.routes import cuts_of
+from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.rank_numbers import bind
-from shardc.compiler.spec.spec import Spec
 from shardc.runtime.run.error_lines import blaming
 from shardc.runtime.shards import combine, deal, undeal
 from shardc.runtime.workers import run_on_devices
 
 Pieces = list[Any]  # one value per rank
 Env = dict[Node, Pieces]
+Coords = Mapping[str, int]
 
 
 def simulate(
@@ -67,9 +68,19 @@ def simulate(
     return [env[v] if isinstance(v, Node) else [v] * mesh.size for v in output.args[0]]
 
 
-def _move(move: Call, env: Env, mesh: Mesh, coords: list[dict[str, int]]) -> Pieces:
-    found = [COLLECT[move.target](part, env[part.args[0]], mesh, coords) for part in move.each()]
+def _move(move: Call, env: Env, mesh: Mesh, coords: Sequence[Coords]) -> Pieces:
+    found = [_moved(part, env[part.args[0]], mesh, coords) for part in move.each()]
     return found[0] if isinstance(move.args[0], Node) else [list(values) for values in zip(*found, strict=True)]
+
+
+def _moved(move: Call, pieces: Pieces, mesh: Mesh, coords: Sequence[Coords]) -> Pieces:
+    """One value, by the ranks along the mesh dim."""
+    out: Pieces = [None] * mesh.size
+    for group in mesh.groups(move.axis):
+        found = COLLECT[move.target](move, [pieces[r] for r in group], mesh, [coords[r] for r in group])
+        for r, x in zip(group, found, strict=True):
+            out[r] = x
+    return out
 
 
 @dataclass(frozen=True)
@@ -129,80 +140,55 @@ def _last_uses(gm: GraphModule) -> dict[Node, list[Node]]:
     return out
 
 
-def _all_reduce(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    axis, op = move.args[1], (*move.args, "sum")[2]
-    out: Pieces = [None] * mesh.size
-    for group in mesh.groups(axis):
-        total = combine(op, [pieces[r] for r in group])
-        for r in group:
-            out[r] = total
-    return out
+def _all_reduce(move: Call, pieces: Pieces, mesh: Mesh, coords: Sequence[Coords]) -> Pieces:
+    return [combine(_op(move), pieces)] * len(pieces)
 
 
-def _all_gather(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    before, after = move.before, move.after
-    dim, axis = move.args[1], move.args[2]
-    out: Pieces = [None] * mesh.size
-    for group in mesh.groups(axis):
-        for r in group:
-            deal_ = cut_of(before, dim, axis, mesh, coords[r], before)
-            whole = undeal([pieces[g] for g in group], deal_)
-            out[r] = whole.reshape(after.local_shape(mesh, coords[r]))
-    return out
+def _op(move: Call) -> str:
+    return (*(a for a in move.args[1:] if isinstance(a, str)), "sum")[1]
 
 
-def _reduce_scatter(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    after = move.after
-    dim, axis, *rest = move.args[1:]
-    op = rest[0] if rest else "sum"
-    out: Pieces = [None] * mesh.size
-    for group in mesh.groups(axis):
-        total = combine(op, [pieces[r] for r in group])
-        for i, r in enumerate(group):
-            out[r] = _piece(total, after, dim, axis, mesh, coords[r], i)
-    return out
+def _all_gather(move: Call, pieces: Pieces, mesh: Mesh, coords: Sequence[Coords]) -> Pieces:
+    return [_shaped(undeal(pieces, _cut(move, mesh, at)), move, mesh, at) for at in coords]
 
 
-def _local_slice(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    after = move.after
-    dim, axis = move.args[1], move.args[2]
-    return [_piece(x, after, dim, axis, mesh, at, place(at, axis)) for x, at in zip(pieces, coords, strict=True)]
+def _reduce_scatter(move: Call, pieces: Pieces, mesh: Mesh, coords: Sequence[Coords]) -> Pieces:
+    return _local_slice(move, [combine(_op(move), pieces)] * len(pieces), mesh, coords)
 
 
-def _piece(x: Tensor, after: Spec, dim: int, axis: str, mesh: Mesh, at: dict[str, int], i: int) -> Tensor:
-    dealt = deal(x, cut_of(after, dim, axis, mesh, at, after))
-    return dealt[i].reshape(after.local_shape(mesh, at))
+def _local_slice(move: Call, pieces: Pieces, mesh: Mesh, coords: Sequence[Coords]) -> Pieces:
+    dealt = [deal(x, _cut(move, mesh, at))[i] for i, (x, at) in enumerate(zip(pieces, coords, strict=True))]
+    return [_shaped(x, move, mesh, at) for x, at in zip(dealt, coords, strict=True)]
 
 
-def _all_to_all(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    before, after = move.before, move.after
-    source, dim, axis = move.args[1:]
-    out: Pieces = [None] * mesh.size
-    for group in mesh.groups(axis):
-        dealt = [deal(pieces[r], cut_of(after, dim, axis, mesh, coords[r], before)) for r in group]
-        for i, r in enumerate(group):
-            mine = undeal([d[i] for d in dealt], cut_of(before, source, axis, mesh, coords[r], after))
-            out[r] = mine.reshape(after.local_shape(mesh, coords[r]))
-    return out
+def _all_to_all(move: Call, pieces: Pieces, mesh: Mesh, coords: Sequence[Coords]) -> Pieces:
+    dealt = [deal(x, _cut(move, mesh, at)) for x, at in zip(pieces, coords, strict=True)]
+    source = move.args[1]
+    cuts = [cut_of(move.before, source, move.axis, mesh, at, move.after) for at in coords]
+    mine = [undeal([d[i] for d in dealt], cut) for i, cut in enumerate(cuts)]
+    return [_shaped(x, move, mesh, at) for x, at in zip(mine, coords, strict=True)]
 
 
-def _fetch(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    dim, axis, _, wanted, *fill = move.args[1:]
-    out: Pieces = [None] * mesh.size
-    for group in mesh.groups(axis):
-        whole = torch.cat([pieces[r] for r in group], dim)
-        n = whole.shape[dim]
-        beside = whole.new_full((*whole.shape[:dim], 1, *whole.shape[dim + 1 :]), *fill) if fill else whole
-        for r in group:
-            at = [i if 0 <= i < n else n for i in c.indices_of(wanted[coords[r][axis]])]
-            source = torch.cat([whole, beside], dim) if fill else whole
-            out[r] = source.index_select(dim, torch.tensor(at, dtype=torch.int64, device=whole.device))
-    return out
+def _cut(move: Call, mesh: Mesh, at: Coords) -> Cut:
+    return cuts_of(move, mesh, at)[0]
 
 
-def _make_partial(move: Call, pieces: Pieces, mesh: Mesh, coords: list) -> Pieces:
-    axis = move.args[1]
-    return [torch.zeros_like(x) if at[axis] else x for x, at in zip(pieces, coords, strict=True)]
+def _shaped(x: Tensor, move: Call, mesh: Mesh, at: Coords) -> Tensor:
+    return x.reshape(move.after.local_shape(mesh, at))
+
+
+def _fetch(move: Call, pieces: Pieces, mesh: Mesh, coords: Sequence[Coords]) -> Pieces:
+    dim, _, _, wanted, *fill = move.args[1:]
+    source = torch.cat(pieces, dim)
+    n = source.shape[dim]
+    if fill:
+        source = torch.cat([source, source.new_full((*source.shape[:dim], 1, *source.shape[dim + 1 :]), *fill)], dim)
+    at = [[i if 0 <= i < n else n for i in c.indices_of(runs)] for runs in wanted]
+    return [source.index_select(dim, torch.tensor(mine, dtype=torch.int64, device=source.device)) for mine in at]
+
+
+def _make_partial(move: Call, pieces: Pieces, mesh: Mesh, coords: Sequence[Coords]) -> Pieces:
+    return [pieces[0], *(torch.zeros_like(x) for x in pieces[1:])]
 
 
 COLLECT = {
