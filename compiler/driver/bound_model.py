@@ -15,10 +15,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from shardc.compiler.driver.calls.program_cache import Entry
 from shardc.compiler.driver.fill import Filling
 from shardc.compiler.driver.kept_gradients import ALL, Sync
 from shardc.compiler.driver.lowering import Lowering
-from shardc.compiler.driver.program_cache import Entry
 from shardc.compiler.errors import CheckpointError, PlanError, ShardingError
 from shardc.compiler.ir.signature import InputKind
 from shardc.compiler.plan.resolved import Resolved

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from shardc.compiler.analysis.program import Program
-from shardc.compiler.driver.call_keys import held
+from shardc.compiler.driver.calls.call_keys import held
 from shardc.compiler.driver.kept_gradients import Sync
 from shardc.compiler.driver.precision import border_casts
 from shardc.compiler.infer.infer import Decisions

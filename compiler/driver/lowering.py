@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.driver.bind import bind
-from shardc.compiler.driver.call_keys import Keys, text_key
+from shardc.compiler.driver.calls.call_keys import Keys, text_key
+from shardc.compiler.driver.calls.passing import Taken
+from shardc.compiler.driver.calls.program_cache import Entries, Entry
 from shardc.compiler.driver.decide import Deciding, Options
 from shardc.compiler.driver.kept_gradients import ALL, Kept, Sync
-from shardc.compiler.driver.passing import Taken
-from shardc.compiler.driver.program_cache import Entries, Entry
 from shardc.compiler.driver.size_families import Families
 from shardc.compiler.driver.tracing import Tracing
 from shardc.compiler.errors import PlanError, ShardingError

@@ -23,10 +23,10 @@ import sympy
 from torch.fx import Node
 
 from shardc.compiler.analysis.program import Program
-from shardc.compiler.driver.call_keys import shapes_of
+from shardc.compiler.driver.calls.call_keys import shapes_of
+from shardc.compiler.driver.calls.passing import Taken
 from shardc.compiler.driver.decide import Deciding
 from shardc.compiler.driver.kept_gradients import Sync
-from shardc.compiler.driver.passing import Taken
 from shardc.compiler.driver.tracing import Tracing
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.infer.infer import Decisions

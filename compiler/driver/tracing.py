@@ -11,9 +11,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from shardc.compiler.driver.call_keys import Keys, check_call, held, text_key
+from shardc.compiler.driver.calls.call_keys import Keys, check_call, held, text_key
+from shardc.compiler.driver.calls.passing import Call, Made, Passing, Taken
 from shardc.compiler.driver.decide import Options
-from shardc.compiler.driver.passing import Call, Made, Passing, Taken
 from shardc.compiler.driver.precision import add_casts, border_casts, call_dtypes, computed_as, info_as
 from shardc.compiler.driver.saved import trace_folder
 from shardc.compiler.driver.saved.saved_programs import Traces, about, load, save

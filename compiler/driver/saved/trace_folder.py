@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from shardc.compiler.driver.call_keys import text_key
+from shardc.compiler.driver.calls.call_keys import text_key
 from shardc.compiler.driver.saved.saved_programs import Traces, found_by, load, save
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.ir.signature import Reads, Traced

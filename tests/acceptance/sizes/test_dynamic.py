@@ -175,7 +175,7 @@ def test_what_cannot_be_one_program_gets_one_for_each_size(caplog: pytest.LogCap
 
 
 def test_sizes_beyond_what_stays_bound_are_bound_anew(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shardc.compiler.driver.program_cache.PROGRAMS", 2)
+    monkeypatch.setattr("shardc.compiler.driver.calls.program_cache.PROGRAMS", 2)
     compiled, alone = pair(nn.Linear(4, 6), {"": ColwiseParallel()}, Mesh(tp=2))
     for rows in (8, 5, 6, 7, 5, 9, 8):
         agrees(compiled, alone, (torch.randn(rows, 4, dtype=torch.float64),))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
-from shardc.compiler.driver import program_cache as entries
+from shardc.compiler.driver.calls import program_cache as entries
 from shardc.compiler.driver.saved import fingerprint
 from shardc.compiler.driver.saved.trace_folder import FOLDER
 from shardc.compiler.trace.trace import trace

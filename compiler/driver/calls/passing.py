@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from shardc.compiler.driver.call_keys import global_shape
+from shardc.compiler.driver.calls.call_keys import global_shape
 from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.infer.batch import Batch, NotRows
 from shardc.compiler.infer.marked_layouts import input_layouts, told
