@@ -1,7 +1,11 @@
-"""The README's quick start runs as written, and its commands exist."""
+"""The README's quick start runs as written, and its commands exist; pages that show ranks say what they print."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+from tests.runtime.ranks import on_ranks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,3 +36,13 @@ def test_every_make_target_named_exists():
 def test_every_folder_and_page_named_exists():
     for name in re.findall(r"\| `([a-z]+/)` \|", README):
         assert (ROOT / name).is_dir(), name
+
+
+@on_ranks
+def test_the_page_on_inputs_prints_what_it_says(tmp_path: Path):
+    page = (ROOT / "docs/inputs_and_results.md").read_text()
+    script, printed = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", page, re.S).groups()
+    (tmp_path / "scores.py").write_text(script)
+    done = subprocess.run([sys.executable, "scores.py"], cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed

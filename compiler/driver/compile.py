@@ -49,10 +49,11 @@ def compile(
     model: an nn.Module. plan: a `Plan`, a dict of patterns -> styles for the only mesh dim, a style for the
     root, or None for the module's own annotations. mesh: a torch DeviceMesh (real ranks), or a `shardc.Mesh`
     (all ranks simulated in this process; global tensors in and out). inputs, outputs: layouts of the root's
-    inputs and outputs. init: what fills a model on meta: None calls `reset_parameters` of every module that owns
-    tensors there, a function is called per such module, a state_dict or a path (safetensors, or a folder of
-    torch.distributed.checkpoint) is loaded; of a pair (one of these, function or None) the second fills what the
-    first lacks. src_data_rank: whose values win; None: each rank slices its own.
+    inputs and outputs; what is rows of the batch the graph shows by itself (docs/inputs_and_results.md). init: what
+    fills a model on meta: None calls `reset_parameters` of every module that owns tensors there, a function is called
+    per such module, a state_dict or a path (safetensors, or a folder of torch.distributed.checkpoint) is loaded; of a
+    pair (one of these, function or None) the second fills what the first lacks. src_data_rank: whose values win; None:
+    each rank slices its own.
     precision: the dtypes that are computed with, reduced in and returned.
     recompute: patterns of modules whose activations are computed again in backward. rng: "counter", random numbers
     that are the same on any mesh, one device included, or "replay", those that plain eager torch draws on one device.
