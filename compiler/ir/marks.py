@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard, _StridedShard
 
+from shardc.compiler.errors import ShardingError
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec
 
@@ -72,6 +73,35 @@ class UnlessPending:
         for axis in pending:
             layout = layout.without(axis, mesh)
         return layout.with_pending(pending, mesh)
+
+
+class Marked(torch.autograd.Function):
+    """The mark of a value, inside torch.func's transforms too: the operator alone knows nothing of them."""
+
+    @staticmethod
+    def forward(x: Tensor, key: str) -> Tensor:
+        return MARK(x, key)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.key = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Marked.apply(grad, ctx.key + GRAD), None  # pyright: ignore[reportReturnType]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """While torch traces, what a function of Python gives as a tangent is lost."""
+        fqn = ctx.key.partition("|")[0]
+        raise ShardingError(
+            f"a forward-mode derivative (torch.func.jvp, forward_ad) passes {fqn or 'the model'}, which the plan names",
+            help="take it in reverse (torch.func.grad, vjp), or let the plan name no module inside of it",
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return Marked.apply(*args), in_dims[0]
 
 
 @runtime_checkable

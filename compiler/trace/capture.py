@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.ir.marks import MARK, Marked
 from shardc.compiler.rules.checks import CHECK
 from shardc.compiler.rules.facts import written
 from shardc.compiler.trace.module.attributes import Attributes, Effect
@@ -36,7 +38,7 @@ from shardc.compiler.trace.module.results import opened
 from shardc.compiler.trace.module.rewrites import Rewrites
 from shardc.compiler.trace.module.stand_ins import Held
 from shardc.compiler.trace.sizes.data_decided import KINDS, SYMBOLIC, as_tensor
-from shardc.compiler.trace.sources import COMMUNICATION, communicates, without_data, writes_to_constant
+from shardc.compiler.trace.sources import COMMUNICATION, communicates, refused_at, without_data, writes_to_constant
 from shardc.compiler.trace.torch_internals import (
     UNKNOWN_SHAPE,
     UNKNOWN_VALUE,
@@ -51,11 +53,12 @@ from shardc.compiler.trace.torch_internals import (
     is_plain,
     questions,
     read_bytecode,
+    transforms_ended,
 )
 from shardc.compiler.user_code import is_users
 
 LOG_METHODS = ("debug", "info", "warn", "error", "exception", "critical", "log")
-MARK = torch.ops.shardc.mark.default
+
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -309,9 +312,19 @@ class Replay(Interpreter):
         self._constants.append((copy, copy._version))
         return copy
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with transforms_ended():
+            return super().run(*args, **kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return Marked.apply(*args) if target is MARK else super().call_function(target, args, kwargs)
+        except ShardingError as error:
+            raise refused_at(self._node.meta.get("stack_trace"), error) from None
+
     def run_node(self, n: Node) -> Any:
-        self._node = n
-        operands = [self.env[m] for m in n.all_input_nodes if isinstance(self.env.get(m), Tensor)]
+        self._node, held = n, (self.env.get(m) for m in n.all_input_nodes)
+        operands = [value for value in held if isinstance(value, Tensor)]
         versions = [t._version for t in operands]
         result = super().run_node(n)
         if n.target is MARK:
@@ -332,7 +345,7 @@ class _Alias(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._marked.sync()  # before each call, as TorchScript writes unseen
-        result = func(*args, **(kwargs or {}))
+        result = Marked.apply(*args) if func is MARK else func(*args, **(kwargs or {}))
         if func is MARK:
             self._marked.join(args[0], result)
         return result

@@ -216,6 +216,11 @@ def refusal_at(node: Node, what: str, help: str, kind: type[ShardingError] = Sha
     return _refusal_in(node.meta.get("stack_trace"), what, help, kind)
 
 
+def refused_at(stack_trace: str | None, error: ShardingError) -> ShardingError:
+    """The same error, at the user's line."""
+    return _refusal_in(stack_trace, error.what, error.help, type(error))
+
+
 def writes_to_constant(stack_trace: str | None) -> ShardingError:
     return _refusal_in(
         stack_trace,

@@ -6,13 +6,14 @@ What torch's manual describes under an underscore (fake tensors, dispatch modes,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch._dynamo.config as dynamo_config
 import torch._inductor.config as inductor_config
+import torch.autograd.forward_ad as forward_ad
 import torch.fx.traceback as fx_traceback
 import torch.nn.modules.module as modules
 from torch import Tensor, nn
@@ -273,3 +274,19 @@ def questions() -> Iterator[list[Exception]]:
 
     with patch.object(ShapeEnv, "_make_data_dependent_error", made):
         yield asked
+
+
+@contextmanager
+def transforms_ended() -> Iterator[None]:
+    """An error inside of a torch.func transform that a graph begins and ends by itself leaves it begun, for ever."""
+    stack = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    depth, outside = stack.get_dynamic_layer_stack_depth(), forward_ad._current_level < 0
+    try:
+        yield
+    except BaseException:
+        stack.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        if outside:
+            with suppress(RuntimeError):  # one is begun, and torch allows no two
+                torch._C._enter_dual_level()
+            torch._C._exit_dual_level(level=0)
+        raise

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,6 +51,7 @@ from shardc.compiler.trace.torch_internals import (
     set_mkldnn_enabled,
     size_symbol,
     trace_structured,  # pyright: ignore
+    transforms_ended,
     writes,
 )  # fmt: skip
 
@@ -174,6 +176,21 @@ def _flags() -> bool:
     return changed is not before and mkldnn_enabled() is before
 
 
+def _transforms() -> bool:
+    try:
+        with transforms_ended():
+            torch._C._enter_dual_level()
+            torch.func.grad(_fails)(torch.ones(()))
+    except KeyError:
+        with forward_ad.dual_level():  # which raises where one is left
+            return torch.ones(1).requires_grad_().requires_grad
+    return False
+
+
+def _fails(x: Tensor) -> Tensor:
+    raise KeyError
+
+
 # What each private name that is used here is held against. test_torch_internals.py sees to it that none is missing.
 PROBES: dict[Callable[[], bool], str] = {
     _reading: """_dynamo.config _dynamo.config.patch _dynamo.config.ignore_logging_functions
@@ -200,6 +217,8 @@ PROBES: dict[Callable[[], bool], str] = {
         nn.modules.module._global_backward_hooks""",
     _logging: "_logging.trace_structured",
     _as_they_run: "_subclasses.fake_impls _subclasses.fake_impls.op_implementations_dict _C.DispatchKey.Autograd",
+    _transforms: """_C._functorch autograd.forward_ad._current_level
+        _C._enter_dual_level _C._exit_dual_level""",
     _unknown: """_dynamo.source.ConstantSource fx.experimental.symbolic_shapes.ShapeEnv._make_data_dependent_error
         _subclasses.fake_tensor.DataDependentOutputException _subclasses.fake_tensor.DynamicOutputShapeException""",
 }
