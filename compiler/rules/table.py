@@ -7,7 +7,8 @@ splitting one leaves a result that lacks it pending. `whole=` names must not be 
 may be split only in one plain run (the localize function needs its start), `lone=` names over one mesh
 dim only, `nonempty=` names only where no rank comes out empty. `joined=` names are contracted too, but the
 localize function itself combines the pieces: a result that lacks one is complete on every rank. `linear=`
-says through which operands a pending sum may pass: "0 | 1" either of them, "0 1" both together. `(a b)` is
+says through which operands a pending sum may pass: "0 | 1" either of them, "0 1" both together. `once=` operands
+are added to what is summed up: one rank alone has them where a `sum=` name is split, the others zeros. `(a b)` is
 one dim made of two factors, `1` a dim of size one, `...` all leading dims, `*` as a whole operand list
 repeats the operand before it for every further tensor. `follows={"y": "x"}` says that y, of another size
 than x, is split in plain pieces over the mesh dim that splits x, as rows of an image after a convolution
@@ -52,6 +53,7 @@ class OpRule:
     lone: frozenset[str] = frozenset()
     follows: tuple[tuple[str, str], ...] = ()
     linear: tuple[frozenset[int], ...] = ()
+    once: frozenset[int] = frozenset()
     sizes: tuple[tuple[str, int], ...] = ()
     shape_arg: int | None = None  # which argument is the first result's shape
     localize: Localize | None = None
@@ -91,6 +93,7 @@ def parse(
     lone: str = "",
     follows: Mapping[str, str] | None = None,
     linear: str = "",
+    once: str = "",
     sizes: Mapping[str, int] | None = None,
     shape_arg: int | None = None,
     localize: Localize | None = None,
@@ -100,7 +103,7 @@ def parse(
     sizes: of factors that the shapes alone do not tell, such as a number of groups.
     """
     read = _read(
-        text, sum, max, min, prod, whole, plain, joined, nonempty, lone, tuple((follows or {}).items()), linear
+        text, sum, max, min, prod, whole, plain, joined, nonempty, lone, tuple((follows or {}).items()), linear, once
     )
     known = tuple((sizes or {}).items())
     return OpRule(*read, sizes=known, shape_arg=shape_arg, localize=localize, text=text.strip())
@@ -109,7 +112,7 @@ def parse(
 @lru_cache(1024)
 def _read(
     text: str, sum: str, max: str, min: str, prod: str, whole: str, plain: str, joined: str, nonempty: str, lone: str,
-    follows: tuple[tuple[str, str], ...], linear: str,
+    follows: tuple[tuple[str, str], ...], linear: str, once: str,
 ) -> tuple:  # fmt: skip
     """What a line alone says: the first fields of its rule. Functions write the same few lines again and again."""
     left, arrow, right = text.partition("->")
@@ -118,7 +121,15 @@ def _read(
     contracted = {"sum": sum, "max": max, "min": min, "prod": prod}
     reductions = tuple((name, op) for op, names in contracted.items() for name in names.split())
     names = (_names(words) for words in (whole, plain, joined, nonempty, lone))
-    out: tuple[Any, ...] = (_tensors(left), _tensors(right), reductions, *names, follows, _groups(linear))
+    out: tuple[Any, ...] = (
+        _tensors(left),
+        _tensors(right),
+        reductions,
+        *names,
+        follows,
+        _groups(linear),
+        _numbers(once),
+    )
     _check(OpRule(*out), text)
     return out
 
@@ -139,6 +150,10 @@ def _dims(tensor: str) -> Iterator[Names]:
 
 def _names(words: str) -> frozenset[str]:
     return frozenset(words.split())
+
+
+def _numbers(words: str) -> frozenset[int]:
+    return frozenset(int(word) for word in words.split())
 
 
 def _groups(linear: str) -> tuple[frozenset[int], ...]:
@@ -180,7 +195,7 @@ def fit(rule: OpRule, operands: Sequence[Sequence[int]], results: Sequence[Seque
             _solve(rule, dim, n, sizes)
     return OpRule(
         sides[0], sides[1], rule.reductions, rule.whole, rule.plain, rule.joined, rule.nonempty, rule.lone,
-        rule.follows, rule.linear, tuple(sizes.items()), rule.shape_arg, rule.localize, rule.text,
+        rule.follows, rule.linear, rule.once, tuple(sizes.items()), rule.shape_arg, rule.localize, rule.text,
     )  # fmt: skip
 
 

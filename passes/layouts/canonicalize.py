@@ -9,10 +9,16 @@
   ==>
     %back = aten.native_layer_norm_backward(%g, %x, [64], %mean, %rstd, %weight, %weight, [True, True, True])
 
+    %zeros = aten.zeros_like(%x)
+    %sum = aten.index_add(%zeros, 0, %index, %rows)
+  ==>
+    %zeros = aten.zeros([16, 8], dtype=f32, device=cpu)
+    %sum = aten.index_add(%zeros, 0, %index, %rows)
+
 The backward of a layer norm takes a bias for its shape alone: with the weight in its place nobody gathers it again.
-A product whose contracted dim is split is a pending sum, and a bias inside it would count once per rank.
-Left alone: scaled forms (alpha, beta other than 1), and a bias of another kind than the weight. What nothing uses is
-dropped.
+A product whose contracted dim is split is a pending sum, and a bias inside it would count once per rank. Zeros that
+rows are added into lie as the sum does, not as what they were like. Left alone: scaled forms (alpha, beta other than
+1), a bias of another kind than the weight, and zeros that something else reads. What nothing uses is dropped.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from shardc.compiler.ir.node import arguments, tensors, val
 from shardc.compiler.ir.rewrite import emit, replace
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
+from shardc.compiler.spec.sizes import named_shape, of_data
 
 aten = torch.ops.aten
 PRODUCTS: dict[Any, Any] = {
@@ -36,6 +43,7 @@ PRODUCTS: dict[Any, Any] = {
     aten.baddbmm.default: aten.bmm.default,
     aten.addmv.default: aten.mv.default,
 }
+ADDED_INTO = (aten.index_add.default, aten.scatter_add.default)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,20 @@ class Canonicalize:
             if weight is not bias and _alike(weight, bias):
                 node.update_arg(6, weight)
                 changes["bias for its shape"] += 1
+        for node in call_nodes(gm, aten.zeros_like.default):
+            if all(user.target in ADDED_INTO and user.args[0] is node for user in node.users):
+                _by_itself(node)
+                changes["zeros by themselves"] += 1
         return PassResult(changes)
+
+
+def _by_itself(node: Node) -> None:
+    (zeros,) = tensors(node)
+    if zeros.is_contiguous() and not of_data(named_shape(zeros)):
+        with node.graph.inserting_before(node):
+            about = {"dtype": zeros.dtype, "device": zeros.device}
+            made = emit(aten.zeros.default, ([*zeros.shape],), node, about, value=val(node))
+        replace(node, made)
 
 
 def _alike(a: Any, b: Any) -> bool:

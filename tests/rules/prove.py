@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,7 +98,10 @@ def by_hand(rule: OpRule, dims: Mapping[str, Dim], mesh: Mesh) -> Decision:
         pending = {a: op for f, op in rule.reductions if rule.leader(f) not in here for a in axes_of(factors[f])}
         return lay_out(names).with_pending(pending, mesh)
 
-    operands = tuple(lay_out(names) for names in rule.operands)
+    summed = {a: "sum" for f, op in rule.reductions if op == "sum" for a in axes_of(factors[f])}
+    operands = tuple(
+        lay_out(names).with_pending(summed if i in rule.once else {}, mesh) for i, names in enumerate(rule.operands)
+    )
     return Decision(tuple(factors.items()), operands, tuple(result(n) for n in rule.results), ())
 
 
@@ -164,15 +168,22 @@ def _has_values(op: Any) -> bool:
 
 def _local_calls(decision: Decision, mesh: Mesh, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
     tensors = tensors_in(args, kwargs)
-    summands = [shares(t, mesh["x"]) if s.pending else [t] for t, s in zip(tensors, decision.operands, strict=True)]
+    over = [[axis for axis, _ in s.pending] for s in decision.operands]
+    summands = [
+        shares(t, math.prod(mesh[a] for a in axes)) if axes else [t] for t, axes in zip(tensors, over, strict=True)
+    ]
     calls = []
     for rank in range(mesh.size):
         coords = mesh.coords(rank)
-        local = iter(
-            cut(t[coords["x"] % len(t)], s, mesh, coords) for t, s in zip(summands, decision.operands, strict=True)
-        )
+        mine = [t[_number(axes, coords, mesh)] for t, axes in zip(summands, over, strict=True)]
+        local = iter(cut(t, s, mesh, coords) for t, s in zip(mine, decision.operands, strict=True))
         calls.append((swap(args, local), swap(kwargs, local)))
     return calls
+
+
+def _number(axes: Sequence[str], coords: Mapping[str, int], mesh: Mesh) -> int:
+    """A rank's place among those that hold summands of one tensor."""
+    return sum(coords[axis] * math.prod(mesh[a] for a in axes[i + 1 :]) for i, axis in enumerate(axes))
 
 
 def swap(tree: Any, leaves: Iterator[torch.Tensor]) -> Any:

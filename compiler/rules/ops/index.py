@@ -93,7 +93,7 @@ def _(x: Any, dim: int, index: Any, source: Any, *, results: Any) -> OpRule:
         return site.call(aten.slice.Tensor, out, dim, 0, site.size("v"))
 
     return parse(
-        line([into, where, same], [into]), whole=" ".join(["k", *whole]), plain="v", linear="0 2",
+        line([into, where, same], [into]), whole=" ".join(whole), plain="v", sum="k", linear="0 2", once="0",
         localize=local,
     )  # fmt: skip
 
@@ -126,7 +126,16 @@ def _rows(linear: str) -> Any:
     return build
 
 
-rule(aten.index_add.default)(_rows("0 2"))
+@rule(aten.index_add.default)
+def _(x: Any, dim: int, index: Any, source: Any, *, results: Any, **options: Any) -> OpRule:
+    """Each rank adds its own rows of the source."""
+    tensors = [x, index, source]
+    if any(t.dim() == 0 for t in tensors):
+        return apart(tensors, results, linear="0 2")
+    into, added = dims(x.dim(), {dim: "v"}), dims(x.dim(), {dim: "k"})
+    return parse(line([into, ["k"], added], [into]), whole="v", sum="k", linear="0 2", once="0")
+
+
 rule(aten.index_copy.default)(_rows(""))
 rule(aten.index_fill.int_Tensor)(_rows("0 2"))
 rule(aten.index_fill.int_Scalar)(_rows(""))
@@ -194,9 +203,13 @@ def _(x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False, *, 
         return apart(tensors, results)
     names, lists, taken, shape = _indexed(x, indices)
     put = broadcast(values.shape, shape, taken)
-    whole = {n for names in (names, *lists, put) for n in names if n[0] in "vb"}
-    linear = f"0 {len(tensors) - 1}" if accumulate else ""
-    return parse(line([names, *lists, put], [names]), whole=" ".join(sorted(whole)), linear=linear)
+    found = {n[0]: set[str]() for n in ("v", "b")}
+    for name in (name for names in (names, *lists, put) for name in names if name[0] in found):
+        found[name[0]].add(name)
+    text, looked_up, rows = line([names, *lists, put], [names]), *(" ".join(sorted(found[n])) for n in found)
+    if not accumulate:
+        return parse(text, whole=f"{looked_up} {rows}")
+    return parse(text, whole=looked_up, sum=rows, linear=f"0 {len(tensors) - 1}", once="0")
 
 
 def _put_masked(rank: int, mask: int, value: int) -> OpRule:
