@@ -21,7 +21,7 @@ from torch.fx import Node
 
 import shardc
 from shardc import Mesh
-from shardc.compiler.infer.infer import Decisions, call_rule, decide_node
+from shardc.compiler.infer.decisions import Decisions, call_rule, decide_node
 from shardc.compiler.ir.node import operands, spec
 
 

@@ -8,6 +8,7 @@ from shardc.compiler.pipeline.runner import Context
 from shardc.passes.layouts.average_gradients import AverageGradients
 from shardc.passes.layouts.canonicalize import Canonicalize
 from shardc.passes.layouts.choose_factors import ChooseFactors
+from shardc.passes.layouts.choose_layouts import ChooseLayouts
 from shardc.passes.layouts.draw_whole import DrawWhole
 from shardc.passes.layouts.fuse_cross_entropy import FuseCrossEntropy
 from shardc.passes.layouts.number_draws import NumberDraws
@@ -31,6 +32,7 @@ OPTIONAL = (
     "fuse-cross-entropy",
     "average-gradients",
     "regather-in-backward",
+    "choose-layouts",
     "merge-equal",
     "delay-reductions",
     "shorten-views",
@@ -66,6 +68,7 @@ def _passes(ctx: Context) -> list[Any]:
         RegatherInBackward(),  # memory for wire: freed parameters are gathered again
         ChooseFactors(),  # ... of whole heads where heads will be needed whole
         Propagate(),  # ... and reach every value                                    TRACED -> SHARDED
+        ChooseLayouts(),  # where it disagrees with itself: all together, to cost least
         InsertReshards(),  # disagreements become explicit                           SHARDED -> RESHARDED
         MergeEqual(),  # before lowering: one reshard per value and layout
         LowerReshards(),  # ... and cost something

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shardc.compiler.plan.plan import Plan
     from shardc.compiler.proof.check_rule import check_rule, discover_rule
     from shardc.compiler.rules.table import rule
+    from shardc.compiler.spec.hardware import Hardware
     from shardc.compiler.spec.mesh import Mesh
     from shardc.runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
     from shardc.runtime.launch.launch import launch
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "CompiledModule",
     "FullyShard",
+    "Hardware",
     "Layout",
     "Mesh",
     "Plan",
@@ -57,6 +59,7 @@ _HOME = {
     "CheckpointError": "shardc.compiler.errors",
     "CompiledModule": "shardc.compiler.driver.compile",
     "FullyShard": "shardc.compiler.plan.entries",
+    "Hardware": "shardc.compiler.spec.hardware",
     "Layout": "shardc.compiler.plan.layout",
     "Mesh": "shardc.compiler.spec.mesh",
     "Plan": "shardc.compiler.plan.plan",

@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from shardc.compiler.infer.infer import decide_node
+from shardc.compiler.infer.decisions import decide_node
 from shardc.compiler.ir import collectives
 from shardc.compiler.ir.graph import placeholders, returned
 from shardc.compiler.ir.node import arguments, operands, set_specs, spec, specs, tensors, val

@@ -41,8 +41,10 @@ ROOMS = {
     "compiler.analysis": "passes runtime",
     "compiler.proof": "",
     "compiler.driver": "passes.layouts passes.reshards passes.local",
-    "tools.links": "compiler passes runtime",
-    "tools.timeline": f"{FINISHED} compiler.ir compiler.analysis compiler.proof compiler.driver runtime",
+    **dict.fromkeys(
+        ["tools.links", "tools.timeline"],
+        f"{FINISHED} compiler.ir compiler.analysis compiler.proof compiler.driver runtime",
+    ),
     **{f"tools.{m}": "compiler passes runtime" for m in "pack page program_json measured".split()},
     "tools": "passes runtime",
 }

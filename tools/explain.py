@@ -16,7 +16,9 @@ from rich.text import Text
 import shardc
 from shardc import Mesh
 from shardc.compiler.driver.fill import ON_META
-from shardc.tools.links import LEFT_OUT, Links, parse_links
+from shardc.compiler.spec.hardware import Hardware
+from shardc.tools.links import LEFT_OUT, parse_links
+from shardc.tools.links import as_json as machine_json
 from shardc.tools.timeline import Timeline, estimate, mesh_of
 
 
@@ -67,8 +69,9 @@ def show(data: dict[str, Any], links: str) -> None:
     console.print(_totals_table(data))
     console.print(_collectives_table(data["collectives"]))
     console.print(_memory_table(data))
+    console.print(_work_table(data["work"]))
     used = parse_links(links, mesh_of(data))
-    console.print(_estimate_table(estimate(data, used), used))
+    console.print(_estimate_table(estimate(data, used), used, mesh_of(data)))
     for text in LEFT_OUT:
         console.print(f"  left out: {text}", markup=False, highlight=False, style="dim")
     for text in (*data["plan"]["warnings"], *(f"matches nothing: {key}" for key in data["plan"]["unmatched"])):
@@ -157,9 +160,18 @@ def _memory_table(data: dict[str, Any]) -> Table:
     return table
 
 
-def _estimate_table(timeline: Timeline, links: Links) -> Table:
-    carried = ", ".join(f"{dim} over {link} at {rate / 1e9:g} GB/s" for dim, (link, rate) in links.dims.items())
-    table = Table(f"estimate for {links.device.name}: {carried}")
+def _work_table(work: dict[str, Any]) -> Table:
+    table = Table("operations of all ranks over those of one device; what repeats", title_justify="left")
+    table.add_column(f"{work['repeated']:.2f}", justify="right")
+    for place in work["places"][:10]:
+        table.add_row(Text(f"{place['fqn']}\n{place['where']}"), f"{place['share']:.1%}")
+    return table
+
+
+def _estimate_table(timeline: Timeline, machine: Hardware, mesh: Mesh) -> Table:
+    links = {dim: machine.link(mesh, dim) for dim in mesh}
+    carried = ", ".join(f"{dim} over {link} at {rate / 1e9:g} GB/s" for dim, (link, rate) in links.items())
+    table = Table(f"estimate for {machine.name}: {carried}")
     table.add_column("seconds", justify="right")
     for name, value in seconds(timeline).items():
         table.add_row(name, f"{value:.6f}")
@@ -180,12 +192,13 @@ def as_json(data: dict[str, Any], links: str) -> dict[str, Any]:
     used = parse_links(links, mesh_of(data))
     return {
         "schema": 1,
-        "mesh": dict(mesh_of(data)),
+        "mesh": {dim: mesh_of(data)[dim] for dim in mesh_of(data)},
         "collectives": data["collectives"],
         "totals": totals(data),
         "peak_bytes": data["memory"]["peak_bytes"],
         "memory": memory(data),
-        "estimate": {**seconds(estimate(data, used)), "links": used.as_json()},
+        "work": data["work"],
+        "estimate": {**seconds(estimate(data, used)), "links": machine_json(used, mesh_of(data))},
         "warnings": data["plan"]["warnings"],
         "notes": data["notes"],
         "plan": data["plan"]["text"],

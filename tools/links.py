@@ -4,51 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from shardc.compiler.spec.hardware import Hardware
+from shardc.compiler.spec.mesh import Mesh
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-NODE = 8  # devices that share the first link
 
-
-@dataclass(frozen=True)
-class Device:
-    """One accelerator, by its maker's data sheet: dense rates without sparsity, links in one direction."""
-
-    name: str
-    flops: dict[str, float]  # operations per second by dtype; "" for the others
-    memory: float  # bytes per second
-    links: dict[str, float]  # bytes per second, fastest first
-    source: str
-
-
-DEVICES = {
-    d.name: d
-    for d in (
-        Device(
-            "a100",
-            {"f16": 312e12, "bf16": 312e12, "f64": 19.5e12, "": 19.5e12},
-            2.039e12,
-            {"nvlink": 300e9, "ib": 25e9},
-            "NVIDIA A100 80GB SXM data sheet (NVLink 600 GB/s in both directions); HDR InfiniBand, 200 Gb/s",
-        ),
-        Device(
-            "h100",
-            {"f16": 989e12, "bf16": 989e12, "f64": 67e12, "": 67e12},
-            3.35e12,
-            {"nvlink": 450e9, "ib": 50e9},
-            "NVIDIA H100 SXM data sheet (NVLink 900 GB/s in both directions); NDR InfiniBand, 400 Gb/s",
-        ),
-        Device(
-            "h200",
-            {"f16": 989e12, "bf16": 989e12, "f64": 67e12, "": 67e12},
-            4.8e12,
-            {"nvlink": 450e9, "ib": 50e9},
-            "NVIDIA H200 SXM data sheet (NVLink 900 GB/s in both directions); NDR InfiniBand, 400 Gb/s",
-        ),
-    )
-}
 
 LEFT_OUT = (
     "kernels reach their peak rates (real ones reach half, and less for small sizes)",
@@ -60,56 +24,35 @@ LEFT_OUT = (
 )
 
 
-@dataclass(frozen=True)
-class Links:
-    """A device, and for each mesh dim the link that carries it: (name, bytes per second).
-
-    latency: seconds per step of a ring. launch: seconds that any operator takes at least.
-    """
-
-    device: Device
-    dims: dict[str, tuple[str, float]]
-    latency: float = 5e-6
-    launch: float = 3e-6
-
-    def as_json(self) -> dict[str, Any]:
-        """What an estimate rests on."""
-        return {
-            "device": self.device.name,
-            "source": self.device.source,
-            "flops": self.device.flops,
-            "memory": self.device.memory,
-            "links": {dim: {"link": name, "bytes_per_second": rate} for dim, (name, rate) in self.dims.items()},
-            "latency": self.latency,
-            "launch": self.launch,
-            "left_out": list(LEFT_OUT),
-        }
+def as_json(machine: Hardware, mesh: Mesh) -> dict[str, Any]:
+    """What an estimate rests on."""
+    carried = {dim: machine.link(mesh, dim) for dim in mesh}
+    return {
+        "device": machine.name,
+        "source": machine.source,
+        "flops": machine.flops,
+        "memory": machine.memory,
+        "links": {dim: {"link": name, "bytes_per_second": rate} for dim, (name, rate) in carried.items()},
+        "latency": machine.latency,
+        "launch": machine.launch,
+        "left_out": list(LEFT_OUT),
+    }
 
 
-def parse_links(text: str, mesh: Sequence[tuple[str, int]]) -> Links:
+def parse_links(text: str, mesh: Mesh) -> Hardware:
     """`h100`, `nvlink=450GB/s,ib=50GB/s`, `h200,ib=25GB/s`, or by mesh dim: `dp=50GB/s,tp=450GB/s`.
 
-    mesh: names and sizes, outermost first. Mesh dims get the first link from the innermost outwards for as long
-    as they stay within 8 devices, and the last link beyond. Raises ValueError for other text."""
-    device, given = DEVICES["h100"], {}
+    Raises ValueError for other text."""
+    machine, given = Hardware.preset("h100"), {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, rate = part.partition("=")
-        if not equals:
-            if name not in DEVICES:
-                raise ValueError(
-                    f"--links: no preset {name!r}; there are {', '.join(DEVICES)}, or write nvlink=450GB/s"
-                )
-            device = DEVICES[name]
-        else:
+        if equals:
             given[name] = parse_rate(rate)
-    by_dim = {name: given.pop(name) for name, _ in mesh if name in given}
-    links = list({**(device.links if not given or set(given) <= set(device.links) else {}), **given}.items())
-    dims, inside = {}, 1
-    for name, size in reversed(mesh):
-        inside *= size
-        dims[name] = links[0] if inside <= NODE else links[-1]
-    dims |= {name: (name, rate) for name, rate in by_dim.items()}
-    return Links(device, {name: dims[name] for name, _ in mesh})
+        else:
+            machine = Hardware.preset(name)
+    known: Mapping[str, float] = machine.links  # pyright: ignore[reportAssignmentType]
+    named = {name for name in given if name not in mesh}
+    return replace(machine, links={**(known if named <= set(known) else {}), **given})
 
 
 def parse_rate(text: str) -> float:

@@ -59,7 +59,7 @@ def _title(data: dict[str, Any]) -> str:
 def _timeline(data: dict[str, Any], links: str) -> dict[str, Any]:
     """Events as columns: numbers of nodes, and times as distances."""
     used = parse_links(links, mesh_of(data))
-    out = estimate(data, used).as_json(used)
+    out = estimate(data, used).as_json(used, mesh_of(data))
     number = {n["name"]: i for i, n in enumerate(data["nodes"])}
     events, waits = out["events"], out["waits"]
     out["events"] = _columns(events, number)

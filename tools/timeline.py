@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardc.compiler.spec.cost import seconds
-from shardc.tools.links import Links
+from shardc.compiler.spec.hardware import Hardware
+from shardc.compiler.spec.mesh import Mesh
+from shardc.tools.links import as_json
 
 
 @dataclass
@@ -36,10 +37,10 @@ class Timeline:
         """Seconds of exposed communication."""
         return sum(end - begin for _, begin, end in self.exposed)
 
-    def as_json(self, links: Links) -> dict[str, Any]:
+    def as_json(self, machine: Hardware, mesh: Mesh) -> dict[str, Any]:
         """In nanoseconds, for the page."""
         return {
-            "links": links.as_json(),
+            "links": as_json(machine, mesh),
             "seconds": self.seconds,
             "communication": self.communication,
             "exposed": self.waiting,
@@ -49,9 +50,9 @@ class Timeline:
         }
 
 
-def estimate(data: dict[str, Any], links: Links) -> Timeline:
+def estimate(data: dict[str, Any], machine: Hardware) -> Timeline:
     """One step of rank 0."""
-    clock = _Clock(data, links)
+    clock = _Clock(data, machine)
     for half in data["memory"]["halves"]:
         begin = clock.now
         for name in half["order"]:
@@ -62,18 +63,18 @@ def estimate(data: dict[str, Any], links: Links) -> Timeline:
     return clock.out
 
 
-def mesh_of(data: dict[str, Any]) -> list[tuple[str, int]]:
-    return [(dim["name"], dim["size"]) for dim in data["mesh"]]
+def mesh_of(data: dict[str, Any]) -> Mesh:
+    return Mesh(**{dim["name"]: dim["size"] for dim in data["mesh"]})
 
 
 class _Clock:
     """Both streams while the program is played."""
 
-    def __init__(self, data: dict[str, Any], links: Links) -> None:
-        self.links, self.out = links, Timeline()
+    def __init__(self, data: dict[str, Any], machine: Hardware) -> None:
+        self.machine, self.out = machine, Timeline()
         self.nodes = {n["name"]: n for n in data["nodes"]}
         self.moves = {c["name"]: c for c in data["collectives"]}
-        self.sizes = dict(mesh_of(data))
+        self.mesh = mesh_of(data)
         self.now = self.wire = 0.0
         self.flying: dict[str, float] = {}
 
@@ -106,24 +107,12 @@ class _Clock:
             self.now = until
 
     def _on_the_wire(self, move: dict[str, Any]) -> float:
-        axis, ranks = self._ranks(move["mesh_dim"])
-        return seconds(move["kind"], move["bytes_on_wire"], ranks, self.links.latency, self.links.dims[axis][1])
-
-    def _ranks(self, axis: str) -> tuple[str, int]:
-        """The mesh dim and the number of ranks along it that take part: `dp/2` is every two of dp."""
-        if axis in self.sizes:
-            return axis, self.sizes[axis]
-        dim, _, ways = axis.rpartition("/")
-        return dim, int(ways)
+        return self.machine.collective(move["kind"], move["bytes_on_wire"], self.mesh, move["mesh_dim"])
 
     def _computing(self, node: dict[str, Any]) -> float:
-        device = self.links.device
         touched = node["bytes"] + sum(self.nodes[i]["bytes"] for i in node["inputs"] if i in self.nodes)
-        if not touched:
-            return 0.0
         dtype = node["results"][0]["dtype"] if node["results"] else ""
-        rate = device.flops.get(dtype, device.flops[""])
-        return max(node["flops"] / rate, touched / device.memory, self.links.launch)
+        return self.machine.call(node["flops"], touched, dtype) if touched else 0.0
 
 
 def nano(seconds: float) -> int:
@@ -148,10 +137,8 @@ def chrome_trace(data: dict[str, Any], timeline: Timeline) -> dict[str, Any]:
         label = moves[name]["kind"] if name in moves else node["op"]
         out.append(_slice(f"{label} %{name}", node["phase"], threads[stream], begin, end, args))
     out += [_slice(f"waits for %{name}", "wait", 3, begin, end, {}) for name, begin, end in timeline.exposed]
-    world = 1
-    for _, size in mesh_of(data):
-        world *= size
-    return {"traceEvents": out, "displayTimeUnit": "ms", "distributedInfo": {"rank": 0, "world_size": world}}
+    ranks = {"rank": 0, "world_size": mesh_of(data).size}
+    return {"traceEvents": out, "displayTimeUnit": "ms", "distributedInfo": ranks}
 
 
 def _slice(name: str, kind: str, thread: int, begin: float, end: float, args: dict[str, Any]) -> dict[str, Any]:

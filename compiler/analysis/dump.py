@@ -11,10 +11,11 @@ import torch
 from torch.fx import Node
 
 from shardc.compiler.analysis.explain import rule_text, source_of
-from shardc.compiler.analysis.flops import flops
 from shardc.compiler.analysis.lowered import Lowered
 from shardc.compiler.analysis.memory import memories
 from shardc.compiler.analysis.pass_changes import changes
+from shardc.compiler.analysis.work import by_place, work
+from shardc.compiler.ir.flops import flops
 from shardc.compiler.ir.moves import move_of
 from shardc.compiler.ir.node import local_nbytes, of, specs, target_name, tensors
 from shardc.compiler.ir.signature import InputKind
@@ -46,10 +47,18 @@ def dump(program: Lowered, names: Mapping[str, str]) -> dict[str, Any]:
         "plan": _plan(program),
         "collectives": [{**c._asdict(), "dtype": str(c.dtype)} for c in program.collectives()],
         "memory": _memory(program),
+        "work": _work(program),
         "traced": [list(line) for line in program.records[0].found],
         "passes": [changes(record) for record in program.records],
         "notes": program.notes(),
     }
+
+
+def _work(program: Lowered) -> dict[str, Any]:
+    """What ranks repeat: operations of all ranks over those of one device, and where."""
+    done = work(program.global_gm, program.mesh)
+    places = [{"fqn": fqn, "where": where, "share": share} for fqn, where, share in by_place(done)]
+    return {"repeated": done.repeated, "places": places}
 
 
 def _node(node: Node, mesh: Mesh, names: Mapping[str, str]) -> dict[str, Any]:

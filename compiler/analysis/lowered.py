@@ -18,6 +18,7 @@ from shardc.compiler.ir.text import input_names, text
 from shardc.compiler.pipeline.runner import Record
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.plan.resolved import Resolved
+from shardc.compiler.spec.hardware import NEUTRAL, Hardware
 from shardc.compiler.spec.mesh import Mesh
 
 
@@ -32,6 +33,8 @@ class Lowered:
     plan: Resolved
     records: Sequence[Record]
     original: Any = None  # a `Reference`: runs the unsharded module
+    chosen: GraphModule | None = None  # the SHARDED stage: layouts without what moves
+    hardware: Hardware = NEUTRAL
 
     def __str__(self) -> str:
         return text(self.gm, self.mesh, input_names(self.signature))

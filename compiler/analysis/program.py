@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cached_property
 from typing import Any
 
 from shardc.compiler.analysis.dump import dump
 from shardc.compiler.analysis.explain import explain
 from shardc.compiler.analysis.lowered import Lowered
 from shardc.compiler.analysis.memory import peak_bytes
+from shardc.compiler.analysis.optimality import Choices, Optimality
+from shardc.compiler.analysis.work import Work, work
+from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir.text import input_names
 from shardc.compiler.proof.prove import prove
 
@@ -21,9 +25,27 @@ class Program(Lowered):
         """Bytes alive at the worst moment of forward and backward on the rank that holds most."""
         return peak_bytes(self.halves, self.mesh)
 
+    def work(self) -> Work:
+        """What each operator does on all ranks beyond what one device would: FLOPs, share, module and line."""
+        return work(self.global_gm, self.mesh)
+
+    def optimality(self) -> Optimality:
+        """Estimated seconds of a step on the compiled-for hardware (`compile(hardware=)`), what no layouts that the
+        plan allows can do it in, and the gap between, of the first. docs/deciding.md says what is counted."""
+        return self._choices.optimality
+
+    @cached_property
+    def _choices(self) -> Choices:
+        if self.chosen is None:
+            raise ShardingError("this program has no layouts to choose from", help="compile it with a plan")
+        return Choices(self.chosen, self.mesh, self.plan.data_axes, self.hardware)
+
     def explain(self, value: str) -> str:
-        """Why a value has its layout: the chain of plan entries and rules. value: its name in the text."""
-        return explain(self.gm, self.global_gm, value.removeprefix("%"), input_names(self.signature))
+        """Why a value has its layout: the chain of plan entries and rules, what the choice costs and what the next
+        best would. value: its name in the text."""
+        name = value.removeprefix("%")
+        chain = explain(self.gm, self.global_gm, name, input_names(self.signature))
+        return "\n".join([chain, *(self._choices.lines(name) if self.chosen is not None else ())])
 
     def data(self) -> dict[str, Any]:
         """Everything the viewer shows, as plain data; docs/viewer.md describes it."""

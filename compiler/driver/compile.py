@@ -20,6 +20,7 @@ from shardc.compiler.errors import PlanError
 from shardc.compiler.plan.layout import Precision, bad_option, shown
 from shardc.compiler.plan.match import did_you_mean, find
 from shardc.compiler.plan.resolve import check_placements, mesh_dims, resolve
+from shardc.compiler.spec.hardware import Hardware
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.user_code import call_site, warn_user
 from shardc.passes.pipeline import OPTIONAL
@@ -43,6 +44,7 @@ def compile(
     dynamic: bool = False,
     strict: bool = False,
     without: str | Sequence[str] = (),
+    hardware: Hardware | str | None = None,
 ) -> CompiledModule:
     """Shard a model over a mesh by a plan. The model is taken over in place: its parameters become the shards.
 
@@ -61,6 +63,8 @@ def compile(
     backend: "eager" runs the graph's own Python, "inductor" compiles what a rank computes between collectives, a
     function does so as for `torch.compile`. strict: errors instead of reports. without: names of optimizing passes to
     leave out, such as "overlap", to see what they do or whether they are at fault (passes/pipeline.py lists them).
+    hardware: the machine that layouts which nobody fixed are chosen for, or a preset's name; None is a neutral one
+    (docs/deciding.md).
 
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
     the first call or `lower`, for a module that cannot be traced or sharded so.
@@ -69,6 +73,7 @@ def compile(
         _check_model(model)
         _check_options(precision, rng, backend, dynamic)
         check_init(init)
+        machine = Hardware.of(hardware)
         integers, device_mesh = _mesh(mesh, plan, model)
         _check_source(src_data_rank, integers)
         patterns, left_out = _patterns(recompute, model, strict), _left_out(without)
@@ -80,7 +85,7 @@ def compile(
         Filling(model, resolved, ranks, src_data_rank).fill(init)
     except PlanError as error:
         raise error.at(call_site()) from None
-    options = Options(strict, patterns, rng, precision, dynamic, backend, left_out)
+    options = Options(strict, patterns, rng, precision, dynamic, backend, left_out, machine)
     lower = partial(Lowering, mesh=integers, ranks=ranks, options=options)
     return bind(model, BoundModel(model, resolved, lower))
 

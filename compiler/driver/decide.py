@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from shardc.compiler.analysis.program import Program
+from shardc.compiler.analysis.work import by_place
 from shardc.compiler.driver.calls.call_keys import held
 from shardc.compiler.driver.kept_gradients import Sync
 from shardc.compiler.driver.precision import border_casts
-from shardc.compiler.infer.infer import Decisions
+from shardc.compiler.errors import ShardingError
+from shardc.compiler.infer.decisions import Decisions
 from shardc.compiler.infer.open_splits import refinements
 from shardc.compiler.ir.carry import add_carries
 from shardc.compiler.ir.graph import copy_graph
@@ -25,11 +27,14 @@ from shardc.compiler.plan.layout import Precision
 from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.proof.reference import Original
 from shardc.compiler.rules.ops import all_rules as _rules  # noqa: F401  fills the rule table
+from shardc.compiler.spec.hardware import NEUTRAL, Hardware
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec, to_placements
 from shardc.passes.pipeline import first_passes, pipeline
 from shardc.runtime.run.executable import autocast_state
 from shardc.runtime.wire.distribute import whole
+
+MOST_REPEATED = 0.02  # of all ranks' operations, under strict
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,39 @@ class Options:
     dynamic: bool = False
     backend: str | Callable[..., Any] = "eager"
     without: tuple[str, ...] = ()
+    hardware: Hardware = NEUTRAL
 
 
 def decide(traced: Traced, ctx: Context, original: Any = None) -> Program:
     """Run the whole pipeline on a traced module (its graph is consumed)."""
     gm, names = traced.gm, input_names(ctx.signature)
     global_gm = gm
-    runner, records = Runner(gm, ctx, names), []
+    chosen, runner, records = None, Runner(gm, ctx, names), []
     for step in pipeline(ctx):
+        if step.gives > Stage.SHARDED and chosen is None:
+            chosen = copy_graph(gm)
         if step.gives >= Stage.LOCAL and global_gm is gm:
             global_gm = copy_graph(gm)
         records.append(runner.run(step))
     log_passes(records)
-    return Program(gm, global_gm, ctx.signature, ctx.mesh, ctx.plan, records, original)
+    made = Program(gm, global_gm, ctx.signature, ctx.mesh, ctx.plan, records, original, chosen, ctx.hardware)
+    if ctx.strict:
+        _refuse_repeated(made)
+    return made
+
+
+def _refuse_repeated(program: Program) -> None:
+    """Raises ShardingError where ranks repeat more than a fiftieth of their work."""
+    places = by_place(program.work())
+    share = sum(part for *_, part in places)
+    if share > MOST_REPEATED:
+        fqn, where, most = places[0]
+        raise ShardingError(
+            f"ranks repeat {share:.0%} of their operations, {fqn} most of them ({most:.0%}), and strict=True allows "
+            f"{MOST_REPEATED:.0%}",
+            where=where,
+            help="split it there (a style for the module, or shardc.constrain), or compile without strict=True",
+        )
 
 
 @dataclass
@@ -84,8 +109,9 @@ class Deciding:
 
     def _context(self, signature: Signature, decisions: Decisions, **sync: Any) -> Context:
         told = self.options
-        options = {"strict": told.strict, "rng": told.rng, "without": told.without, "decisions": decisions}
-        return Context(self.mesh, self.plan, signature, **options, **sync)
+        options = {"strict": told.strict, "rng": told.rng, "without": told.without}
+        costs = {"hardware": told.hardware, "decisions": decisions}
+        return Context(self.mesh, self.plan, signature, **options, **costs, **sync)
 
     def _settle(self, traced: Traced, decisions: Decisions) -> None:
         """The first program shows which factor a style's open split falls on: store parameters so, rather than

@@ -29,7 +29,7 @@ from shardc.compiler.driver.decide import Deciding
 from shardc.compiler.driver.kept_gradients import Sync
 from shardc.compiler.driver.tracing import Tracing
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.infer.infer import Decisions
+from shardc.compiler.infer.decisions import Decisions
 from shardc.compiler.ir.graph import copy_graph
 from shardc.compiler.ir.node import set_specs, specs
 from shardc.compiler.spec.rank_numbers import Local

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Node
 
-from shardc.compiler.infer.infer import Decisions, call_rule
+from shardc.compiler.infer.decisions import Decisions, call_rule
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.marks import MARK
 from shardc.compiler.ir.node import operands, result_number, tensors

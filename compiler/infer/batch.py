@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import PlanError
 from shardc.compiler.infer.atoms import Atom, Atoms
-from shardc.compiler.infer.infer import Decisions, call_rule
+from shardc.compiler.infer.decisions import Decisions, call_rule
 from shardc.compiler.infer.marked_layouts import told
 from shardc.compiler.ir.graph import forward_of, inputs_of
 from shardc.compiler.ir.node import operands, shape, tensors
@@ -59,7 +59,7 @@ class Batch:
             if layout is None:
                 open_.append(_Open(entry.name, node, self._lead(node, 0), self._all(node, 1)))
                 continue
-            dims = {getattr(layout.get(a), "dim", None) for a in plan.data_axes} - {None}
+            dims: set[int] = {layout[a].dim for a in plan.data_axes if hasattr(layout.get(a), "dim")}
             self._leads |= {self._lead(node, d) for d in dims}
             self._held |= {a for d in range(len(shape(node))) if d not in dims for a in self._atoms.of(node, d)}
         self._rows = self._chosen(open_)

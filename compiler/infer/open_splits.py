@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from shardc.compiler.infer.atoms import Atom, Atoms
-from shardc.compiler.infer.infer import Decisions
+from shardc.compiler.infer.decisions import Decisions
 from shardc.compiler.ir.graph import inputs_of
 from shardc.compiler.ir.signature import InputKind, Signature
 from shardc.compiler.plan.param_layout import ParamLayout

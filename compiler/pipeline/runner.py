@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.infer.infer import Decisions
+from shardc.compiler.infer.decisions import Decisions
 from shardc.compiler.ir.node import parts, sign, stays
 from shardc.compiler.ir.signature import Signature
 from shardc.compiler.ir.text import Line, line
 from shardc.compiler.pipeline.stages import Stage, verify
+from shardc.compiler.spec.hardware import NEUTRAL, Hardware
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec
 
@@ -37,6 +38,7 @@ class Context:
     strict: bool = False
     rng: str = "counter"
     without: tuple[str, ...] = ()  # passes that the user left out
+    hardware: Hardware = NEUTRAL  # that costs are counted for
     decisions: Decisions = field(default_factory=Decisions, compare=False)
 
 

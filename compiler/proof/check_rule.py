@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.infer.infer import decide_node
+from shardc.compiler.infer.decisions import decide_node
 from shardc.compiler.ir.node import operands, set_spec, set_specs, set_val
 from shardc.compiler.rules.ops import all_rules as _rules  # noqa: F401  fills the rule table
 from shardc.compiler.rules.table import OpRule, overload, rule_of, tensors_in

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
-from shardc.compiler.spec.cost import price
+from shardc.compiler.spec.cost import ROUNDS, price, wire_bytes
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec, axes_of, restrict
 
@@ -47,10 +47,24 @@ def ways(source: Spec, target: Spec, itemsize: int, mesh: Mesh) -> tuple[Move, .
     raise AssertionError(f"no way from {source} to {target}")
 
 
+def sent_on_way(source: Spec, target: Spec, itemsize: int, mesh: Mesh) -> Iterator[tuple[Move, float]]:
+    """The moves of the cheapest way, with the bytes that a rank sends in each; none within a rank."""
+    at = source
+    for move in ways(source, target, itemsize, mesh):
+        pieces, n = _pieces(move, at, itemsize, mesh)
+        yield move, wire_bytes(move.kind, pieces, n) if move.kind in ROUNDS else 0.0
+        at = move.after
+
+
 def _price(move: Move, at: Spec, itemsize: int, mesh: Mesh) -> float:
+    return price(move.kind, *_pieces(move, at, itemsize, mesh))
+
+
+def _pieces(move: Move, at: Spec, itemsize: int, mesh: Mesh) -> tuple[float, int]:
+    """Bytes of all equal pieces of what a move takes, as `wire_bytes` counts them, and over how many ranks."""
     n = mesh[next(a for a in move.args if isinstance(a, str))]
     local = local_elements(at, mesh) * itemsize
-    return price(move.kind, n * local if move.kind == "all_gather" else local, n)
+    return (n * local if move.kind == "all_gather" else local), n
 
 
 def _moves(at: Spec, target: Spec, mesh: Mesh) -> Iterator[Move]:

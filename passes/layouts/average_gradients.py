@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.infer.infer import call_rule
+from shardc.compiler.infer.decisions import call_rule
 from shardc.compiler.ir.graph import call_nodes, placeholders, returned
 from shardc.compiler.ir.marks import MARK
 from shardc.compiler.ir.node import arguments, local_nbytes, of, operands, spec, tensors, val

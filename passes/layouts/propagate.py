@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.errors import ShardingError
-from shardc.compiler.infer.infer import call_rule, decide_node
+from shardc.compiler.infer.border_layouts import behind_mark, forward_marks
+from shardc.compiler.infer.decisions import call_rule, decide_node
 from shardc.compiler.ir.collectives import reshard
 from shardc.compiler.ir.graph import call_nodes
-from shardc.compiler.ir.marks import MARK, UnlessPending
+from shardc.compiler.ir.marks import MARK
 from shardc.compiler.ir.node import (
     arguments,
     nbytes,
@@ -39,7 +40,7 @@ from shardc.compiler.ir.text import excerpt
 from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.spec.mesh import Mesh
-from shardc.compiler.spec.spec import REPLICATE, Spec
+from shardc.compiler.spec.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ class Propagate:
 
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
         changes, unknown = Counter(), Counter()
-        forward: dict[str, list[Node]] = {}
+        forward = forward_marks(gm)
         for node in call_nodes(gm):
             if node.target is operator.getitem:
                 _pick(node)
             elif node.target is reshard:
                 set_spec(node, arguments(node)[1])
             elif node.target is MARK:
-                _mark(node, forward, ctx.mesh)
+                _mark(node, forward.get(node), ctx.mesh)
             else:
                 _call(node, ctx, unknown)
             changes["layouts"] += any(not s.is_whole for s in specs(node))
@@ -93,44 +94,11 @@ def _arriving(value: Node, ctx: Context) -> Spec:
     return layout.with_pending({a: op for a, op in layout.pending if a in ctx.plan.data_axes}, ctx.mesh)
 
 
-def _mark(node: Node, forward: dict[str, list[Node]], mesh: Mesh) -> None:
-    """A module boundary or constraint: forward takes the layout wished for, backward that of what it came from."""
-    x, key = arguments(node)
-    if of(node).data:
-        set_spec(node, spec(x))  # whole, whatever is wished of it
-        return
-    if key.endswith("|grad"):
-        calls = forward.get(key.removesuffix("|grad"), [])
-        partner = calls.pop() if len(calls) > 1 else calls[0] if calls else None
-        set_spec(node, _transposed(spec(x), partner, mesh) if partner is not None else spec(x))
-        of(node).wish = of(partner).wish if partner is not None else ()  # the reason, for reports
-        return
-    layout = spec(x)
-    wishes = sorted(of(node).wish, key=lambda wish: wish[1] != REPLICATE)
-    for axis, wished, open_split, _ in wishes:  # what is to be whole is out of the others' way
-        gradient = isinstance(wished, UnlessPending)
-        layout = wished.of(layout, mesh) if gradient else layout.place(axis, wished, mesh, open_split)
-    set_spec(node, layout)
-    forward.setdefault(key, []).append(node)
-
-
-def _transposed(gradient: Spec, mark: Node, mesh: Mesh) -> Spec:
-    """The gradient of a layout change: split as the value was before it, whole where that was whole or pending.
-
-    A gradient still pending where a value entered a module stays so: it can be summed with its siblings first.
-    """
-    x, key = arguments(mark)
-    before, after, entering = spec(x), spec(mark), "|in|" in key
-    for axis, *_ in of(mark).wish:
-        if before.dim_of(axis) == after.dim_of(axis) and before.reduction(axis) == after.reduction(axis):
-            continue
-        if gradient.reduction(axis) and entering:
-            continue
-        gradient = gradient.without(axis, mesh)
-        at = before.dim_of(axis)
-        if at is not None:
-            gradient = gradient.like(before, at, axis, mesh)
-    return gradient
+def _mark(node: Node, partner: Node | None, mesh: Mesh) -> None:
+    """A module boundary or constraint."""
+    set_spec(node, behind_mark(node, spec(arguments(node)[0]), partner, mesh))
+    if partner is not None:
+        of(node).wish = of(partner).wish  # the reason, for reports
 
 
 def _no_rule(node: Node) -> ShardingError:

@@ -150,8 +150,9 @@ def _output_specs(gm: GraphModule, batch: Batch | None, ctx: Context) -> tuple[d
             _check_same(ends[entry.same], entry, ctx)
         if entry.kind is not OutputKind.OUTPUT or not isinstance(node, Node):
             continue
-        is_told = batch is None or of_data(shape(node)) or told("out", entry.name, node, ctx.plan) is not None
-        rows = 0 if is_told else batch.rows_of(node)
+        is_told = of_data(shape(node)) or told("out", entry.name, node, ctx.plan) is not None
+        shown = None if is_told else batch
+        rows = 0 if shown is None else shown.rows_of(node)
         layout = output_layout(node, entry.name, ctx.plan, rows)
         if of_data(shape(node)):
             if ctx.plan.calls.given("out", entry.name, len(shape(node))):
@@ -159,7 +160,7 @@ def _output_specs(gm: GraphModule, batch: Batch | None, ctx: Context) -> tuple[d
             layout = {}
         out[i] = _placed(node, layout, ctx, f"output {entry.name or i}")
         tangents[i] = Spec(out[i].dims)
-        if not is_told and rows is None and (shape(node) or not batch.depends(node)):
+        if shown is not None and rows is None and (shape(node) or not shown.depends(node)):
             free = [a for a in ctx.plan.data_axes if a not in layout]
             tangents[i] = tangents[i].with_pending(dict.fromkeys(free, "sum"), ctx.mesh)
     return out, tangents

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from shardc.compiler.infer.infer import Decision, Decisions, OpRule, call_rule, decide_node
+from shardc.compiler.infer.decisions import Decisions, call_rule
+from shardc.compiler.infer.infer import Decision, OpRule, decided
 from shardc.compiler.ir.collectives import all_reduce, fetch, indices_of, make_partial
 from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.node import local_value, of, operands, specs
@@ -54,7 +55,7 @@ class Localize:
             rule = call_rule(node, known) if hasattr(node.target, "overloadpacket") else None
             if rule is None or not (_differs(node) or getattr(node.target, "namespace", "") == "shardc"):
                 continue
-            changes["localized"] += _localize(gm, node, rule, mesh, known)
+            changes["localized"] += _localize(gm, node, rule, mesh)
         return changes
 
 
@@ -63,8 +64,8 @@ def _differs(node: Node) -> bool:
     return any(s.axes() for n in (node, *operands(node)) for s in specs(n))
 
 
-def _localize(gm: GraphModule, node: Node, rule: OpRule, mesh: Mesh, known: Decisions | None) -> bool:
-    decision = decide_node(node, [spec for n in operands(node) for spec in specs(n)], mesh, known=known)
+def _localize(gm: GraphModule, node: Node, rule: OpRule, mesh: Mesh) -> bool:
+    decision = decided(rule, [spec for n in operands(node) for spec in specs(n)], specs(node), mesh)
     site = GraphSite(gm, node, rule, decision, mesh)
     if rule.localize is None:
         if rule.shape_arg is None or not decision.results[0].axes():

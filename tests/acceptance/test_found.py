@@ -153,7 +153,7 @@ def test_a_rule_that_does_not_fit_is_an_error_at_the_users_line(monkeypatch: pyt
     def wrong(*_: object) -> None:
         raise RuleError("(('c',),) does not fit a tensor of 3 dims")
 
-    monkeypatch.setattr("shardc.compiler.infer.infer.rule_of", wrong)
+    monkeypatch.setattr("shardc.compiler.infer.decisions.rule_of", wrong)
     with pytest.raises(ShardingError, match=r"aten.mul.Tensor cannot be sharded(.|\n)*test_found.py:\d+ in forward"):
         shardc.compile(Doubled(), Plan(dp=Replicated()), mesh=Mesh(dp=2))(torch.randn(4, 4))
 

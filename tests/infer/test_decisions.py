@@ -16,10 +16,10 @@ import shardc
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.driver.decide import decide
 from shardc.compiler.errors import PlanError, ShardingError
-from shardc.compiler.infer import infer
-from shardc.compiler.infer.infer import Decisions, call_rule, decide_node
+from shardc.compiler.infer import decisions, infer
+from shardc.compiler.infer.decisions import Decisions, call_rule, decide_node
 from shardc.compiler.ir.graph import call_nodes, copy_graph
-from shardc.compiler.ir.node import spec
+from shardc.compiler.ir.node import nbytes, operands, spec
 from shardc.compiler.ir.signature import Traced
 from shardc.compiler.pipeline.runner import Context
 from shardc.compiler.plan.resolve import resolve
@@ -39,10 +39,10 @@ class Forgetful(Decisions):
     """Decides every call by itself."""
 
     def rule(self, node):
-        return infer._rule(node)
+        return decisions._rule(node)
 
     def decide(self, rule, node, specs, mesh, put_off):
-        return infer.decide(rule, specs, [infer.nbytes(n) for n in infer.operands(node)], mesh, put_off)
+        return infer.decide(rule, specs, [nbytes(n) for n in operands(node)], mesh, put_off)
 
 
 def outcome(traced: Traced, model: nn.Module, asked: tuple, kept: Decisions) -> list[str]:
@@ -200,6 +200,6 @@ class Alike(nn.Module):
 
 def test_a_constraint_by_the_user_holds_for_its_own_call_only():
     with pytest.warns(UserWarning, match="the plan is empty"):
-        made = shardc.compile(Alike(), shardc.Plan(), mesh=Mesh(tp=2), inputs={"x": shardc.Layout(tp=Shard(0))})
+        made = shardc.compile(Alike(), shardc.Plan(), mesh=Mesh(tp=2), inputs=Shard(0), outputs=Shard(0))
     nodes = call_nodes(made.lower(torch.randn(8, 4)).global_gm, aten.relu.default)
     assert [str(spec(n)) for n in nodes] == ["[8@tp, 4]", "[8, 4]"]

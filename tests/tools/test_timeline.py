@@ -6,13 +6,14 @@ import json
 
 import pytest
 
-from shardc.tools.links import DEVICES, Device, Links, parse_links, parse_rate
+from shardc.compiler.spec.hardware import PRESETS, Hardware
+from shardc.compiler.spec.mesh import Mesh
+from shardc.tools.links import parse_links, parse_rate
 from shardc.tools.timeline import chrome_trace, estimate
 from tests.tools.programs import program
 
-MESH = [("dp", 4), ("tp", 2)]
-SLOW = Device("slow", {"": 1e6}, 1e3, {"wire": 100.0}, "made up")
-LINKS = Links(SLOW, {"dp": ("wire", 100.0), "tp": ("wire", 100.0)}, latency=1.0, launch=0.5)
+MESH = Mesh(dp=4, tp=2)
+LINKS = Hardware("slow", 1e6, 1e3, {"wire": 100.0}, latency=1.0, launch=0.5)
 
 
 def node(name: str, op: str = "aten.mm", *inputs: str, flops: int = 0, size: int = 0, **rest) -> dict:
@@ -27,7 +28,7 @@ def move(name: str, moved: int, kind: str = "all_reduce", dim: str = "tp") -> di
 
 def data(nodes: list[dict], moves: list[dict] = ()) -> dict:  # pyright: ignore[reportArgumentType]
     half = {"phase": "forward", "order": [n["name"] for n in nodes], "start": 0, "alive": [], "values": []}
-    mesh = [{"name": name, "size": size} for name, size in MESH]
+    mesh = [{"name": name, "size": MESH[name]} for name in MESH]
     return {"nodes": nodes, "collectives": list(moves), "mesh": mesh, "memory": {"halves": [half]}}
 
 
@@ -87,16 +88,18 @@ def test_collectives_share_the_wire_and_end_with_their_half():
 )
 def test_links_carry_mesh_dims(text: str, dims: dict):
     """tp=8 fills a node, so dp goes over the last link."""
-    assert parse_links(text, [("dp", 64), ("tp", 8)]).dims == dims
+    mesh = Mesh(dp=64, tp=8)
+    assert {dim: parse_links(text, mesh).link(mesh, dim) for dim in mesh} == dims
 
 
 def test_a_mesh_within_one_node_uses_its_link_throughout():
-    assert parse_links("h100", [("dp", 2), ("tp", 4)]).dims["dp"] == ("nvlink", 450e9)
+    mesh = Mesh(dp=2, tp=4)
+    assert parse_links("h100", mesh).link(mesh, "dp") == ("nvlink", 450e9)
 
 
 @pytest.mark.parametrize("text", ["x100", "nvlink=fast", "nvlink=450", "nvlink=0GB/s", "nvlink=-1GB/s"])
 def test_other_links_are_refused(text: str):
-    with pytest.raises(ValueError, match="--links"):
+    with pytest.raises(ValueError, match="--links|no hardware"):
         parse_links(text, MESH)
 
 
@@ -105,7 +108,7 @@ def test_bits_are_not_bytes():
 
 
 def test_every_preset_says_where_its_numbers_come_from():
-    assert all("data sheet" in device.source for device in DEVICES.values())
+    assert all("data sheet" in machine.source for name, machine in PRESETS.items() if name != "neutral")
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +117,14 @@ def real() -> dict:
 
 
 def test_slower_links_never_make_a_step_shorter(real: dict):
-    fast, slow = (estimate(real, parse_links(text, [("dp", 2), ("tp", 2)])) for text in ("wire=1GB/s", "wire=1MB/s"))
+    fast, slow = (estimate(real, parse_links(text, Mesh(dp=2, tp=2))) for text in ("wire=1GB/s", "wire=1MB/s"))
     assert fast.seconds < slow.seconds and fast.waiting < slow.waiting
     assert len([e for e in slow.events if e[1] == "communication"]) == len(real["collectives"])
 
 
 def test_the_estimate_is_a_schedule(real: dict):
     """On each stream one thing at a time; computation and exposed waits together fill the step."""
-    out = estimate(real, parse_links("wire=1MB/s", [("dp", 2), ("tp", 2)]))
+    out = estimate(real, parse_links("wire=1MB/s", Mesh(dp=2, tp=2)))
     for stream in ("compute", "communication"):
         times = [e[2:] for e in out.events if e[1] == stream]
         assert all(a[1] <= b[0] + 1e-12 for a, b in zip(times, times[1:], strict=False))
@@ -130,7 +133,7 @@ def test_the_estimate_is_a_schedule(real: dict):
 
 
 def test_the_trace_is_what_perfetto_reads(real: dict):
-    out = estimate(real, parse_links("h100", [("dp", 2), ("tp", 2)]))
+    out = estimate(real, parse_links("h100", Mesh(dp=2, tp=2)))
     trace = json.loads(json.dumps(chrome_trace(real, out)))
     events = [e for e in trace["traceEvents"] if e["ph"] == "X"]
     assert {e["ph"] for e in trace["traceEvents"]} == {"X", "M"}
