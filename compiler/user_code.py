@@ -7,7 +7,7 @@ import sys
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 
@@ -26,6 +26,14 @@ def user_frame() -> FrameType:
     """The nearest caller outside of this package and of torch, through which a module's call comes."""
     frame = sys._getframe(1)
     while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def frame_of(code: CodeType) -> FrameType | None:
+    """The nearest caller that runs this code."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame
 

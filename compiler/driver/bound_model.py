@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from itertools import chain
 from operator import is_
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from shardc.compiler.driver.calls.program_cache import Entry
 from shardc.compiler.driver.fill import Filling
@@ -23,7 +25,7 @@ from shardc.compiler.errors import CheckpointError, PlanError, ShardingError
 from shardc.compiler.ir.signature import InputKind
 from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.spec.spec import Spec
-from shardc.compiler.user_code import call_site
+from shardc.compiler.user_code import call_site, frame_of
 from shardc.runtime.shards import cut
 from shardc.runtime.values.deferred import tensors
 from shardc.runtime.values.spread import Spread
@@ -88,6 +90,7 @@ class BoundModel:
         if self._on_meta:
             self._check_loaded()
         self._tables.check()
+        self._check_unwrapped()
         device = self.lowering.plan.device_id
         if device is not None:
             args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
@@ -124,6 +127,21 @@ class BoundModel:
         return {fqn for fqn, layout in self.lowering.plan.params.items() if not layout.stored.is_whole}
 
     # ---- gradients
+
+    def _check_unwrapped(self) -> None:
+        """Raises PlanError where the call comes through a wrapper that reduces these gradients too."""
+        if self.lowering.ranks is None or not torch.is_grad_enabled():
+            return
+        frame = frame_of(DistributedDataParallel.forward.__code__)
+        if frame is None:
+            return
+        wrapper = frame.f_locals["self"]
+        own = {id(x) for x in self.model.parameters() if x.requires_grad}
+        named = wrapper.module.named_parameters()
+        twice = [name for name, x in named if id(x) in own and name not in wrapper.parameters_to_ignore]
+        if twice:
+            help = f"compile the whole, or wrap only what holds no {twice[0]}"
+            raise wrapped_again("a module that holds a compiled one", help)
 
     @contextmanager
     def keeping(self, names: Collection[str]) -> Iterator[None]:
@@ -257,6 +275,14 @@ class BoundModel:
         self.lowering.followers.append(follower)
 
 
+def wrapped_again(what: str, help: str) -> PlanError:
+    return PlanError(
+        f"{what} is wrapped in DistributedDataParallel, which would average its gradients once more",
+        where=call_site(),
+        help=help,
+    )
+
+
 def _is_piece(name: str) -> ShardingError:
     return ShardingError(
         f"forward reads {name}, which it set in an earlier call, and which is this rank's part of a batch",
@@ -282,8 +308,13 @@ class _Tables:
                         self._places[f"{prefix}.{name}" if prefix else name] = (table, name)
             self._tables += [(prefix, table, _outline(table)) for table in (module._parameters, module._modules)]
         self._all = [table for _, table, _ in self._tables]
+        self._remember()
+
+    def _remember(self) -> None:
         self._names, self._values = self._now()
         self._shapes = [(x, x.shape) for x in self._values if isinstance(x, Tensor)]
+        held = [(name, self.get(name)) for name in self._places]
+        self._memory = [(n, x, x.untyped_storage(), ref(_part(x))) for n, x in held if isinstance(x, DTensor)]
 
     def _now(self) -> tuple[list[str], list[Any]]:
         return [*chain.from_iterable(self._all)], [*chain.from_iterable([table.values() for table in self._all])]
@@ -297,6 +328,8 @@ class _Tables:
         names, values = self._now()
         if len(values) == len(self._values) and all(map(is_, values, self._values)) and names == self._names:
             if all([x.shape == shape for x, shape in self._shapes]):
+                if any([x.untyped_storage() is not memory for _, x, memory, _ in self._memory]):
+                    self._check_data()
                 return  # the very same objects: this is looked at in every call
         for prefix, table, before in self._tables:
             now = _outline(table)
@@ -307,6 +340,24 @@ class _Tables:
                     where=call_site(),
                     help="add parameters (adapters, LoRA) before compile, so that they are laid out and reduced",
                 )
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Raises ShardingError for a DTensor whose data was assigned: its local tensor stays what it was. One that
+        moved, by `to` or swap_tensors, has another."""
+        for name, x, memory, local in self._memory:
+            if x.untyped_storage() is not memory and _part(x) is local():
+                raise ShardingError(
+                    f"{name}.data was assigned, which torch does not do for what is held as a DTensor",
+                    where=call_site(),
+                    help="write into it: with torch.no_grad(): parameter.copy_(value)",
+                )
+        self._remember()
+
+
+def _part(x: DTensor) -> Tensor:
+    """The very tensor that a DTensor holds; `to_local` makes another of its memory."""
+    return getattr(x, "_local_tensor", x)
 
 
 def _outline(table: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shardc.compiler.analysis.program import Program
-from shardc.compiler.driver.bound_model import BoundModel
+from shardc.compiler.driver.bound_model import BoundModel, wrapped_again
 from shardc.compiler.errors import PlanError
 from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.user_code import call_site
@@ -132,11 +132,8 @@ class CompiledModule(nn.Module):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> NoReturn:
         """Asked for by DistributedDataParallel, and so by all who wrap in it, before they do anything."""
-        raise PlanError(
-            "a compiled module is wrapped in DistributedDataParallel, which would average its gradients once more",
-            where=call_site(),
-            help="call the compiled module itself: it reduces its gradients over the mesh it was compiled for",
-        )
+        help = "call the compiled module itself: it reduces its gradients over the mesh it was compiled for"
+        raise wrapped_again("a compiled module", help)
 
 
 _COMPILED: WeakSet[nn.Module] = WeakSet()  # modules that some compile has taken over

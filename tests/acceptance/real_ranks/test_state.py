@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import shardc
-from shardc import FullyShard, Plan, PlanError, Replicated
+from shardc import FullyShard, Plan, Replicated
 from tests.runtime.ranks import on_ranks, run_ranks
 
 PLANS = {"replicated": Replicated, "fully sharded": FullyShard}
@@ -106,19 +106,61 @@ def another_dtype(ours: Any, theirs: nn.Module, mine: Tensor, whole: Tensor, ran
 def assigned(ours: Any, theirs: nn.Module, mine: Tensor, whole: Tensor, rank: int) -> float:
     ours(mine)
     ours.load_state_dict(copy.deepcopy(theirs.state_dict()), assign=True)
-    return outputs(ours, theirs, mine, whole, rank)
+    return max(outputs(ours, theirs, mine, whole, rank), data_assigned(ours, theirs, mine, whole, rank))
+
+
+def refused(what: str, call: Callable[[], Any]) -> float:
+    try:
+        call()
+    except ValueError as error:
+        return 0.0 if what in str(error) else 1.0
+    return 1.0
 
 
 def wrapped_again(ours: Any, theirs: nn.Module, mine: Tensor, whole: Tensor, rank: int) -> float:
-    try:
-        nn.parallel.DistributedDataParallel(ours)
-    except PlanError as error:
-        return 0.0 if "average its gradients once more" in str(error) else 1.0
-    return 1.0
+    return refused("average its gradients once more", lambda: nn.parallel.DistributedDataParallel(ours))
+
+
+class Parent(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x))
+
+
+def parent_wrapped(ours: Any, theirs: nn.Module, mine: Tensor, whole: Tensor, rank: int) -> float:
+    parent, alone = Parent(ours), Parent(theirs)
+    alone.head.load_state_dict(parent.head.state_dict())
+    found = 0.0
+    if not any(isinstance(p, DTensor) for p in ours.parameters()):
+        wrapped = nn.parallel.DistributedDataParallel(parent)
+        found = refused("average its gradients once more", lambda: wrapped(mine))
+        with torch.no_grad():
+            wrapped(mine)  # where nothing is reduced
+    ours.losses.clear(), ours.mean.zero_()
+    apart = [f"inner.{name}" for name, _ in [*ours.named_parameters(), *ours.named_buffers()]]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(parent, apart)
+    wrapped = nn.parallel.DistributedDataParallel(parent)
+    wrapped(mine).square().mean().backward()
+    alone(whole).square().mean().backward()
+    pairs = zip(parent.parameters(), alone.parameters(), strict=True)
+    return max(found, *(difference(p.grad, q.grad) for p, q in pairs if q.grad is not None))
+
+
+def data_assigned(ours: Any, theirs: nn.Module, mine: Tensor, whole: Tensor, rank: int) -> float:
+    found = outputs(ours, theirs, mine, whole, rank)
+    for m in (ours, theirs):
+        m.a.weight.data = m.a.weight.data * 2
+    if isinstance(ours.a.weight, DTensor):
+        return max(found, refused("a.weight.data was assigned", lambda: ours(mine)))
+    return max(found, outputs(ours, theirs, mine, whole, rank))
 
 
 CASES: list[Case] = [
     attributes, methods, copies, averages, graph_breaks, another_dtype, assigned, wrapped_again,
+    parent_wrapped, data_assigned,
 ]  # fmt: skip
 
 
