@@ -158,9 +158,41 @@ def data_assigned(ours: Any, theirs: nn.Module, mine: Tensor, whole: Tensor, ran
     return max(found, outputs(ours, theirs, mine, whole, rank))
 
 
+def frozen_scaled_and_grouped(ours: Any, theirs: Any, mine: Tensor, whole: Tensor, rank: int) -> float:
+    for m, x in ((ours, mine), (theirs, whole)):
+        weights, biases = ([p for name, p in m.named_parameters() if kind in name] for kind in ("weight", "bias"))
+        optimizer = torch.optim.AdamW([{"params": weights}, {"params": biases, "weight_decay": 0.0}], lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for step in range(3):
+            m.a.weight.requires_grad_(step < 1)
+            optimizer.zero_grad()
+            scaler.scale(m(x).square().mean()).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+    return max(difference(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def one_rank_overflows(ours: Any, theirs: Any, mine: Tensor, whole: Tensor, rank: int) -> float:
+    """All ranks skip the step, and scale less."""
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(ours(mine).square().mean() * (1.0 if rank else torch.inf)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    same = max(difference(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    return max(same, abs(scaler.get_scale() - 32.0))
+
+
+def adapters_added(ours: Any, theirs: Any, mine: Tensor, whole: Tensor, rank: int) -> float:
+    found = outputs(ours, theirs, mine, whole, rank)
+    ours.a = nn.Sequential(ours.a, nn.Linear(8, 8).double())
+    return max(found, refused("the module changed after compile: a", lambda: ours(mine)))
+
+
 CASES: list[Case] = [
     attributes, methods, copies, averages, graph_breaks, another_dtype, assigned, wrapped_again,
-    parent_wrapped, data_assigned,
+    parent_wrapped, data_assigned, frozen_scaled_and_grouped, one_rank_overflows, adapters_added,
 ]  # fmt: skip
 
 
