@@ -23,6 +23,8 @@ PLANS = {"replicated": Replicated, "fully sharded": FullyShard}
 
 
 class Model(nn.Module):
+    scale: float
+
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.scale, self.seen = nn.Linear(4, 8), nn.Linear(8, 4), 1.0, None
@@ -130,7 +132,7 @@ class Parent(nn.Module):
         return self.head(self.inner(x))
 
 
-def parent_wrapped(ours: Any, theirs: nn.Module, mine: Tensor, whole: Tensor, rank: int) -> float:
+def parent_wrapped(ours: Any, theirs: Any, mine: Tensor, whole: Tensor, rank: int) -> float:
     parent, alone = Parent(ours), Parent(theirs)
     alone.head.load_state_dict(parent.head.state_dict())
     found = 0.0
@@ -139,7 +141,6 @@ def parent_wrapped(ours: Any, theirs: nn.Module, mine: Tensor, whole: Tensor, ra
         found = refused("average its gradients once more", lambda: wrapped(mine))
         with torch.no_grad():
             wrapped(mine)  # where nothing is reduced
-    ours.losses.clear(), ours.mean.zero_()
     apart = [f"inner.{name}" for name, _ in [*ours.named_parameters(), *ours.named_buffers()]]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(parent, apart)
     wrapped = nn.parallel.DistributedDataParallel(parent)
@@ -149,7 +150,7 @@ def parent_wrapped(ours: Any, theirs: nn.Module, mine: Tensor, whole: Tensor, ra
     return max(found, *(difference(p.grad, q.grad) for p, q in pairs if q.grad is not None))
 
 
-def data_assigned(ours: Any, theirs: nn.Module, mine: Tensor, whole: Tensor, rank: int) -> float:
+def data_assigned(ours: Any, theirs: Any, mine: Tensor, whole: Tensor, rank: int) -> float:
     found = outputs(ours, theirs, mine, whole, rank)
     for m in (ours, theirs):
         m.a.weight.data = m.a.weight.data * 2
