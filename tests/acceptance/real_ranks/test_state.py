@@ -23,7 +23,7 @@ PLANS = {"replicated": Replicated, "fully sharded": FullyShard}
 
 
 class Model(nn.Module):
-    scale: float
+    mean: Tensor
 
     def __init__(self) -> None:
         super().__init__()
