@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardc
@@ -56,3 +56,48 @@ def test_strict_refuses_what_repeats_more_than_a_fiftieth_with_the_line():
     assert "test_work.py" in refused.value.where
     allowed = {**TP, "head": ColwiseParallel(output_layouts=Replicate())}
     shardc.compile(Headed(), allowed, mesh=Mesh(tp=4), strict=True).lower(torch.randn(6, 8))
+
+
+class Causal(nn.Module):
+    """Causal attention with fused q, k, v, and an MLP behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.up = nn.Linear(64, 192), nn.Linear(64, 64), nn.Linear(64, 256)
+        self.down = nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, length, width = x.shape
+        q, k, v = self.qkv(x).view(rows, length, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(rows, length, width))
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Messages(nn.Module):
+    """Nodes that send along edges to other nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        for layer in (self.first, self.second):
+            sent = torch.relu(layer(x.index_select(0, source)))
+            x = x + torch.zeros_like(x).index_add(0, target, sent)
+        return x
+
+
+def test_a_causal_block_with_its_sequence_split_repeats_nothing():
+    x = torch.randn(2, 64, 64, requires_grad=True)
+    options = {"mesh": Mesh(cp=4), "inputs": Shard(1), "outputs": Shard(1)}
+    program = shardc.compile(Causal(), shardc.Plan(cp=shardc.Replicated()), **options).lower(x)
+    assert program.work().repeated == 1.0
+    program.verify(x)
+
+
+def test_a_graph_network_over_data_parallel_ranks_repeats_nothing():
+    inputs = torch.randn(64, 32), torch.randint(64, (256,)), torch.randint(64, (256,))
+    program = shardc.compile(Messages(), shardc.Replicated(), mesh=Mesh(dp=4)).lower(*inputs)
+    assert program.work().repeated == 1.0
+    program.verify(*inputs)
