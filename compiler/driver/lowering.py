@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from shardc.compiler.driver.bind import bind
 from shardc.compiler.driver.calls.call_keys import Keys, text_key
 from shardc.compiler.driver.calls.passing import Taken
 from shardc.compiler.driver.calls.program_cache import Entries, Entry
+from shardc.compiler.driver.calls.retraces import Retraces
 from shardc.compiler.driver.decide import Deciding, Options
 from shardc.compiler.driver.kept_gradients import ALL, Kept, Sync
 from shardc.compiler.driver.size_families import Families
@@ -27,8 +28,6 @@ from shardc.compiler.spec.spec import Spec
 from shardc.compiler.trace.torch_internals import aside
 from shardc.compiler.user_code import call_site
 from shardc.runtime.run.ranks import Ranks
-
-log = logging.getLogger(__name__)
 
 
 class Lowering:
@@ -49,6 +48,7 @@ class Lowering:
         self._module = module
         self._named: dict[str, Program] = {}  # by call and sync, to be saved under
         self._entries = Entries()
+        self._retraces = Retraces(module)
         self._last: Entry | None = None  # that moved something
 
     @property
@@ -84,10 +84,12 @@ class Lowering:
             known = self._entries.get(key)
             if known is not None:
                 return known
-            changed = self._entries.changed(key)
+            reasons = {name: "changed" for name in self._entries.changed(key)}
+            reasons = reasons or self._retraces.reasons(key, self._entries.keys(), args, kwargs)
+            begin, programs = time.perf_counter(), len(self.programs)
             made = self.lower(args, kwargs, sync)
-            if changed:
-                log.info("program %d, as %s changed", len(self.programs), ", ".join(changed))
+            if len(self.programs) > programs:
+                self._retraces.said(len(self.programs), time.perf_counter() - begin, reasons)
             gone = self._entries.add(key, made)
             if gone is not None and not self.families.hold(gone.program):
                 self.programs.remove(gone.program)

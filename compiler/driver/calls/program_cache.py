@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,9 @@ class Entries:
 
     def __len__(self) -> int:
         return sum(map(len, self._kept.values()))
+
+    def keys(self) -> Iterable[Any]:
+        return self._kept
 
     def get(self, key: Any) -> Entry | None:
         """The entry for a call that is made now."""
