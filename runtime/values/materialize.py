@@ -12,6 +12,7 @@ from shardc.compiler.errors import PlanError
 from shardc.compiler.user_code import warn_user
 from shardc.runtime.values.deferred import PLACE, tensors
 from shardc.runtime.values.recipe import Recipe
+from shardc.runtime.values.replaced import replaced
 from shardc.runtime.values.replay import Replay
 
 Place = Callable[[str, Tensor, Tensor], Tensor]  # (FQN, what is on meta, whole values) -> what the module is to hold
@@ -60,6 +61,7 @@ def put(model: nn.Module, fqn: str, x: Tensor) -> None:
     owner, _, name = fqn.rpartition(".")
     module = model.get_submodule(owner)
     table: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+    replaced(table[name], x)
     table[name] = x
 
 
