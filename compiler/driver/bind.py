@@ -56,7 +56,7 @@ def _drawing(half: GraphModule | None, ranks: Ranks) -> Callable[[], AbstractCon
 
 
 def _gradients(program: Program, ranks: Ranks) -> tuple[dict[int, tuple[str, Spec]], dict[int, Any]]:
-    """Which gradients are kept back, and which become DTensors (those of parameters held as shards)."""
+    """Which gradients are kept back, and which become DTensors (those of DTensors)."""
     kept, wraps, ends = {}, {}, returned(program.gm)
     for i, place in enumerate(program.signature.indices(OutputKind.GRADIENT)):
         source = program.signature.inputs[program.signature.outputs[place].of or 0]
@@ -65,6 +65,6 @@ def _gradients(program: Program, ranks: Ranks) -> tuple[dict[int, tuple[str, Spe
         layout = program.plan.params[source.name]
         if spec(ends[place]).pending and not layout.local:
             kept[i] = source.name, spec(ends[place])
-        elif not layout.stored.is_whole:
+        elif program.plan.has_shards:
             wraps[i] = ranks.wrapper(layout.stored)
     return kept, wraps

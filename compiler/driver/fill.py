@@ -142,7 +142,7 @@ class Filling:
             return nn.Parameter(made, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else made
         spec = self.plan.stored(name, x.shape)
         local = torch.empty(spec.local_shape(self.ranks.mesh, self.ranks.coords), dtype=x.dtype, device=device)
-        piece = local if spec.is_whole else as_dtensor(local, spec, self.ranks.device_mesh)
+        piece = as_dtensor(local, spec, self.ranks.device_mesh) if self.plan.has_shards else local
         return nn.Parameter(piece, requires_grad=x.requires_grad)
 
     def _initialise(self, owned: dict[str, list[str]], init: Any, on_meta: list[str]) -> None:
@@ -198,4 +198,5 @@ class Filling:
 
     def _held_by(self, x: Tensor, fqn: str, ranks: Ranks) -> Tensor:
         spec = self.plan.stored(fqn, x.shape)
-        return x if spec.is_whole else shard(x, spec, ranks.device_mesh, ranks.coords)
+        plain = not self.plan.has_shards if isinstance(x, nn.Parameter) else spec.is_whole
+        return x if plain else shard(x, spec, ranks.device_mesh, ranks.coords)

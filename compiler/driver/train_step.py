@@ -6,6 +6,7 @@ without autograd, and the optimizer steps on each rank's own shards: nothing is 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -25,7 +26,7 @@ from shardc.compiler.ir.graph import returned
 from shardc.compiler.ir.node import shape
 from shardc.compiler.ir.signature import InputKind, OutputKind
 from shardc.compiler.plan.annotate import annotate_alike
-from shardc.compiler.plan.layout import bad_option
+from shardc.compiler.plan.layout import bad_option, shown
 from shardc.compiler.proof.optimizer_pieces import looks_at_the_whole
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.user_code import call_site
@@ -60,6 +61,11 @@ def train_step(
         raise bad_option("accumulate", accumulate, "a positive integer").at(call_site())
     if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
         raise bad_option("clip_norm", clip_norm, "a number above zero, or None").at(call_site())
+    if not callable(optimizer):
+        made = isinstance(optimizer, torch.optim.Optimizer)
+        help = "pass what makes one: functools.partial(torch.optim.AdamW, lr=1e-3)"
+        what = "an optimizer that is made already" if made else shown(optimizer)
+        raise PlanError(f"optimizer is {what}; train_step makes it, of the shards", where=call_site(), help=help)
     compiled = compile(_WithLoss(model, loss_fn), plan, mesh=mesh, **options)
     return TrainStep(compiled, model, optimizer, accumulate, clip_norm)
 
@@ -118,6 +124,13 @@ class TrainStep:
         self._local = {fqn: _local_parameter(p) for fqn, p in self._held.items()}
         _check_pieces(optimizer, self._held, compiled._bound.in_pieces)
         self.optimizer = optimizer(list(self._local.values()))
+        closure = inspect.signature(type(self.optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise PlanError(
+                f"{type(self.optimizer).__name__} needs a closure that computes the loss several times a step",
+                where=call_site(),
+                help="use compile, and optimizer.step(closure) with loss and backward in the closure",
+            )
         compiled._bound.follow(self._moved)
 
     def _moved(self, held: nn.Parameter, move: Callable[[Tensor], Tensor]) -> None:

@@ -125,6 +125,12 @@ class Resolved:
         found = self.params.get(name) or self.buffers.get(name)
         return found or next((layout for layout in self.params.values() if name in layout.aliases), None)
 
+    @property
+    def has_shards(self) -> bool:
+        """Whether ranks hold pieces of some parameter. All are DTensors then: torch's own clip_grad_norm_, and
+        optimizers that step on many at once, take no two kinds."""
+        return any(not layout.stored.is_whole for layout in self.params.values())
+
     def stored(self, name: str, shape: Sequence[int]) -> Spec:
         """How a parameter or buffer of this shape lies at rest."""
         layout = self.layout(name)

@@ -175,6 +175,30 @@ VALUE_HELP = (
 ROOM, IN_PLACE_OF_TORCH = str(Path(__file__).parent), "rewrites.py"
 PASSING_ON = ("__torch_function__", "__torch_dispatch__")  # call what forward calls
 CAPTURE_HELP = "if it runs without compiling, move what torch cannot trace out of forward, or out of the module"
+# Of torch's own errors, by what they say or where they come from, those that say nothing of the user's mistake.
+KNOWN = (
+    (
+        "Cannot backprop through mirrored meta",
+        "forward calls backward() or torch.autograd.grad itself",
+        "return the loss, and call backward() on what the compiled module returns (train_step does both); "
+        "a derivative inside of forward is torch.func.grad's or vjp's",
+    ),
+    (
+        "torch/distributions/distribution.py",
+        "a distribution looks at the values of its parameters, which are not known when tracing",
+        "pass validate_args=False to it, or torch.distributions.Distribution.set_default_validate_args(False)",
+    ),
+    (
+        "torch/nn/utils/rnn.py",
+        "forward packs sequences, whose sizes are what a tensor holds",
+        "pass padded sequences to the layer, and mask what is behind their ends",
+    ),
+    (
+        "pop from empty mode stack",
+        "forward uses flex_attention or makes a block mask, which cannot be traced here",
+        "write it with scaled_dot_product_attention and a mask",
+    ),
+)
 _DATA_DEPENDENT = (
     "data-dependent",
     "DataDependent",
@@ -197,6 +221,11 @@ def refusal(error: BaseException) -> ShardingError:
     source = next((s for s in map(_of_frame, reversed(list(stack))) if s), None)
     source = source or innermost(str(error)) or _of_traceback(error)
     place = {"where": str(source or ""), "excerpt": _excerpt(source)}
+    by_values = depends_on_values(error) or "FunctionalTensor" in str(error)
+    frames = (*stack, *traceback.extract_tb(error.__traceback__)) if by_values else ()
+    for sign, what, help in KNOWN:
+        if sign in str(error) or any(frame.filename.endswith(sign) for frame in frames):
+            return ShardingError(what, **place, help=help)
     if depends_on_values(error):
         what = "forward depends on the value of a tensor, which is not known when tracing"
         return DependsOnValues(what, **place, help=VALUE_HELP)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
+import torch.distributed.checkpoint.state_dict
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -85,3 +87,51 @@ def on_two_ranks(rank: int) -> None:
 @on_ranks
 def test_an_optimizer_made_before_compile_goes_on_with_the_shards():
     run_ranks(on_two_ranks, 2)
+
+
+class Normed(nn.Module):
+    """Of which a plan for the products alone leaves the norm and a bias whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.norm(x)))) * self.scale
+
+
+PLANS = {
+    "tp": ({"up": ColwiseParallel(), "down": RowwiseParallel()}, ("tp",)),
+    "fsdp of some": (Plan(dp=FullyShard("up")), ("dp",)),
+    "dp": (Plan(dp=Replicated()), ("dp",)),
+}
+
+
+def torchs_own_tools(rank: int) -> None:
+    for name, (plan, dims) in PLANS.items():
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=dims)
+        alone = Normed().double()
+        compiled = shardc.compile(copy.deepcopy(alone), plan, mesh=mesh)
+        maker = partial(torch.optim.AdamW, lr=0.01, foreach=True)
+        mine, other = maker(compiled.parameters()), maker(alone.parameters())
+        for _ in range(2):
+            rows = batch() if dims == ("tp",) else batch()[2 * rank : 2 * rank + 2]
+            compiled(rows).square().mean().backward()
+            alone(batch()).square().mean().backward()
+            norms = [nn.utils.clip_grad_norm_(m.parameters(), 0.01) for m in (compiled, alone)]
+            torch.testing.assert_close(whole(norms[0]), norms[1], msg=name)
+            for optimizer in (mine, other):
+                optimizer.step()
+                optimizer.zero_grad()
+        for (fqn, a), b in zip(compiled.named_parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(whole(a), b, msg=f"{name} {fqn}")
+        assert len({type(p.data) for p in compiled.parameters()}) == 1, name
+        state = torch.distributed.checkpoint.state_dict.get_model_state_dict(compiled)
+        assert {*state} == {*alone.state_dict()}
+
+
+@on_ranks
+def test_parameters_of_one_model_are_of_one_kind_and_torchs_tools_take_them():
+    run_ranks(torchs_own_tools, 2)

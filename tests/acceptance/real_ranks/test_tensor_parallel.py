@@ -114,7 +114,8 @@ def parameters_are_dtensors(mesh: DeviceMesh) -> None:
     for optimizer in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad):
         compiled, alone = pair(MLP, MLP_TP, mesh)
         placements = {n: p.placements for n, p in compiled.named_parameters() if isinstance(p, DTensor)}
-        assert placements == {"net1.weight": (Shard(0),), "net1.bias": (Shard(0),), "net2.weight": (Shard(1),)}
+        split = {"net1.weight": (Shard(0),), "net1.bias": (Shard(0),), "net2.weight": (Shard(1),)}
+        assert placements == {**split, "net2.bias": (Replicate(),)}
         assert compiled.net1.weight.shape == (23, 16)
         assert compiled.net1.weight.to_local().shape == (12 - mesh.get_local_rank(), 16)
         both = [optimizer(m.parameters(), lr=0.01) for m in (compiled, alone)]
@@ -187,7 +188,7 @@ def without_a_source_nothing_is_sent(rank: int, mesh: DeviceMesh) -> None:
     assert seen.collectives == []
     assert torch.equal(compiled.net1.weight.to_local(), mine["net1.weight"].chunk(2)[rank])
     assert torch.equal(compiled.net2.weight.to_local(), mine["net2.weight"].chunk(2, 1)[rank])
-    assert torch.equal(compiled.net2.bias.detach(), mine["net2.bias"])
+    assert torch.equal(compiled.net2.bias.to_local(), mine["net2.bias"])
 
 
 def uneven_inputs_are_refused(rank: int, mesh: DeviceMesh) -> None:
