@@ -30,6 +30,7 @@ from shardc.compiler.plan.layout import bad_option, shown
 from shardc.compiler.proof.optimizer_pieces import looks_at_the_whole
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.user_code import call_site
+from shardc.runtime.checkpoint.optimizers import COUNT
 
 LossFn = Callable[..., Tensor]
 Factory = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
@@ -137,7 +138,7 @@ class TrainStep:
         """State that was loaded before the first program goes where that one puts its parameter."""
         local = next(self._local[name] for name, p in self._held.items() if p is held)
         state = self.optimizer.state.get(local, {})
-        state.update({key: move(value) for key, value in state.items() if _is_like(value, local)})
+        state.update({key: move(value) for key, value in state.items() if _is_like(key, value, local)})
 
     def _look(self) -> None:
         """Parameters that were on meta are other objects once they are loaded; the optimizer's stay the same."""
@@ -245,7 +246,7 @@ class TrainStep:
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """By parameter; what is sharded is a DTensor that shares memory with the live state."""
         return {
-            fqn: {key: self._labelled(fqn, value) for key, value in self.optimizer.state[p].items()}
+            fqn: {key: self._labelled(fqn, key, value) for key, value in self.optimizer.state[p].items()}
             for fqn, p in self._local.items()
             if p in self.optimizer.state
         }
@@ -260,23 +261,23 @@ class TrainStep:
         self._look()
         self.optimizer.state.clear()
         for fqn, values in state.items():
-            held = {key: self._placed(fqn, value) for key, value in values.items()}
+            held = {key: self._placed(fqn, key, value) for key, value in values.items()}
             self.optimizer.state[self._local[fqn]] = held
         for group, values in zip(self.optimizer.param_groups, groups, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
         self.steps = steps
 
-    def _labelled(self, fqn: str, value: Any) -> Any:
+    def _labelled(self, fqn: str, key: str, value: Any) -> Any:
         held = self._held[fqn]
-        if not isinstance(held, DTensor) or not _is_like(value, self._local[fqn]):
+        if not isinstance(held, DTensor) or not _is_like(key, value, self._local[fqn]):
             return value
         return self._compiled._bound.labelled(fqn, value)
 
-    def _placed(self, fqn: str, value: Any) -> Any:
+    def _placed(self, fqn: str, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         held = self._held[fqn]
-        placed = self._compiled._bound.placed(fqn, value, held) if value.shape == held.shape else value
+        placed = self._compiled._bound.placed(fqn, value, held) if _is_like(key, value, held) else value
         return _local(placed).detach().clone()
 
 
@@ -293,8 +294,9 @@ def _check_pieces(make: Factory, held: Mapping[str, Tensor], in_pieces: Collecti
         )
 
 
-def _is_like(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+def _is_like(key: str, value: Any, parameter: Tensor) -> bool:
+    """Whether a value of an optimizer's state has an element for each of the parameter."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape and key != COUNT
 
 
 def _local(x: Tensor) -> Tensor:

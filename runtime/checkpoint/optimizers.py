@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from shardc.compiler.errors import CheckpointError
 
 OPTIMIZER = "optim"
+COUNT = "step"  # torch's name for how often a parameter was stepped on; it has the shape of a parameter without dims
 Groups = list[dict[str, Any]]  # as in an optimizer, with names for params
 State = dict[str, dict[str, Any]]  # by parameter
 
@@ -63,13 +64,13 @@ class Trained:
         if self.groups not in entries:
             raise CheckpointError(f"{folder} holds no state of optimizer {self.k}", help="load the module alone")
         held, room = self.optimizer.held, {self.groups: b""}
-        for key, (name, _) in self._names(entries).items():
+        for key, (name, what) in self._names(entries).items():
             if name not in held:
                 raise CheckpointError(
                     f"{key} in {folder} is of no parameter of optimizer {self.k}",
                     help="nothing was loaded; build it from the same parameters",
                 )
-            room[key] = _state_like(held[name], entries[key])
+            room[key] = _state_like(held[name], what, entries[key])
         return room
 
     def _names(self, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -136,9 +137,9 @@ class Alone:
         self._optimizer.load_state_dict({"state": {index[n]: x for n, x in state.items()}, "param_groups": given})
 
 
-def _state_like(p: Tensor, entry: Any) -> Any:
+def _state_like(p: Tensor, what: str, entry: Any) -> Any:
     if not isinstance(entry, TensorStorageMetadata):
         return None
-    if entry.size == p.shape and p.dim():
+    if entry.size == p.shape and what != COUNT:
         return torch.empty_like(p.detach(), dtype=entry.properties.dtype)
     return torch.empty(entry.size, dtype=entry.properties.dtype)

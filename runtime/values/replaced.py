@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,28 +11,28 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardc.compiler.errors import PlanError
 
-# By identity: tensors compare by their values. The first keeps no parameter alive, and tells a number used again.
-_NEXT: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
+# An attribute of the parameter that is gone: it lives as long as somebody holds that. (A weak reference to a tensor
+# keeps torch from swapping it, as lowering and loading do.)
+BECAME = "_shardc_became"
 
 
 def replaced(old: Any, new: Any) -> None:
     """Remember what a parameter gave way to."""
     if isinstance(old, nn.Parameter) and isinstance(new, nn.Parameter) and old is not new:
-        if not _NEXT:
-            register_optimizer_step_pre_hook(_follow)
-        key = id(old)
-        _NEXT[key] = weakref.ref(old, lambda _: _NEXT.pop(key, None)), weakref.ref(new)
+        _follow_from_now_on()
+        setattr(old, BECAME, new)
 
 
 def newest(x: Tensor) -> Tensor:
     """What a parameter is by now: itself, where nothing came in its place."""
-    while id(x) in _NEXT:
-        old, new = _NEXT[id(x)]
-        later = new()
-        if old() is not x or later is None:
-            return x
+    while (later := getattr(x, BECAME, None)) is not None:
         x = later
     return x
+
+
+@cache
+def _follow_from_now_on() -> None:
+    register_optimizer_step_pre_hook(_follow)
 
 
 def _follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
