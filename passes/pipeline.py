@@ -11,6 +11,7 @@ from shardc.passes.layouts.choose_factors import ChooseFactors
 from shardc.passes.layouts.choose_layouts import ChooseLayouts
 from shardc.passes.layouts.draw_whole import DrawWhole
 from shardc.passes.layouts.fuse_cross_entropy import FuseCrossEntropy
+from shardc.passes.layouts.name_dims import NameDims
 from shardc.passes.layouts.number_draws import NumberDraws
 from shardc.passes.layouts.propagate import Propagate
 from shardc.passes.layouts.regather_in_backward import RegatherInBackward
@@ -48,6 +49,7 @@ def first_passes(ctx: Context) -> list[Any]:
     """Those that need no layouts: after them the compiler also settles how parameters are stored."""
     return [
         Canonicalize(),  # fewer spellings, so fewer rules
+        NameDims(),  # ... and indices that point nowhere else
         NumberDraws() if ctx.rng == "counter" else DrawWhole(),  # random numbers that no layout changes
     ]
 

@@ -58,9 +58,10 @@ class Retraces:
         leaves, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
         out = []
         for path, _ in leaves:
-            side, first, *rest = path
+            keys: tuple[Any, ...] = path
+            side, first = keys[:2]
             where = first.key if side.idx else (taken[first.idx] if first.idx < len(taken) else str(first.idx))
-            out.append(f"{where}{''.join(map(str, rest))}")
+            out.append(f"{where}{''.join(map(str, keys[2:]))}")
         return out
 
 
