@@ -29,6 +29,7 @@ from shardc.compiler.rules.table import OpRule
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Dim, Part, Spec, axes_of
 
+SPELLINGS = 4  # ways to split the same factors over the same mesh dims
 MOST = 32  # strategies of one call: with more, only those that differ from the sweep's in one mesh dim
 
 Value = tuple[Node, int]  # a result of a call, or an input
@@ -50,6 +51,12 @@ class Strategy:
             (tuple(tuple(part.axes for part in dim) for dim in layout.dims), layout.pending)
             for layout in (*self.operands, *self.results)
         )
+
+
+def _best(layouts: Sequence[Spec], fit: Callable[[Spec], int]) -> list[Spec]:
+    """Those that fit best: (2@cp 4) and (2 4@cp) both split eight rows."""
+    scores = [fit(layout) for layout in layouts]
+    return [layout for layout, score in zip(layouts, scores, strict=True) if score == max(scores)]
 
 
 def fixed(node: Node) -> bool:
@@ -184,13 +191,14 @@ class Strategies:
             combined = [(*first[:i], c, *first[i + 1 :]) for i, o in enumerate(options) for c in o]
         for picked in combined:
             choices = dict(zip(self.mesh.names, picked, strict=True))
-            like = [max(layouts, key=self._fit(rule, i, choices)) for i, layouts in enumerate(arriving)]
-            groups = {a: passing(a, rule, like, sizes) if c == PENDING else frozenset() for a, c in choices.items()}
-            if any(c == PENDING and not groups[a] for a, c in choices.items()):
-                continue
-            found = [splits_of(names, s, rule, self.mesh) for names, s in zip(rule.operands, like, strict=True)]
-            made = arrange(rule, choices, groups, found, sizes, self.mesh)
-            yield Strategy(made.operands, made.results, made.factors)
+            fitting = [_best(layouts, self._fit(rule, i, choices)) for i, layouts in enumerate(arriving)]
+            for like in itertools.islice(itertools.product(*fitting), SPELLINGS):
+                groups = {a: passing(a, rule, like, sizes) if c == PENDING else frozenset() for a, c in choices.items()}
+                if any(c == PENDING and not groups[a] for a, c in choices.items()):
+                    continue
+                found = [splits_of(names, s, rule, self.mesh) for names, s in zip(rule.operands, like, strict=True)]
+                made = arrange(rule, choices, groups, found, sizes, self.mesh)
+                yield Strategy(made.operands, made.results, made.factors)
 
     def _options(
         self, rule: OpRule, axis: str, swept: Strategy, arriving: list[list[Spec]], free: frozenset[str]

@@ -110,9 +110,9 @@ def test_one_program_still_serves_many_sizes():
 
 @pytest.mark.filterwarnings("ignore:the plan is empty")
 def test_another_machine_may_make_another_program():
-    """Where the wire is far slower than the device, attention is repeated: whole keys and values come in once."""
-    slow = shardc.Hardware("slow wire", 1e15, 1e13, 1e3, latency=0.0, launch=0.0)
+    """Where every step of a message takes a second, there are fewer of them."""
+    far = shardc.Hardware("far apart", 1e15, 1e13, 1e12, latency=1.0, launch=0.0)
     x = torch.randn(2, 8, 32)
-    here, there = (made(Block(), None, Mesh(cp=4), x, **SPLIT, hardware=machine) for machine in (None, slow))
-    assert str(here) != str(there)
+    here, there = (made(Block(), None, Mesh(cp=4), x, **SPLIT, hardware=machine) for machine in (None, far))
+    assert len(there.collectives()) < len(here.collectives())
     assert made(Block(), None, Mesh(cp=4), x, **SPLIT, hardware="h100").hardware.name == "h100"
