@@ -276,6 +276,9 @@ def questions() -> Iterator[list[Exception]]:
         yield asked
 
 
+begin_dual_level = torch._C._enter_dual_level  # as a graph does; torch.autograd.forward_ad keeps count beside it
+
+
 @contextmanager
 def transforms_ended() -> Iterator[None]:
     """An error inside of a torch.func transform that a graph begins and ends by itself leaves it begun, for ever."""
@@ -287,6 +290,6 @@ def transforms_ended() -> Iterator[None]:
         stack.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         if outside:
             with suppress(RuntimeError):  # one is begun, and torch allows no two
-                torch._C._enter_dual_level()
+                begin_dual_level()
             torch._C._exit_dual_level(level=0)
         raise

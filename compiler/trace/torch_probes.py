@@ -35,6 +35,7 @@ from shardc.compiler.trace.torch_internals import (
     as_they_run,
     aside,
     aten,
+    begin_dual_level,
     capturing,
     functional,
     functionalizing,
@@ -179,7 +180,7 @@ def _flags() -> bool:
 def _transforms() -> bool:
     try:
         with transforms_ended():
-            torch._C._enter_dual_level()
+            begin_dual_level()
             torch.func.grad(_fails)(torch.ones(()))
     except KeyError:
         with forward_ad.dual_level():  # which raises where one is left
