@@ -25,12 +25,14 @@ class Backward(Base):
 
 class Normal(Base):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.distributions.Normal(self.up(x), 1.0).rsample()
+        return torch.distributions.Normal(self.up(x), 1.0, validate_args=True).rsample()
 
 
 class Bernoulli(Base):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.distributions.Bernoulli(probs=self.up(x).sigmoid()).log_prob(torch.ones_like(x))
+        return torch.distributions.Bernoulli(probs=self.up(x).sigmoid(), validate_args=True).log_prob(
+            torch.ones_like(x)
+        )
 
 
 class Packed(Base):
@@ -67,7 +69,7 @@ def test_what_is_to_be_written_runs():
 def test_an_error_of_the_users_in_such_a_call_stays_what_it_is():
     class Wrong(Base):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.distributions.Normal(self.up(x), torch.ones(7)).rsample()
+            return torch.distributions.Normal(self.up(x), torch.ones(7), validate_args=True).rsample()
 
     with pytest.raises(ShardingError, match="raises RuntimeError|size") as refused:
         shardc.compile(Wrong(), shardc.Replicated(), mesh=Mesh(dp=2))(torch.randn(2, 3, 8))
