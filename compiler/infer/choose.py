@@ -38,11 +38,12 @@ Kind = tuple[Node, int, tuple[tuple[Node, int], ...]]  # of a value: who makes i
 
 @dataclass(frozen=True)
 class Optimum:
-    """What was picked, what it costs, and what nothing can cost less than, in seconds."""
+    """What was picked, what it costs, what nothing can cost less than, and what it was before, in seconds."""
 
     picked: Mapping[Node, Strategy]
     cost: float
     bound: float
+    before: float
 
 
 def choose(found: Strategies, objective: Objective) -> Optimum:
@@ -51,13 +52,16 @@ def choose(found: Strategies, objective: Objective) -> Optimum:
     kinds = _kinds(found)
     program, chosen = _program(found, objective, kinds)
     values, bound = program.solve()
+    before = total(found, objective, first)
     if values is None:
-        return Optimum(first, total(found, objective, first), bound)
+        return Optimum(first, before, min(bound, before), before)
     taken: Mapping[tuple[Node, Strategy], float] = {way: float(values[column]) for way, column in chosen.items()}
     best = {n: max(found.of[n], key=lambda s, n=n: taken[n, s]) for n in dict.fromkeys(kinds.values())}
     picked = _unless_worth(found, objective, {node: best[kind] for node, kind in kinds.items()})
-    cost, before = total(found, objective, picked), total(found, objective, first)
-    return Optimum(picked, cost, min(bound, cost)) if cost < before else Optimum(first, before, min(bound, before))
+    cost = total(found, objective, picked)
+    if cost < before:
+        return Optimum(picked, cost, min(bound, cost), before)
+    return Optimum(first, before, min(bound, before), before)
 
 
 def _unless_worth(found: Strategies, objective: Objective, picked: dict[Node, Strategy]) -> dict[Node, Strategy]:

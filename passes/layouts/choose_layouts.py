@@ -12,6 +12,7 @@ come, and those in which the best choice would save less than a hundredth of wha
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,20 +49,21 @@ class ChooseLayouts:
         if not chosen:
             return PassResult()
         ways = (found or [Strategies(gm, ctx.mesh, ctx.decisions, ctx.plan.data_axes)])[0]
-        before = ways.applied()
         ways.apply({n: next((w for w in of if w.form == chosen.get(n.name)), of[0]) for n, of in ways.of.items()})
-        return PassResult(Counter(calls=sum(way != before[node] for node, way in ways.applied().items())))
+        return PassResult(Counter(calls=sum(way.form != ways.of[n][0].form for n, way in ways.applied().items())))
 
 
 def _better(found: Strategies, ctx: Context) -> Mapping[Node, Strategy]:
     """The layouts that cost less by enough, if there are some. They are laid out to be counted, and taken back."""
-    objective, before = Objective(ctx.mesh, ctx.hardware), found.applied()
+    objective = Objective(ctx.mesh, ctx.hardware)
     best = choose(found, objective)
-    was = total(found, objective, before)
+    enough = WORTH * (best.before - objective.least(found)) if best.cost < best.before else math.inf
+    if best.before - best.cost <= enough:
+        return {}
     found.apply(best.picked)
     now = total(found, objective, found.applied())
-    found.apply(before)
-    return best.picked if was - now > WORTH * (was - objective.least(found)) else {}
+    found.apply({node: ways[0] for node, ways in found.of.items()})
+    return best.picked if best.before - now > enough else {}
 
 
 def _disagrees(gm: GraphModule) -> bool:
