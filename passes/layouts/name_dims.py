@@ -33,6 +33,7 @@ from shardc.compiler.rules.facts import RESHAPES
 from shardc.compiler.spec.sizes import of_data
 
 aten = torch.ops.aten
+WIDE = (torch.int64, torch.int32)  # that count through any dim
 READS = (aten.index.Tensor, aten._unsafe_index.Tensor)
 WRITES = (aten.index_put.default, aten._unsafe_index_put.default)
 VIEWS = (*RESHAPES, aten.unsqueeze.default, aten.expand.default)
@@ -96,6 +97,8 @@ def _counts(index: Node, size: int, rank: int) -> int | None:
             return None
     if index.target not in (aten.arange.default, aten.arange.start, aten.arange.start_step) or size == 1:
         return None
+    if val(index).dtype not in WIDE:  # what is narrower wraps or rounds
+        return None
     given = arguments(index)
     first, end, step = (0, *given, 1)[:3] if len(given) == 1 else (*given, 1)[:3]
     if (first, end, step) != (0, size, 1):
@@ -105,9 +108,9 @@ def _counts(index: Node, size: int, rank: int) -> int | None:
 
 
 def _changes_nothing(node: Node) -> bool:
-    """A cast between integers, or a sum with 0."""
+    """A cast to wide integers, or a sum with 0."""
     if node.target is aten._to_copy.default:
-        return not val(node).dtype.is_floating_point and val(node).dtype != torch.bool
+        return val(node).dtype in WIDE
     return node.target is aten.add.Tensor and arguments(node)[1:] == (0,) and not node.kwargs
 
 
