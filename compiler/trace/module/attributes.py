@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from operator import getitem
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.trace.module.results import SIMPLE, opened
 from shardc.compiler.trace.module.stand_ins import TABLES
+from shardc.compiler.trace.module.stored import entries, entry, put, refill
 from shardc.compiler.trace.sizes.data_decided import SYMBOLIC
 
 # RNNs keep a list of their own weights, rebuilt whenever it is out of date.
@@ -50,15 +50,12 @@ class Effect:
         if isinstance(container, dict):
             for key in self.gone:
                 container.pop(key, None)
-            container.update(zip(self.keys, values, strict=True))
+            put(container, dict(zip(self.keys, values, strict=True)))
         elif isinstance(container, set):
-            container.difference_update(self.gone)
-            container.update(values)
+            refill(container, (entries(container) - {*self.gone}) | {*values})
         else:
-            old = list(container)
-            made = [next(values) if place is None else old[place] for place in self.keys]
-            container.clear()
-            container.extend(made)
+            old = entries(container)
+            refill(container, [next(values) if place is None else old[place] for place in self.keys])
 
 
 class Watched:
@@ -66,8 +63,7 @@ class Watched:
 
     def __init__(self, name: str, held: Any, find: Find, named: bool = False, own: Callable[[Any], bool] | None = None):
         self.name, self.held, self.find, self._named, self._own = name, held, find, named, own or (lambda key: False)
-        kind = dict if isinstance(held, dict) else set if isinstance(held, set) else list
-        self.before = kind(held)
+        self.before = entries(held)
 
     def name_of(self, key: Any) -> str:
         return f"{self.name}.{key}".lstrip(".") if self._named else f"{self.name}[{key!r}]"
@@ -76,32 +72,33 @@ class Watched:
         """Each entry, its name, and how to find it."""
         if isinstance(self.held, set):
             return []
-        keys = [*self.held] if isinstance(self.held, dict) else range(len(self.held))
-        return [(self.name_of(k), self.held[k], lambda call, k=k: self.find(call)[k]) for k in keys if not self._own(k)]
+        stored = entries(self.held)
+        keyed = stored.items() if isinstance(stored, dict) else enumerate(stored)
+        return [(self.name_of(k), v, lambda call, k=k: entry(self.find(call), k)) for k, v in keyed if not self._own(k)]
 
     def changes(self) -> tuple[tuple[Any, ...], tuple[Any, ...], list[Any]] | None:
         """(keys, gone, new values) as an `Effect` has them; None where nothing changed."""
-        now, before = self.held, self.before
+        now, before = entries(self.held), self.before
         if isinstance(now, dict):
-            keys = [k for k in now if not self._own(k) and not (k in before and _same(before[k], now[k]))]  # pyright: ignore
+            keys = [k for k in now if not self._own(k) and not (k in before and _same(before[k], now[k]))]
             gone = [k for k in before if k not in now and not self._own(k)]
             return (tuple(keys), tuple(gone), [now[k] for k in keys]) if keys or gone else None
         if isinstance(now, set):
-            return ((), tuple(before - now), [*(now - before)]) if now != before else None  # pyright: ignore
+            return ((), tuple(before - now), [*(now - before)]) if now != before else None
         places = {id(value): i for i, value in reversed([*enumerate(before)])}
-        keys = [i if i < len(before) and value is before[i] else places.get(id(value)) for i, value in enumerate(now)]  # pyright: ignore
+        keys = [i if i < len(before) and value is before[i] else places.get(id(value)) for i, value in enumerate(now)]
         new = [value for key, value in zip(keys, now, strict=True) if key is None]
         return (tuple(keys), (), new) if keys != [*range(len(before))] else None
 
     def restore(self) -> None:
-        now, before = self.held, self.before
+        now, before = entries(self.held), self.before
         if isinstance(now, dict):
             if [*now] != [*before]:
-                now.clear()
-            now.update(before)
+                refill(self.held, before)
+            else:
+                put(self.held, {k: v for k, v in before.items() if now[k] is not v})
         elif now != before if isinstance(now, set) else [*map(id, now)] != [*map(id, before)]:
-            now.clear()
-            now.update(before) if isinstance(now, set) else now.extend(before)
+            refill(self.held, before)
 
 
 class Attributes:
@@ -202,7 +199,7 @@ def _at(steps: Sequence[Any], start: Any = None) -> Find:
     """Follows keys from a call, or from what is the same in every call."""
 
     def find(call: Any) -> Any:
-        return reduce(getitem, steps, call if start is None else start)
+        return reduce(entry, steps, call if start is None else start)
 
     return find
 

@@ -27,6 +27,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from shardc.compiler.trace.module.attributes import DEPTH, DERIVED, PLAIN, inner_of, is_recomputed
+from shardc.compiler.trace.module.stored import entries, entry, is_as_built_in, reader
 from shardc.compiler.trace.torch_internals import GLOBAL_HOOKS, guards_of, is_users_hook
 from shardc.compiler.user_code import is_users
 
@@ -52,7 +53,7 @@ class Survey:
     met: list[tuple[str, Any]] = field(default_factory=list)  # what each expression led to
 
     def item(self, table: Any, key: Any) -> Any:
-        value = table[key]
+        value = entry(table, key)
         self.items[id(table), key] = table, key, value
         return value
 
@@ -95,9 +96,10 @@ class Survey:
             self.sized[id(value)] = value, len(value)  # pyright: ignore
         elif not depth:
             return type(value)
-        if isinstance(held, set):
-            return type(value), frozenset(map(id, held))
-        keys = list(held) if isinstance(held, dict) else range(len(held))
+        stored = entries(held)
+        if isinstance(stored, set):
+            return type(value), frozenset(map(id, stored))
+        keys = list(stored) if isinstance(stored, dict) else range(len(stored))
         inner = tuple(self.describe(self.item(held, k), depth - 1) for k in keys) if depth else ()
         return type(value), tuple(keys), inner
 
@@ -138,12 +140,13 @@ class Reads:
         tables: dict[int, tuple[Any, list[Any]]] = {}
         for table, key, _ in survey.items.values():
             tables.setdefault(id(table), (table, []))[1].append(key)
-        several = [(table, keys) for table, keys in tables.values() if len(keys) > 1]
+        several = [(table, keys) for table, keys in tables.values() if len(keys) > 1 and is_as_built_in(table)]
+        alone = [(table, keys) for table, keys in tables.values() if len(keys) == 1 or not is_as_built_in(table)]
         self._tables = [(itemgetter(*keys), table) for table, keys in several]
-        self._items = [(table, keys[0]) for table, keys in tables.values() if len(keys) == 1]
+        self._items = [(reader(table), key) for table, keys in alone for key in keys]
         self._attributes = [(owner, name) for owner, name, _ in survey.attributes]
         self._values = [table[key] for table, keys in several for key in keys]
-        self._values += [table[key] for table, key in self._items] + [value for *_, value in survey.attributes]
+        self._values += [read(key) for read, key in self._items] + [value for *_, value in survey.attributes]
         self._absent = list(survey.absent.values())
         self._sized = [container for container, _ in survey.sized.values()]
         self._sizes = [size for _, size in survey.sized.values()]
@@ -152,7 +155,7 @@ class Reads:
     def _unmoved(self) -> bool:
         """Whether every place holds the very same object. This is asked in every call."""
         try:
-            one_by_one = [table[key] for table, key in self._items]
+            one_by_one = [read(key) for read, key in self._items]
             one_by_one += [getattr(owner, name) for owner, name in self._attributes]
             now = chain(chain.from_iterable([get(table) for get, table in self._tables]), one_by_one)
         except GONE:

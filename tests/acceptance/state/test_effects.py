@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,3 +174,51 @@ def same(ours: Any, theirs: Any, what: str) -> None:
             same(*pair, f"{what}[{i}]")
     else:
         assert ours == theirs, what
+
+
+class Instances(OrderedDict[str, Any]):
+    """Stores classes, and gives an instance at each access."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+class Scaled(list[float]):
+    def __getitem__(self, at: Any) -> Any:
+        return super().__getitem__(at) * 10
+
+
+class Grows(defaultdict[str, list[float]]):
+    pass
+
+
+ACTIVATIONS = Instances(relu=nn.ReLU, tanh=nn.Tanh)
+
+
+class Looks(nn.Module):
+    """Reads containers whose classes compute what they give, of a Python module and its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.own, self.scales, self.grows = Instances(tanh=nn.Tanh), Scaled([0.1, 0.2]), Grows(list)
+        self.grows["here"] = [2.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.own["tanh"](ACTIVATIONS["relu"](self.fc(x))) * self.scales[1]
+        return y * self.grows["here"][0]
+
+
+def test_containers_are_looked_at_as_they_are_stored():
+    model = Looks()
+    plain, x = copy.deepcopy(model), torch.randn(4, 4)
+    compiled = shardc.compile(model, Replicated(), mesh=Mesh(dp=2))
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), plain(x), **USUAL)
+    assert len(compiled.programs) == 1
+    kept = dict(OrderedDict.items(ACTIVATIONS)), dict(OrderedDict.items(model.own))
+    assert all(OrderedDict.__getitem__(ACTIVATIONS, k) is v for k, v in dict(relu=nn.ReLU, tanh=nn.Tanh).items()), kept
+    assert [*list.__iter__(model.scales)] == [0.1, 0.2] and [*model.grows] == ["here"]
+    OrderedDict.__setitem__(model.own, "tanh", nn.ReLU)
+    OrderedDict.__setitem__(plain.own, "tanh", nn.ReLU)
+    torch.testing.assert_close(compiled(x), plain(x), **USUAL)
