@@ -1,4 +1,4 @@
-"""Which line of the user's own code something comes from: the nearest that is neither this package's nor torch's."""
+"""Which line of the user's own code something comes from: neither this package's, torch's nor Python's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import torch
 _PARTS = Path(__file__).parent.parent  # holds compiler, passes and runtime, installed or in a clone
 _INSIDE = [*(_PARTS / part for part in ("compiler", "passes", "runtime")), Path(torch.__file__).parent]
 _PREFIXES = (*(f"{folder}{os.sep}" for folder in _INSIDE), "<")
+_PYTHONS = f"{Path(os.__file__).parent}{os.sep}"
+_INSTALLED = tuple(f"{_PYTHONS}{folder}{os.sep}" for folder in ("site-packages", "dist-packages"))
 
 
 @lru_cache(maxsize=4096)
 def is_users(file: str) -> bool:
-    """Whether a source file belongs to neither this package nor torch; what runs from a string belongs to them."""
-    return not file.startswith(_PREFIXES)
+    """Whether a source file belongs to neither this package, torch nor Python; what runs from a string is theirs."""
+    return not file.startswith(_PREFIXES) and (not file.startswith(_PYTHONS) or file.startswith(_INSTALLED))
 
 
 def user_frame() -> FrameType:

@@ -175,6 +175,10 @@ VALUE_HELP = (
 ROOM, IN_PLACE_OF_TORCH = str(Path(__file__).parent), "rewrites.py"
 PASSING_ON = ("__torch_function__", "__torch_dispatch__")  # call what forward calls
 CAPTURE_HELP = "if it runs without compiling, move what torch cannot trace out of forward, or out of the module"
+FLEX = (
+    "forward uses flex_attention or makes a block mask, which cannot be traced here",
+    "write it with scaled_dot_product_attention and a mask",
+)
 # Of torch's own errors, by what they say or where they come from, those that say nothing of the user's mistake.
 KNOWN = (
     (
@@ -193,11 +197,8 @@ KNOWN = (
         "forward packs sequences, whose sizes are what a tensor holds",
         "pass padded sequences to the layer, and mask what is behind their ends",
     ),
-    (
-        "pop from empty mode stack",
-        "forward uses flex_attention or makes a block mask, which cannot be traced here",
-        "write it with scaled_dot_product_attention and a mask",
-    ),
+    ("pop from empty mode stack", *FLEX),
+    ("FlexAttention does not support backward", *FLEX),
 )
 _DATA_DEPENDENT = (
     "data-dependent",
@@ -220,7 +221,7 @@ def refusal(error: BaseException) -> ShardingError:
     stack = getattr(error, "real_stack", None) or ()
     source = next((s for s in map(_of_frame, reversed(list(stack))) if s), None)
     source = source or innermost(str(error)) or _of_traceback(error)
-    place = {"where": str(source or ""), "excerpt": _excerpt(source)}
+    place = {"where": str(source or ""), "excerpt": excerpt(source)}
     by_values = depends_on_values(error) or "FunctionalTensor" in str(error)
     frames = (*stack, *traceback.extract_tb(error.__traceback__)) if by_values else ()
     for sign, what, help in KNOWN:
@@ -271,6 +272,17 @@ def communicates(stack_trace: str | None, name: str) -> ShardingError:
     )
 
 
+def sparse(who: str, layout: Any) -> ShardingError:
+    """For a tensor of which no layout tells what ranks hold; who: that, and whether it is or gives it."""
+    source = innermost("".join(traceback.format_stack()))
+    return ShardingError(
+        f"{who} a {str(layout).removeprefix('torch.')} tensor",
+        where=str(source or ""),
+        excerpt=excerpt(source),
+        help="use a dense one, or index_select and index_add by the places of its entries",
+    )
+
+
 def without_data(stack_trace: str | None) -> ShardingError:
     return _refusal_in(
         stack_trace,
@@ -283,7 +295,7 @@ def _refusal_in(
     stack_trace: str | None, what: str, help: str, kind: type[ShardingError] = ShardingError
 ) -> ShardingError:
     source = innermost(stack_trace or "")
-    return kind(what, where=str(source or ""), excerpt=_excerpt(source), help=help)
+    return kind(what, where=str(source or ""), excerpt=excerpt(source), help=help)
 
 
 def headline(error: BaseException) -> str:
@@ -302,7 +314,7 @@ def _of_traceback(error: BaseException) -> Source | None:
     return next((s for s in map(_of_frame, reversed(frames)) if s), None)
 
 
-def _excerpt(source: Source | None) -> str:
+def excerpt(source: Source | None) -> str:
     """The line with its neighbours, the guilty one marked."""
     if source is None:
         return ""

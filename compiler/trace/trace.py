@@ -46,7 +46,15 @@ from shardc.compiler.trace.module.stand_ins import (
 )
 from shardc.compiler.trace.sizes.data_decided import data_mode
 from shardc.compiler.trace.sizes.symbolic import symbolic_mode, symbolic_stand_in
-from shardc.compiler.trace.sources import DependsOnValues, annotate, depends_on_values, headline, is_fault, refusal
+from shardc.compiler.trace.sources import (
+    DependsOnValues,
+    annotate,
+    depends_on_values,
+    headline,
+    is_fault,
+    refusal,
+    sparse,
+)
 from shardc.compiler.trace.torch_internals import (
     REFUSALS,
     FakeTensorMode,
@@ -208,7 +216,7 @@ class _Arguments:
         values = tuple(value for _, value in paths)
         for leaf, value in zip(names, values, strict=True):
             if isinstance(value, Tensor) and value.layout is not torch.strided:
-                raise ShardingError(f"{leaf} is a {value.layout} tensor", help="pass a dense one")
+                raise sparse(f"{leaf} is", value.layout)
             if type(value).__module__ == "numpy":
                 raise ShardingError(f"{leaf} is a numpy {type(value).__name__}", help="pass torch.as_tensor of it")
         infos = tuple(TensorInfo.of(value) if isinstance(value, Tensor) else None for value in values)

@@ -669,9 +669,12 @@ def test_a_sparse_tensor():
     assert_expected_inline(
         said(lambda: mlp()(x().to_sparse())),
         """\
-ShardingError: sharding error: x is a torch.sparse_coo tensor
-  --> test_mistakes.py:N
-   = help: pass a dense one""",
+ShardingError: sharding error: x is a sparse_coo tensor
+  --> test_mistakes.py:N in <lambda>
+   |       assert_expected_inline(
+   | >         said(lambda: mlp()(x().to_sparse())),
+   |           \"\"\"\\
+   = help: use a dense one, or index_select and index_add by the places of its entries""",
     )
 
 

@@ -296,7 +296,7 @@ def test_an_output_of_a_foreign_type():
     "value, what",
     [
         (np.ones((3, 4)), "x['a'] is a numpy ndarray"),
-        (torch.eye(4).to_sparse(), "x['a'] is a torch.sparse_coo tensor"),
+        (torch.eye(4).to_sparse(), "x['a'] is a sparse_coo tensor"),
     ],
 )
 def test_inputs_that_are_no_dense_tensors(value, what):

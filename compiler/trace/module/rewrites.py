@@ -7,6 +7,7 @@ are computed. A size, or an answer, stays what data decides (trace_unbacked.py).
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from shardc.compiler.errors import ShardingError
 from shardc.compiler.rules.checks import CHECK_TRUE
 from shardc.compiler.rules.ops.losses.ctc import CTC
 from shardc.compiler.rules.ops.lstsq import LSTSQ
+from shardc.compiler.trace.sources import sparse
 
 VIEW_HELP = "clone the result of narrow before either is changed in place"
 
@@ -36,7 +38,12 @@ class Rewrites(TorchFunctionMode):
         rewrite = REWRITES.get(func)
         found = rewrite(*args, **(kwargs or {})) if rewrite else NotImplemented
         if found is NotImplemented:
-            return func(*args, **(kwargs or {}))
+            if func in MAKE_SPARSE:
+                raise sparse(f"{func.__name__} gives", "sparse")
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, Tensor) and found.layout is not torch.strided:
+                raise sparse(f"{getattr(func, '__name__', func)} gives", found.layout)
+            return found
         if rewrite is _narrow:
             self._views += [(t, t._version) for t in (args[0] if args else kwargs["input"], found)]
         return found
@@ -259,6 +266,27 @@ def _lstsq(input: Tensor, b: Tensor, rcond: float | None = None, *, driver: str 
     return form((solution.squeeze(-1) if vector else solution, *rest))
 
 
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """With a dense gradient, which holds the same numbers."""
+    if not sparse:
+        return NotImplemented
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+
+
+def _embedding_bag(*args: Any, **kwargs: Any) -> Any:
+    """The same of bags."""
+    given = BAG.bind(*args, **kwargs).arguments
+    return F.embedding_bag(**{**given, "sparse": False}) if given.get("sparse") else NotImplemented
+
+
 # ---- functions that torch 2.13 traces as something else than it computes
 
 
@@ -298,6 +326,12 @@ def _set_data(x: Tensor, other: Tensor) -> None:
         x.set_(other)  # pyright: ignore[reportArgumentType]
 
 
+# Some of them end the process where they are traced.
+KINDS_OF_SPARSE = ("coo", "csr", "csc", "bsr", "bsc")
+MAKE_SPARSE = {Tensor.to_sparse, Tensor.to_sparse_coo, Tensor.to_mkldnn, torch.sparse_compressed_tensor}
+MAKE_SPARSE |= {getattr(torch, f"sparse_{kind}_tensor") for kind in KINDS_OF_SPARSE}
+MAKE_SPARSE |= {getattr(Tensor, f"to_sparse_{kind}") for kind in KINDS_OF_SPARSE}
+BAG = inspect.signature(F.embedding_bag)
 REWRITES: dict[Any, Callable[..., Any]] = {
     F.gaussian_nll_loss: _gaussian_nll,
     **dict.fromkeys((torch.cov, Tensor.cov), _cov),
@@ -315,6 +349,8 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.equal, Tensor.equal), _equal),
     **dict.fromkeys((torch.allclose, Tensor.allclose), _allclose),
     F.one_hot: _one_hot,
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
     F.multi_margin_loss: _multi_margin,
     F.multilabel_margin_loss: _multilabel_margin,
 }

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.ir.marks import border_key, mark
 from shardc.compiler.ir.signature import TensorInfo
+from shardc.compiler.trace.sources import sparse
 from shardc.compiler.trace.torch_internals import FakeTensorMode
 
 TABLES = ("_parameters", "_buffers")
@@ -82,6 +83,8 @@ def _held(tensor: Tensor, fqns: list[str], places: tuple[Place, ...], given: Map
             f"{fqns[0]} has no shape yet",
             help="run the lazy module on one batch before compiling it",
         )
+    if tensor.layout is not torch.strided:
+        raise sparse(f"{fqns[0]} is", tensor.layout)
     info = next((given[fqn] for fqn in fqns if fqn in given), None) or TensorInfo.of(tensor)
     parameter = any(place.table == "_parameters" for place in places)
     return Held(fqns[0], tuple(fqns[1:]), places, parameter, tensor, info)
@@ -141,8 +144,11 @@ def standing_in(
     try:
         for h, fake in zip(held, fakes, strict=True):
             h.put(fake)
-        for owner in module.modules():
+        for fqn, owner in module.named_modules():
             for name, value in list(vars(owner).items()):
+                if isinstance(value, Tensor) and value.layout is not torch.strided:
+                    full = f"{fqn}.{name}" if fqn else name
+                    raise sparse(f"{full} is", value.layout)
                 if isinstance(value, Tensor) and value.is_meta:
                     vars(owner)[name] = stand_in(TensorInfo.of(value), mode, device, value)
         yield
