@@ -20,6 +20,7 @@ from shardc.passes.local.fuse_bias import FuseBias
 from shardc.passes.local.join_messages import JoinMessages
 from shardc.passes.local.localize import Localize
 from shardc.passes.local.overlap import Overlap
+from shardc.passes.local.pack_operands import PackOperands
 from shardc.passes.local.reduce_in_place import ReduceInPlace
 from shardc.passes.local.shorten_views import ShortenViews
 from shardc.passes.reshards.delay_reductions import DelayReductions
@@ -77,6 +78,7 @@ def _passes(ctx: Context) -> list[Any]:
         MergeEqual(),  # the first legs of two ways may be the same
         DelayReductions(),  # fewer messages: branches beside a residual are summed before they are reduced
         LOCALIZE,  # global shapes end here                                        RESHARDED -> LOCAL
+        PackOperands(),  # pieces may lie in memory otherwise than the whole did
         ShortenViews(),  # fewer calls: the ends of chains of views
         FuseBias(),  # ... and the product with its bias, where it is no pending sum
         JoinMessages(),  # latency: what a unit gathers, and gradients, move at once

@@ -60,24 +60,38 @@ class Drawn:
     children: tuple[Child, ...]
     outputs: tuple[int, ...]  # how many dims each has
     differentiable: str = "x y"  # names of the inputs that need a gradient
+    backwards: str = ""  # names of the inputs whose dims lie in memory in the other order; "weights": parameters too
 
     def model(self) -> nn.Module:
         """The model with the weights of one seed, in double precision."""
         torch.manual_seed(0)
-        return model_of(self.source).double()
+        model = model_of(self.source).double()
+        for parameter in model.parameters() if "weights" in self.backwards else ():
+            parameter.data = backwards(parameter.data)
+        return model
 
     def tensors(self) -> list[Tensor]:
         draw = torch.Generator().manual_seed(1)
-        return [
+        made = [
             torch.randint(VOCAB, shape, generator=draw)
             if name == "ids"
-            else torch.randn(shape, generator=draw, dtype=torch.double, requires_grad=name in self.differentiable)
+            else torch.randn(shape, generator=draw, dtype=torch.double)
             for name, shape in self.inputs
         ]
+        names = [name for name, _ in self.inputs]
+        laid = [backwards(x) if n in self.backwards.split() else x for n, x in zip(names, made, strict=True)]
+        return [x.requires_grad_(n in self.differentiable and n != "ids") for n, x in zip(names, laid, strict=True)]
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{n}{list(s)}" for n, s in self.inputs)
-        return f"\n{self.source}\ninputs: {inputs}; with gradients: {self.differentiable or 'none'}\n"
+        how = f"with gradients: {self.differentiable or 'none'}; backwards in memory: {self.backwards or 'none'}"
+        return f"\n{self.source}\ninputs: {inputs}; {how}\n"
+
+
+def backwards(x: Tensor) -> Tensor:
+    """The same tensor, its last dim the slowest in memory."""
+    order = [*range(x.dim())][::-1]
+    return x.permute(order).contiguous().permute(order)
 
 
 def model_of(source: str) -> nn.Module:
@@ -173,7 +187,8 @@ class _Writer:
             f"        return {', '.join(returned)}\n"
         )
         ndims = tuple(self.values[n].dim() for n in returned)
-        return Drawn(source, self.inputs, tuple(self.children), ndims, self.one("x y", "x y", "x", ""))
+        grads, lies = self.one("x y", "x y", "x", ""), self.one("", "", "x", "weights", "x weights", "ids y")
+        return Drawn(source, self.inputs, tuple(self.children), ndims, grads, lies)
 
 
 def _linear(w: _Writer) -> str | None:

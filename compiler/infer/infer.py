@@ -265,7 +265,7 @@ def _merge(
         if factor in f and any(a in axes for a in axes_of(f[factor]))
     ]
     offers.sort(key=lambda o: (-len(axes_of(o[0])), -o[1]))
-    offers.append(((Part(rule.size(factor), tuple(a for a in axes if not _is_offered(a, offers))),), 0))
+    offers += [((Part(rule.size(factor), (axis,)),), 0) for axis in axes if not _is_offered(axis, offers)]
     dim = offers[0][0]
     for other, _ in offers[1:]:
         missing = [a for a in axes_of(other) if a not in axes_of(dim)]

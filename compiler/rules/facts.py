@@ -23,6 +23,22 @@ UNSAID = {  # views whose schemas do not say so
     aten.unsafe_split.Tensor,
     aten.unsafe_split_with_sizes.default,
 }
+# What composite operators make of their operands before they call these, they do when forward is traced; found by
+# running every operator of torch's database again with each operand in another order of memory.
+AS_TRACED = {
+    aten.native_group_norm.default,
+    aten.native_group_norm_backward.default,
+    aten.nll_loss2d_backward.default,
+    aten._pdist_forward.default,
+    aten._pdist_backward.default,
+    aten.adaptive_max_pool3d_backward.default,
+    aten.fractional_max_pool2d_backward.default,
+    aten.fractional_max_pool3d_backward.default,
+    *(getattr(aten, f"_scaled_dot_product_{kind}_attention{of}{half}").default
+      for kind, of in (("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))
+      for half in ("", "_backward")),
+}  # fmt: skip
+PACKED = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.embedding.default}
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
@@ -39,6 +55,17 @@ def is_thin(op: Any) -> bool:
 def computes(op: Any) -> bool:
     """Whether an operator keeps a device busy and gives memory of its own."""
     return isinstance(op, OpOverload) and not is_view(op) and not op._schema.is_mutable
+
+
+def relies_on_strides(op: Any) -> bool:
+    """Whether a kernel takes it that its operands lie in memory as they did when traced, and does not look."""
+    return op in AS_TRACED
+
+
+def gives_contiguous(op: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether results are contiguous however operands lie."""
+    copied = op is aten.clone.default and kwargs.get("memory_format") is torch.contiguous_format
+    return copied or op is aten.contiguous.default or op in PACKED
 
 
 def is_cheap(op: Any) -> bool:

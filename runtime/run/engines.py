@@ -64,7 +64,8 @@ class SimulatedRanks:
         return self._cut(torch.zeros(spec(node).shape, dtype=val(node).dtype, device=val(node).device), spec(node))
 
     def _cut(self, x: Tensor, layout: Spec) -> list[Tensor]:
-        return [cut(x.detach(), layout, self._mesh, at) for at in self._coords]
+        pieces = [cut(x.detach(), layout, self._mesh, at) for at in self._coords]
+        return pieces if layout.is_whole else [piece.contiguous() for piece in pieces]  # as a rank has them
 
     def _joined(self, gm: GraphModule, found: Sequence[list[Any]]) -> list[Any]:
         """What a graph returns, of what it returns on every rank."""

@@ -214,3 +214,17 @@ def test_a_unit_that_two_mesh_dims_shard_and_a_third_splits_is_gathered_in_some_
     styles = {"mha": ColwiseParallel(), "conv.weight": Shard(-1), "conv.bias": Shard(0)}
     first, second = (FullyShard(unit, reshard_after_forward=free) for unit, free in zip(units, kept, strict=True))
     agrees(Attends().double(), [draw(2, 2, 9)], Mesh(dp=2, cp=2, tp=2), Plan(dp=styles, cp=first, tp=second))
+
+
+class Puts(nn.Module):
+    """What is put at an index nobody splits, beside a row that each rank would have to fetch over both mesh dims."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v1 = torch.tanh(x).clone().index_fill_(0, torch.tensor([0]), 0.5)
+        v2 = v1 + v1
+        v4 = v2.scatter(0, v2.argmax(0, keepdim=True), 0.0)
+        return torch.add(v4.clone().mul_(2).add_(v4), x.narrow(0, 3, 1), alpha=2)
+
+
+def test_a_factor_that_one_mesh_dim_may_split_is_not_split_by_two():
+    agrees(Puts(), [draw(8, 2)], Mesh(dp=2, tp=2), Plan(dp=Replicated(), tp=Replicated()), {"inputs": (None,)})
