@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shardc.compiler.driver.compile import CompiledModule, Program, compile
+    from shardc.compiler.driver.search.search import search
     from shardc.compiler.driver.train_step import train_step
     from shardc.compiler.errors import CheckpointError, PlanError, RankFailure, RankMismatchError, ShardingError
     from shardc.compiler.ir.marks import constrain
@@ -52,6 +53,7 @@ __all__ = [
     "rule",
     "save_checkpoint",
     "save_safetensors",
+    "search",
     "train_step",
 ]
 
@@ -84,6 +86,7 @@ _HOME = {
     "rule": "shardc.compiler.rules.table",
     "save_checkpoint": "shardc.runtime.checkpoint.checkpoint",
     "save_safetensors": "shardc.runtime.checkpoint.checkpoint",
+    "search": "shardc.compiler.driver.search.search",
     "train_step": "shardc.compiler.driver.train_step",
 }
 

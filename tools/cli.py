@@ -1,4 +1,4 @@
-"""The `shardc` command: demo, view, explain, run, opt."""
+"""The `shardc` command: demo, view, explain, plan, run, opt."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("value", nargs="?", help="a value's name in the program's text")
     explain.add_argument("--json", action="store_true")
     explain.set_defaults(run=_explain)
+    plan = commands.add_parser("plan", help="find the plan whose step is shortest, within a limit of memory")
+    plan.add_argument("target", help=TARGET)
+    plan.add_argument("--mesh", help="such as dp=8,tp=8; no devices are needed")
+    plan.add_argument("--memory", help="bytes of a rank, such as 80GB (what the hardware has)")
+    plan.add_argument("--hardware", default="h100", help="the machine: a100, h100, h200, neutral (h100)")
+    plan.add_argument("--keep", action="store_true", help="keep every line of the target's own plan, and add to it")
+    plan.set_defaults(run=_plan)
     run = commands.add_parser("run", help="run a script on local gloo ranks")
     run.add_argument("-n", type=int, default=4, dest="ranks")
     run.add_argument("script")
@@ -63,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+TARGET = "file.py:function or package.module:function -> (model, plan, inputs[, options])"
 OPT = """\
 Runs passes on a program's text, and prints what becomes of it:
 
@@ -78,6 +86,14 @@ def _demo(options: argparse.Namespace) -> int:
     from shardc.tools.demo.demo import demo
 
     return demo(options.steps, options.output, options.page)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from shardc.tools.explain import parse_mesh
+    from shardc.tools.plan import plan
+
+    plan(options.target, parse_mesh(options.mesh), options.hardware, options.memory, options.keep)
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -116,8 +132,7 @@ def run_script(rank: int, script: str, arguments: list[str]) -> None:
 
 
 def _add_target(command: argparse.ArgumentParser, **options: Any) -> None:
-    what = "file.py:function or package.module:function -> (model, plan, inputs[, options]), or a dumped .json"
-    command.add_argument("target", help=what, **options)
+    command.add_argument("target", help=f"{TARGET}, or a dumped .json", **options)
     command.add_argument("--mesh", help="such as dp=2,tp=4; no devices are needed")
     links = "a100, h100, h200, nvlink=450GB/s,ib=50GB/s or tp=450GB/s,dp=50GB/s: for the estimate of the timeline"
     command.add_argument("--links", default="h100", help=links)

@@ -36,12 +36,17 @@ def compile_target(target: str, mesh: Mesh) -> tuple[shardc.CompiledModule, tupl
     """What `file.py:function` or `package.module:function` returns, (model, plan, example inputs) and if it likes a
     dict of compile's options: the compiled model, and the inputs as positional and keyword arguments. What is on meta,
     or from deferred_init, takes no memory: nothing is computed."""
+    model, plan, args, kwargs, options = target_parts(target)
+    return shardc.compile(model, plan, mesh=mesh, init=ON_META, **options), args, kwargs
+
+
+def target_parts(target: str) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """What a target returns: model, plan, positional and keyword arguments, compile's options."""
     model, plan, inputs, *rest = _function(target)()
     options = {key: value for key, value in (rest[0] if rest else {}).items() if key not in ("init", "mesh")}
-    compiled = shardc.compile(model, plan, mesh=mesh, init=ON_META, **options)
     if isinstance(inputs, dict):
-        return compiled, (), inputs
-    return compiled, inputs if isinstance(inputs, tuple) else (inputs,), {}
+        return model, plan, (), inputs, options
+    return model, plan, inputs if isinstance(inputs, tuple) else (inputs,), {}, options
 
 
 def _function(target: str) -> Callable[[], Any]:

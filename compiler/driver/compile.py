@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,18 +15,22 @@ from shardc.compiler.driver.bound_model import BoundModel
 from shardc.compiler.driver.compiled_module import CompiledModule, bind, is_compiled
 from shardc.compiler.driver.decide import Options
 from shardc.compiler.driver.fill import Filling, check_init
-from shardc.compiler.driver.lowering import Lowering
+from shardc.compiler.driver.lowering import Lowering, Planned
 from shardc.compiler.driver.precision import with_precision
+from shardc.compiler.driver.search.search import planned
 from shardc.compiler.errors import PlanError
 from shardc.compiler.plan.layout import Precision, bad_option, shown
 from shardc.compiler.plan.match import did_you_mean, find
 from shardc.compiler.plan.resolve import check_placements, mesh_dims, resolve
+from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.spec.hardware import Hardware
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.user_code import call_site, warn_user
 from shardc.passes.pipeline import OPTIONAL
 from shardc.runtime.run.ranks import Ranks
 from shardc.runtime.wire.groups import default_device_mesh
+
+AUTO = "auto"  # the plan is searched for
 
 
 def compile(
@@ -49,22 +54,21 @@ def compile(
     """Shard a model over a mesh by a plan. The model is taken over in place: its parameters become the shards.
 
     model: an nn.Module. plan: a `Plan`, a dict of patterns -> styles for the only mesh dim, a style for the
-    root, or None for the module's own annotations. mesh: a torch DeviceMesh (real ranks), or a `shardc.Mesh`
-    (all ranks simulated in this process; global tensors in and out). inputs, outputs: layouts of the root's
-    inputs and outputs; what is rows of the batch the graph shows by itself (docs/inputs_and_results.md). init: what
-    fills a model on meta: None calls `reset_parameters` of every module that owns tensors there, a function is called
-    per such module, a state_dict or a path (safetensors, or a folder of torch.distributed.checkpoint) is loaded; of a
-    pair (one of these, function or None) the second fills what the first lacks. src_data_rank: whose values win; None:
-    each rank slices its own.
-    precision: the dtypes that are computed with, reduced in and returned.
+    root, None for the module's own annotations, or on a `shardc.Mesh` "auto": what `search` finds for the first call.
+    mesh: a torch DeviceMesh (real ranks), or a `shardc.Mesh` (all simulated here; global tensors in and out). inputs,
+    outputs: layouts of the root's inputs and outputs; what is rows of the batch the graph shows by itself
+    (docs/inputs_and_results.md). init: what fills a model on meta: None calls `reset_parameters` of every module that
+    owns tensors there, a function is called per such module, a state_dict or a path (safetensors, or a folder of
+    torch.distributed.checkpoint) is loaded; of a pair (one of these, function or None) the second fills what the
+    first lacks. src_data_rank: whose values win; None: each rank slices its own. precision: the dtypes that are
+    computed with, reduced in and returned.
     recompute: patterns of modules whose activations are computed again in backward. rng: "counter", random numbers
     that are the same on any mesh, one device included, or "replay", those that plain eager torch draws on one device.
     dynamic: sizes of inputs stay symbolic, and one program serves all that take the same path (docs/dynamic.md).
     backend: "eager" runs the graph's own Python, "inductor" compiles what a rank computes between collectives, a
     function does so as for `torch.compile`. strict: errors instead of reports. without: names of optimizing passes to
     leave out, such as "overlap", to see what they do or whether they are at fault (passes/pipeline.py lists them).
-    hardware: the machine that layouts which nobody fixed are chosen for, or a preset's name; None is a neutral one
-    (docs/deciding.md).
+    hardware: the machine, or a preset's name, that layouts which nobody fixed are chosen for (docs/deciding.md).
 
     Raises PlanError for a plan, mesh or option that makes no sense, before any collective; ShardingError, at
     the first call or `lower`, for a module that cannot be traced or sharded so.
@@ -77,7 +81,9 @@ def compile(
         integers, device_mesh = _mesh(mesh, plan, model)
         _check_source(src_data_rank, integers)
         patterns, left_out = _patterns(recompute, model, strict), _left_out(without)
-        resolved = resolve(plan, model, integers, inputs=inputs, outputs=outputs, strict=strict)
+        options = Options(strict, patterns, rng, precision, dynamic, backend, left_out, machine)
+        layouts = {"inputs": inputs, "outputs": outputs}
+        resolved, planned = _resolved(plan, model, integers, device_mesh, layouts, options)
         if device_mesh is not None:
             check_placements(resolved)
         resolved = with_precision(resolved, precision)
@@ -85,9 +91,24 @@ def compile(
         Filling(model, resolved, ranks, src_data_rank).fill(init)
     except PlanError as error:
         raise error.at(call_site()) from None
-    options = Options(strict, patterns, rng, precision, dynamic, backend, left_out, machine)
-    lower = partial(Lowering, mesh=integers, ranks=ranks, options=options)
+    lower = partial(Lowering, mesh=integers, ranks=ranks, options=options, planned=planned)
     return bind(model, BoundModel(model, resolved, lower))
+
+
+def _resolved(
+    plan: Any, model: nn.Module, mesh: Mesh, real: DeviceMesh | None, layouts: Mapping[str, Any], options: Options
+) -> tuple[Resolved, Planned | None]:
+    """The plan met with the model; of "auto" what will find one at the first call, and until then none."""
+    if not (isinstance(plan, str) and plan == AUTO):
+        return resolve(plan, model, mesh, **layouts, strict=options.strict), None
+    if real is not None:
+        raise PlanError(
+            'the plan is "auto" on real ranks, and which ranks pass which rows is for the plan to say',
+            help="plan = shardc.search(model, mesh, inputs).plan on every rank, then compile(model, plan, mesh=mesh)",
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is planned yet
+        return resolve(None, model, mesh, **layouts), partial(planned, mesh=mesh, options=options, **layouts)
 
 
 def _check_model(model: Any) -> None:

@@ -13,14 +13,17 @@ from shardc.compiler.analysis.work import by_place
 from shardc.compiler.driver.calls.call_keys import held
 from shardc.compiler.driver.kept_gradients import Sync
 from shardc.compiler.driver.precision import border_casts
+from shardc.compiler.driver.recompute import mark_recomputed
 from shardc.compiler.errors import ShardingError
+from shardc.compiler.infer.atoms import Atoms
 from shardc.compiler.infer.decisions import Decisions
 from shardc.compiler.infer.open_splits import refinements
+from shardc.compiler.infer.strategies import Laid
 from shardc.compiler.ir.carry import add_carries
 from shardc.compiler.ir.graph import copy_graph
 from shardc.compiler.ir.signature import Signature, Traced
 from shardc.compiler.ir.text import input_names
-from shardc.compiler.pipeline.runner import Context, Runner
+from shardc.compiler.pipeline.runner import Context, Runner, run_until
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.pipeline.torch_trace import log_passes
 from shardc.compiler.plan.layout import Precision
@@ -100,12 +103,28 @@ class Deciding:
         are stored. decisions: those of other sizes, that are like these."""
         decisions = Decisions() if decisions is None else decisions
         if not self.settled:
-            self._settle(traced, decisions)
+            self._refine(self.canonical(traced), decisions)
         self.settled = True
         if sync.carries:
             traced = add_carries(traced, [name for name, _ in sync.carries])
         ctx = self._context(traced.signature, decisions, keep=frozenset(sync.keep), carries=dict(sync.carries))
         return decide(traced, ctx, self._original(traced.signature))
+
+    def laid_out(self, canonical: Traced, atoms: Atoms, decisions: Decisions) -> Laid:
+        """A copy of a graph that the first passes have gone over, with every value's layout, before anything moves.
+        atoms: of that graph."""
+        self._refine(canonical, decisions, atoms)
+        gm, ctx = copy_graph(canonical.gm), self._context(canonical.signature, decisions)
+        mark_recomputed(gm, self.options.recompute)
+        run_until(Stage.SHARDED, pipeline(ctx)[len(first_passes(ctx)) :], gm, ctx)
+        return Laid(gm, self.mesh, decisions)
+
+    def canonical(self, traced: Traced) -> Traced:
+        """A copy that the first passes have gone over."""
+        copy, ctx = copy_graph(traced.gm), self._context(traced.signature, Decisions())
+        for step in first_passes(ctx):
+            step.run(copy, ctx)
+        return Traced(copy, traced.signature)
 
     def _context(self, signature: Signature, decisions: Decisions, **sync: Any) -> Context:
         told = self.options
@@ -113,14 +132,12 @@ class Deciding:
         costs = {"hardware": told.hardware, "decisions": decisions}
         return Context(self.mesh, self.plan, signature, **options, **costs, **sync)
 
-    def _settle(self, traced: Traced, decisions: Decisions) -> None:
+    def _refine(self, canonical: Traced, decisions: Decisions, atoms: Atoms | None = None) -> None:
         """The first program shows which factor a style's open split falls on: store parameters so, rather than
         move them at every step. What torch has no placements for (uneven heads) stays as it is."""
-        copy, ctx = copy_graph(traced.gm), self._context(traced.signature, decisions)
-        for step in first_passes(ctx):
-            step.run(copy, ctx)
         params = dict(self.plan.params)
-        for name, spec in refinements(copy, traced.signature, self.plan, self.mesh, decisions).items():
+        found = refinements(canonical.gm, canonical.signature, self.plan, self.mesh, decisions, atoms)
+        for name, spec in found.items():
             before, layout = params[name].stored, params[name].computed_as(spec, self.mesh)
             if to_placements(layout.stored, self.mesh) is not None:
                 self.moved(name, before, layout.stored)

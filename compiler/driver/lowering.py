@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,14 +30,26 @@ from shardc.compiler.trace.torch_internals import aside
 from shardc.compiler.user_code import call_site
 from shardc.runtime.run.ranks import Ranks
 
+# Of a module and a call: the plan to run by, and patterns of what is to be recomputed.
+Planned = Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], tuple[Resolved, tuple[str, ...]]]
+
 
 class Lowering:
     """One module's programs. ranks: None where all are simulated here. kept: gradients of unsynchronised steps.
+    planned: asked at the first call for the plan, where none was given.
 
     followers: told of a parameter that is stored anew, with what moves a local tensor that is laid out as it was.
     """
 
-    def __init__(self, module: nn.Module, plan: Resolved, mesh: Mesh, ranks: Ranks | None, options: Options) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Resolved,
+        mesh: Mesh,
+        ranks: Ranks | None,
+        options: Options,
+        planned: Planned | None = None,
+    ) -> None:
         self.mesh, self.ranks, self.options = mesh, ranks, options
         self.keys = Keys(module)
         self.tracing = Tracing(module, plan, mesh, options, self.keys, ranks is not None)
@@ -45,7 +58,7 @@ class Lowering:
         self.kept = Kept()
         self.programs: list[Program] = []
         self.followers: list[Callable[[nn.Parameter, Callable[[Tensor], Tensor]], None]] = []
-        self._module = module
+        self._module, self._planned = module, planned
         self._named: dict[str, Program] = {}  # by call and sync, to be saved under
         self._entries = Entries()
         self._retraces = Retraces(module)
@@ -99,6 +112,10 @@ class Lowering:
         """A program made now, unless one for many sizes has these."""
         with collecting_nothing(), aside():
             self.tracing.check(args, kwargs)
+            if self._planned is not None:
+                plan, recompute = self._planned(self._module, args, kwargs)
+                self._planned, self.tracing.plan, self.deciding.plan = None, plan, plan
+                self.options = self.tracing.options = replace(self.options, recompute=recompute)
             form = (self.keys.of(args, kwargs, sizes=False), sync)
             program = self.families.find(form, args, kwargs)
             if program is None:

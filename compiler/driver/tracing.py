@@ -15,12 +15,11 @@ from shardc.compiler.driver.calls.call_keys import Keys, check_call, held, text_
 from shardc.compiler.driver.calls.passing import Call, Made, Passing, Taken
 from shardc.compiler.driver.decide import Options
 from shardc.compiler.driver.precision import add_casts, border_casts, call_dtypes, computed_as, info_as
+from shardc.compiler.driver.recompute import mark_recomputed
 from shardc.compiler.driver.saved import trace_folder
 from shardc.compiler.driver.saved.saved_programs import Traces, about, load, save
 from shardc.compiler.infer.marked_layouts import check_counts
-from shardc.compiler.ir.node import of
 from shardc.compiler.ir.signature import Signature, Traced
-from shardc.compiler.plan.match import find
 from shardc.compiler.plan.resolved import Resolved
 from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.trace.module.reads import Reads, of_all
@@ -77,10 +76,7 @@ class Tracing:
             traced = add_casts(traced, dtypes | given, self.options.precision)
         check_counts(traced.gm, self.plan)
         self._check_results(traced.signature)
-        for node in traced.gm.graph.nodes:
-            view = of(node)
-            if node.op == "call_function" and view.phase == "forward" and not view.region:
-                view.region = self._recomputed_as(view.path)
+        mark_recomputed(traced.gm, self.options.recompute)
         return traced if taken is None else taken.noted(traced)
 
     def save(self, path: str | os.PathLike[str], hashes: Mapping[str, str]) -> None:
@@ -127,10 +123,3 @@ class Tracing:
         self.plan.calls.check_result(result)
         if isinstance(result, (tuple, list)):
             self.plan.check_count("", "out", len(result))
-
-    def _recomputed_as(self, path: str) -> str:
-        """The outermost module around a path that the user asked to recompute, if any: a region of its own."""
-        parts = path.split(".")
-        prefixes = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
-        found = (p for p in prefixes if any(find(pattern, [p]) for pattern in self.options.recompute))
-        return next(("the root" if prefix == "" else prefix for prefix in found), "")

@@ -37,6 +37,12 @@ class Decisions:
         self._rules: dict[Any, OpRule | None] = {}
         self._decided: dict[Any, tuple[OpRule, Decision]] = {}
 
+    def anew(self) -> Decisions:
+        """For another lowering of the same graph: calls that come the same way are known, answers are not."""
+        other = Decisions()
+        other._tensors, other._rules, other._decided = self._tensors, self._rules, self._decided
+        return other
+
     def __len__(self) -> int:
         return len(self._decided)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from shardc.compiler.infer.strategies import Strategies, Strategy, Value, fixed
+from shardc.compiler.infer.strategies import Laid, Strategies, Strategy, Value, fixed
 from shardc.compiler.ir.flops import global_flops
 from shardc.compiler.ir.node import operands, shape, tensors
 from shardc.compiler.rules.facts import computes
@@ -31,6 +31,10 @@ class Objective:
     _moved: dict[tuple[Spec, Spec, int], float] = field(default_factory=dict)
     _share: dict[Spec, float] = field(default_factory=dict)
 
+    def shares(self, other: Objective) -> None:
+        """Costs that do not depend on the graph are known to both."""
+        self._moved, self._share = other._moved, other._share
+
     def call(self, node: Node, strategy: Strategy) -> float:
         """Of one call's own work on the rank that does most."""
         if fixed(node):
@@ -48,6 +52,17 @@ class Objective:
         return self.hardware.call(
             self._flops[node] * split, touched, DTYPES.get(values[-1].dtype, "") if values else ""
         )
+
+    def shared_out(self, node: Node) -> float:
+        """Of one call's work, if all ranks shared it out: no layouts do it in less."""
+        if node.op == "placeholder" or fixed(node) or not computes(node.target):
+            return 0.0
+        values = [*[t for n in operands(node) for t in tensors(n)], *tensors(node)]
+        if any(of_data(t.shape) for t in values):
+            return 0.0
+        touched = sum(t.numel() * t.element_size() for t in values)
+        dtype = DTYPES.get(values[-1].dtype, "") if values else ""
+        return self.hardware.call(global_flops(node) / self.mesh.size, touched / self.mesh.size, dtype)
 
     def least(self, found: Strategies) -> float:
         """Of all calls, if each did its own least work and nothing moved."""
@@ -74,10 +89,21 @@ class Objective:
         return math.prod(chunk(p.size, self.mesh, p.axes, first)[1] / p.size for p in dim if p.axes and p.size)
 
 
-def total(found: Strategies, objective: Objective, picked: Mapping[Node, Strategy]) -> float:
+def total(found: Laid, objective: Objective, picked: Mapping[Node, Strategy]) -> float:
     """Of a whole graph that is laid out so."""
-    calls = sum(objective.call(node, strategy) for node, strategy in picked.items())
-    return calls + _moved(found, objective, picked, picked)
+    return weighted(found, objective, picked, picked, lambda node: 1)
+
+
+def weighted(
+    found: Laid,
+    objective: Objective,
+    picked: Mapping[Node, Strategy],
+    nodes: Collection[Node],
+    weight: Callable[[Node], int],
+) -> float:
+    """Of some calls of a graph that is laid out so, and of what moves to them. weight: for how many a call stands."""
+    calls = sum(weight(node) * objective.call(node, picked[node]) for node in nodes)
+    return calls + sum(weight(v[0]) * cost for (v, _), cost in _moves(found, objective, picked, nodes).items())
 
 
 def around(
@@ -86,18 +112,20 @@ def around(
     """Of one call and of what moves at it, if it were laid out so and all others as they are."""
     takes = [user for r in range(len(way.results)) for user in found.uses[node, r]]
     beside = [user for operand in found.operands(node) for user in found.uses[found.value(operand)]]
-    moved = _moved(found, objective, {**picked, node: way}, {*takes, *beside, node})
-    return objective.call(node, way) + moved
+    moved = _moves(found, objective, {**picked, node: way}, {*takes, *beside, node})
+    return objective.call(node, way) + sum(moved.values())
 
 
-def _moved(found: Strategies, objective: Objective, picked: Mapping[Node, Strategy], users: Iterable[Node]) -> float:
+def _moves(
+    found: Laid, objective: Objective, picked: Mapping[Node, Strategy], users: Iterable[Node]
+) -> dict[tuple[Value, Spec], float]:
     """Of bringing what they use to where they need it, once for all that need it so."""
     moves = {}
     for node in users:
         for operand, needed in zip(found.operands(node), picked[node].operands, strict=True):
             source, r = value = found.value(operand)
             moves[value, needed] = objective.move(picked[source].results[r], needed, itemsize(value))
-    return sum(moves.values())
+    return moves
 
 
 def itemsize(value: Value) -> int:

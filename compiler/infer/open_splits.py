@@ -15,13 +15,19 @@ from shardc.compiler.spec.spec import Part, Spec, canonical
 
 
 def refinements(
-    gm: GraphModule, signature: Signature, plan: Resolved, mesh: Mesh, known: Decisions | None = None
+    gm: GraphModule,
+    signature: Signature,
+    plan: Resolved,
+    mesh: Mesh,
+    known: Decisions | None = None,
+    atoms: Atoms | None = None,
 ) -> dict[str, Spec]:
-    """Better layouts to compute with, by parameter; those whose plain split is as good are left out."""
+    """Better layouts to compute with, by parameter; those whose plain split is as good are left out. atoms: of the
+    graph, where they are known."""
     held = [(plan.params[entry.name], node) for entry, node in inputs_of(gm, signature, InputKind.PARAMETER)]
     if not any(layout.open for layout, _ in held):
         return {}
-    atoms, out = Atoms(gm.graph.nodes, known), {}
+    atoms, out = atoms or Atoms(gm.graph.nodes, known), {}
     for layout, node in held:
         plain = layout.compute
         better = _refined(plain, layout, [atoms.of(node, d) for d in range(len(plain.dims))], mesh)

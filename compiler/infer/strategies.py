@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -65,35 +65,18 @@ def fixed(node: Node) -> bool:
 
 
 @dataclass
-class Strategies:
-    """Of every node in a graph that the sweep has laid out, in order; the sweep's own comes first."""
+class Laid:
+    """A graph that is laid out, call by call."""
 
     gm: GraphModule
     mesh: Mesh
     known: Decisions
-    data_axes: Collection[str] = ()  # mesh dims whose ranks share out the batch
-    of: dict[Node, list[Strategy]] = field(default_factory=dict)
-    values: dict[Value, list[Spec]] = field(default_factory=dict)  # the layouts in which a value may be made
 
-    def __post_init__(self) -> None:
-        self._partners = forward_marks(self.gm)
-        self._atoms = Atoms(self.gm.graph.nodes, self.known)
-        self._split = self._split_atoms()
-        self._same: dict[tuple, list[Strategy]] = {}
-        for node in self.gm.graph.nodes:
-            if node.op in ("placeholder", "call_function") and specs(node) and node.target is not operator.getitem:
-                self.of[node] = found = self._strategies(node)
-                for i in range(len(specs(node))):
-                    self.values[node, i] = list(dict.fromkeys(s.results[i] for s in found))
-
-    @cached_property
-    def uses(self) -> Mapping[Value, list[Node]]:
-        """The calls that take each value."""
-        out: dict[Value, list[Node]] = defaultdict(list)
-        for node in self.of:
-            for operand in self.operands(node):
-                out[self.value(operand)].append(node)
-        return out
+    @property
+    def calls(self) -> Iterable[Node]:
+        """What is laid out by a strategy."""
+        ops = ("placeholder", "call_function")
+        return (n for n in self.gm.graph.nodes if n.op in ops and specs(n) and n.target is not operator.getitem)
 
     def operands(self, node: Node) -> list[Node]:
         return operands(node) if node.op != "placeholder" else []
@@ -104,6 +87,44 @@ class Strategies:
             return node, 0
         source, index = arguments(node)
         return source, result_number(source, index)
+
+    def applied(self) -> dict[Node, Strategy]:
+        """The strategies by which the graph is laid out now."""
+        out = {}
+        for node in self.calls:
+            taken = tuple([s for n in operands(node) for s in specs(n)]) if fixed(node) else of(node).wants or ()
+            rule = None if fixed(node) or node.op == "placeholder" else call_rule(node, self.known)
+            factors = decided(rule, taken, specs(node), self.mesh).factors if rule is not None else ()
+            out[node] = Strategy(taken, specs(node), factors)
+        return out
+
+
+@dataclass
+class Strategies(Laid):
+    """Of every node in a graph that the sweep has laid out, in order; the sweep's own comes first."""
+
+    data_axes: Collection[str] = ()  # mesh dims whose ranks share out the batch
+    of: dict[Node, list[Strategy]] = field(default_factory=dict)
+    values: dict[Value, list[Spec]] = field(default_factory=dict)  # the layouts in which a value may be made
+
+    def __post_init__(self) -> None:
+        self._partners = forward_marks(self.gm)
+        self._atoms = Atoms(self.gm.graph.nodes, self.known)
+        self._split = self._split_atoms()
+        self._same: dict[tuple, list[Strategy]] = {}
+        for node in self.calls:
+            self.of[node] = found = self._strategies(node)
+            for i in range(len(specs(node))):
+                self.values[node, i] = list(dict.fromkeys(s.results[i] for s in found))
+
+    @cached_property
+    def uses(self) -> Mapping[Value, list[Node]]:
+        """The calls that take each value."""
+        out: dict[Value, list[Node]] = defaultdict(list)
+        for node in self.of:
+            for operand in self.operands(node):
+                out[self.value(operand)].append(node)
+        return out
 
     def _split_atoms(self) -> Mapping[str, set[Atom]]:
         """What each mesh dim splits in what some call gives: not in how parameters are stored."""
@@ -152,16 +173,6 @@ class Strategies:
             elif node in picked and node.op == "call_function" and node.target is not reshard:
                 of(node).wants = picked[node].operands
                 set_specs(node, picked[node].results)
-
-    def applied(self) -> dict[Node, Strategy]:
-        """The strategies by which the graph is laid out now."""
-        out = {}
-        for node in self.of:
-            taken = tuple([s for n in operands(node) for s in specs(n)]) if fixed(node) else of(node).wants or ()
-            rule = None if fixed(node) or node.op == "placeholder" else call_rule(node, self.known)
-            factors = decided(rule, taken, specs(node), self.mesh).factors if rule is not None else ()
-            out[node] = Strategy(taken, specs(node), factors)
-        return out
 
     def _open(self, node: Node, axis: str, taken: Sequence[Spec]) -> frozenset[str]:
         """The factors of a call that a mesh dim may split though no operand comes split by them."""

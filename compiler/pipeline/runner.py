@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import is_
@@ -127,6 +128,14 @@ class Runner:
     def _write(self, changed: Sequence[Node]) -> None:
         made = {node: line(node, self._names) for node in changed}
         self._lines = {node: made.get(node) or self._lines[node] for node in self._parts}
+
+
+def run_until(stage: Stage, steps: Iterable[Any], gm: GraphModule, ctx: Context) -> None:
+    """Run the passes that lead to the end of a stage, and nothing but them: who counts what a program would cost looks
+    at no record of how it came about."""
+    for step in itertools.takewhile(lambda step: step.gives <= stage, steps):
+        step.run(gm, ctx)
+        _erase_dead(gm)
 
 
 def _erase_dead(gm: GraphModule) -> None:

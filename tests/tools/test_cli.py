@@ -1,4 +1,4 @@
-"""`shardc view` and `shardc explain`, as typed."""
+"""`shardc view`, `shardc explain` and `shardc plan`, as typed."""
 
 from __future__ import annotations
 
@@ -147,3 +147,11 @@ def test_a_model_without_memory_is_looked_at(target: str, tmp_path: Path, capsys
     assert main(["explain", f"{file}:{target}", "--mesh", "dp=4", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["memory"]["parameters"] > 2**38  # a quarter of each matrix
+
+
+def test_plan_prints_a_plan_and_a_table(capsys):
+    assert main(["plan", TARGET, "--mesh", "tp=2", "--hardware", "neutral", "--memory", "1GB"]) == 0
+    plan, *table = capsys.readouterr().out.splitlines()
+    assert plan.startswith("Plan(tp=") and any("memory of a rank" in line for line in table)
+    assert main(["plan", TARGET, "--mesh", "tp=2", "--memory", "10 apples"]) == 2
+    assert "memory is '10 apples'" in capsys.readouterr().err
