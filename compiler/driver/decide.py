@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.analysis.work import by_place
 from shardc.compiler.driver.calls.call_keys import held
 from shardc.compiler.driver.kept_gradients import Sync
 from shardc.compiler.driver.precision import border_casts
-from shardc.compiler.driver.recompute import mark_recomputed
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.infer.atoms import Atoms
 from shardc.compiler.infer.decisions import Decisions
@@ -110,12 +110,11 @@ class Deciding:
         ctx = self._context(traced.signature, decisions, keep=frozenset(sync.keep), carries=dict(sync.carries))
         return decide(traced, ctx, self._original(traced.signature))
 
-    def laid_out(self, canonical: Traced, atoms: Atoms, decisions: Decisions) -> Laid:
-        """A copy of a graph that the first passes have gone over, with every value's layout, before anything moves.
-        atoms: of that graph."""
+    def laid_out(self, canonical: Traced, atoms: Atoms, gm: GraphModule, decisions: Decisions) -> Laid:
+        """A copy of a graph that the first passes have gone over (the copy is consumed), with every value's layout,
+        before anything moves. atoms: of the graph itself."""
         self._refine(canonical, decisions, atoms)
-        gm, ctx = copy_graph(canonical.gm), self._context(canonical.signature, decisions)
-        mark_recomputed(gm, self.options.recompute)
+        ctx = self._context(canonical.signature, decisions)
         run_until(Stage.SHARDED, pipeline(ctx)[len(first_passes(ctx)) :], gm, ctx)
         return Laid(gm, self.mesh, decisions)
 

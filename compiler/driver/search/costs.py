@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
+from torch.fx import GraphModule
 
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.driver.decide import Deciding, Options
@@ -21,8 +22,9 @@ from shardc.compiler.errors import PlanError, ShardingError
 from shardc.compiler.infer.atoms import Atoms
 from shardc.compiler.infer.decisions import Decisions
 from shardc.compiler.infer.objective import Objective, weighted
-from shardc.compiler.ir.graph import copy_graph
-from shardc.compiler.ir.node import of
+from shardc.compiler.ir.graph import call_nodes, copy_graph
+from shardc.compiler.ir.marks import CONSTRAIN, MARK, parse_key
+from shardc.compiler.ir.node import arguments, of
 from shardc.compiler.ir.signature import Traced
 from shardc.compiler.plan.plan import Plan
 from shardc.compiler.plan.resolved import Resolved
@@ -73,7 +75,8 @@ class Costs:
         """Of a step; None where the model cannot be laid out so. swept: every call by itself, which is quick."""
         try:
             deciding = self._deciding(self.resolved(plan), recompute, SWEPT if swept else ())
-            found = deciding.laid_out(self.canonical, self.atoms, self._known.anew())
+            copy = self._copy(self.canonical.gm, deciding.plan, deciding.options.recompute)
+            found = deciding.laid_out(self.canonical, self.atoms, copy, self._known.anew())
         except (PlanError, ShardingError):
             return None
         objective, picked = Objective(self._mesh, self._options.hardware), found.applied()
@@ -95,9 +98,20 @@ class Costs:
         return made.peak_bytes() + moments(made.plan)
 
     def _program(self, traced: Traced, plan: Resolved, recompute: Sequence[str]) -> Program:
-        copy = Traced(copy_graph(traced.gm), traced.signature)
-        mark_recomputed(copy.gm, recompute)
-        return self._deciding(plan, recompute).program(copy, ALL)
+        deciding = self._deciding(plan, recompute)
+        copy = self._copy(traced.gm, plan, deciding.options.recompute)
+        return deciding.program(Traced(copy, traced.signature), ALL)
+
+    def _copy(self, gm: GraphModule, plan: Resolved, recompute: Sequence[str]) -> GraphModule:
+        """As it would be traced for one plan: only the borders that it speaks of are marked."""
+        copy = copy_graph(gm)
+        for mark in call_nodes(copy, MARK):
+            key = parse_key(arguments(mark)[1])
+            if key.kind != CONSTRAIN and key.fqn not in plan.positional:
+                mark.replace_all_uses_with(arguments(mark)[0])
+                copy.graph.erase_node(mark)
+        mark_recomputed(copy, recompute)
+        return copy
 
     def _deciding(self, plan: Resolved, recompute: Sequence[str], without: Sequence[str] = ()) -> Deciding:
         without = (*self._options.without, *without)

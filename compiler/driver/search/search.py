@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx import Node
 
 from shardc.compiler.driver.calls.call_keys import Keys
 from shardc.compiler.driver.decide import Options
@@ -23,6 +25,9 @@ from shardc.compiler.driver.search.repeats import Repeats
 from shardc.compiler.driver.search.spelling import Spelling
 from shardc.compiler.driver.tracing import Tracing
 from shardc.compiler.errors import PlanError
+from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.marks import MARK, parse_key
+from shardc.compiler.ir.node import arguments
 from shardc.compiler.ir.signature import Traced
 from shardc.compiler.pipeline.runner import collecting_nothing
 from shardc.compiler.plan.forwards import Forward
@@ -141,11 +146,20 @@ class Search:
             )  # fmt: skip
 
     def _traced(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
-        """With the border of each module that owns parameters marked, so that any plan may speak of it."""
+        """With the border of each module that owns parameters marked, so that any plan may speak of it. A module that
+        takes one value as several arguments may ask whether they are one, as torch's attention does, and marks would
+        make several of it: it has none, and no style."""
         names = Names(self.model)
-        owners = {m for m in names.modules if names.first(m) == m and names.owned(m)} | {*self._given.positional}
-        positional = {m: Forward.of(names.modules[m].forward).positional for m in names.modules if m in owners}
-        plan = replace(self._given, positional=positional)
+        own = [m for m in names.modules if names.first(m) == m and (names.owned(m) or m in self._given.positional)]
+        found = self._marked(own, args, kwargs)
+        asking = _taking_one_as_several(found)
+        if asking:
+            found = self._marked([m for m in own if m not in asking], args, kwargs)
+        return found
+
+    def _marked(self, modules: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+        known = dict(self.model.named_modules())
+        plan = replace(self._given, positional={m: Forward.of(known[m].forward).positional for m in modules})
         tracing = Tracing(self.model, plan, self.mesh, self.options, Keys(self.model), real=False)
         tracing.check(args, kwargs)
         return tracing.traced(args, kwargs, None)
@@ -230,3 +244,13 @@ class Search:
             excerpt=least.text,
             help="take more ranks, more memory, or a smaller batch",
         )
+
+
+def _taking_one_as_several(traced: Traced) -> set[str]:
+    """The modules that some value enters as two arguments."""
+    met: Counter[tuple[str, Node]] = Counter()
+    for mark in call_nodes(traced.gm, MARK):
+        key, (source, _) = parse_key(arguments(mark)[1]), arguments(mark)
+        if key.kind == "in" and not key.grad:
+            met[key.fqn, source] += 1
+    return {fqn for (fqn, _), count in met.items() if count > 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from shardc.compiler.driver.search.repeats import Repeats
 from shardc.compiler.errors import PlanError
 from shardc.compiler.ir.graph import call_nodes
 from shardc.compiler.ir.marks import MARK, parse_key
-from shardc.compiler.ir.node import arguments, of, shape
+from shardc.compiler.ir.node import arguments, shape
 from shardc.compiler.ir.signature import Traced
 from shardc.compiler.plan.match import Names, join
 from shardc.compiler.plan.splits import split_module
@@ -39,14 +40,15 @@ class Spelling:
     def __init__(self, model: nn.Module, repeats: Repeats, traced: Traced) -> None:
         names = Names(model)
         owners = [f for f in names.modules if names.first(f) == f and names.owned(f)]
+        self._marked = _marks(traced, repeats)
         self._owners: dict[str, list[str]] = {}  # pattern of each module -> those of its parameters
         self._cuts: list[Cut] = []
         for fqn in owners:
             pattern = repeats.pattern(fqn)
             if pattern not in self._owners:
                 self._owners[pattern] = [repeats.pattern(join(fqn, own)) for own in names.owned(fqn)]
-                self._cuts += _cut(names, fqn, repeats)
-        self._long = _long(traced, repeats)
+                self._cuts += _cut(names, fqn, repeats) if pattern in self._marked else []
+        self._long = {module for module, shapes in self._marked.items() if any(map(_is_long, shapes))}
 
     def entry(self, groups: Iterable[Group], sequence: bool = False, taken: Collection[str] = ()) -> dict[str, object]:
         """What a mesh dim does that splits these. sequence: what it does not split, it computes on its part of the
@@ -84,11 +86,15 @@ def _cut(names: Names, fqn: str, repeats: Repeats) -> list[Cut]:
     return [Cut(repeats.pattern(fqn), *found)] if any(found) else []
 
 
-def _long(traced: Traced, repeats: Repeats) -> set[str]:
-    """Patterns of the modules that give values with a sequence."""
-    found: set[str] = set()
+def _marks(traced: Traced, repeats: Repeats) -> dict[str, list[tuple[int, ...]]]:
+    """By pattern the modules whose border is marked, and the shapes of what they give."""
+    found: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     for mark in call_nodes(traced.gm, MARK):
         key = parse_key(arguments(mark)[1])
-        if of(mark).phase == "forward" and key.kind == "out" and len(shape(mark)) == 3 and shape(mark)[SEQUENCE] > 1:
-            found.add(repeats.pattern(key.fqn))
+        if key.kind in ("in", "out") and not key.grad:
+            found[repeats.pattern(key.fqn)] += [tuple(shape(mark))] if key.kind == "out" else []
     return found
+
+
+def _is_long(size: tuple[int, ...]) -> bool:
+    return len(size) == 3 and size[SEQUENCE] > 1

@@ -173,6 +173,14 @@ def test_a_limit_that_cannot_be_met_is_refused_with_the_least():
     assert 70_000 < least == shardc.search(model, mesh, x, memory=least).peak_bytes
 
 
+def test_a_module_that_asks_which_arguments_are_one_keeps_its_form():
+    """torch's attention multiplies once where query, key and value are one."""
+    model = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    found = checked(model, Mesh(tp=2), torch.randn(1, 6, 16))
+    styled = [key for key, style in dict(found.plan.entries["tp"]).items() if not isinstance(style, Shard)]
+    assert "self_attn" not in styled and "linear1" in styled
+
+
 def test_auto_compiles_what_is_found_for_the_first_call():
     x = torch.randn(2, 16)
     found = shardc.search(mlp(), Mesh(tp=4), x)
