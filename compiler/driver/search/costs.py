@@ -54,7 +54,7 @@ class Costs:
     ) -> None:
         self._model, self._mesh, self._options, self._resolve = model, mesh, options, resolve
         self._traced, self.fewer = traced, fewer_layers(traced, stacks)
-        self._known = Decisions()
+        self._known, self._resolved = Decisions(), dict[str, Resolved]()
         self.canonical = self._deciding(self.resolved(Plan()), ()).canonical(self.fewer.short)
         self.atoms = Atoms(self.canonical.gm.graph.nodes, self._known)
         self._objective = Objective(mesh, options.hardware)
@@ -67,9 +67,12 @@ class Costs:
 
     def resolved(self, plan: Plan) -> Resolved:
         """Raises PlanError for one that the model cannot take."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return with_precision(self._resolve(plan), self._options.precision)
+        text = repr(plan)
+        if text not in self._resolved:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._resolved[text] = with_precision(self._resolve(plan), self._options.precision)
+        return self._resolved[text]
 
     def estimate(self, plan: Plan, recompute: Sequence[str] = (), swept: bool = False) -> Estimate | None:
         """Of a step; None where the model cannot be laid out so. swept: every call by itself, which is quick."""

@@ -199,19 +199,16 @@ class Search:
     def _first_that_fits(self, ranked: Sequence[Candidate]) -> Candidate:
         """The fastest below the limit, with or without computing again what repeats. Of those that are as fast, but for
         a hundredth, the one that says least."""
-        near = self._near(ranked)
-        fitting = next(filter(self._fits, near), None)
-        if fitting is not None:
-            return fitting
-        units = self.repeats.units
-        again = [self._estimated(c.plan, units) for c in ranked if self._at_rest(c) <= self.most] if units else []
-        left = sorted([*ranked[len(near) :], *filter(None, again)], key=lambda c: c.seconds)
+        left, units = list(ranked), self.repeats.units
         while left:
             near = self._near(left)
             fitting = next(filter(self._fits, near), None)
             if fitting is not None:
                 return fitting
-            left = left[len(near) :]
+            # To compute again takes longer, so those that are slower than these need not be asked yet.
+            smaller = [c for c in near if units and not c.recompute and self._at_rest(c) <= self.most]
+            again = [self._estimated(c.plan, units) for c in smaller]
+            left = sorted([*left[len(near) :], *filter(None, again)], key=lambda c: c.seconds)
         raise self._too_little(ranked)
 
     def _near(self, left: Sequence[Candidate]) -> list[Candidate]:
