@@ -99,6 +99,7 @@ def _resolved(
     plan: Any, model: nn.Module, mesh: Mesh, real: DeviceMesh | None, layouts: Mapping[str, Any], options: Options
 ) -> tuple[Resolved, Planned | None]:
     """The plan met with the model; of "auto" what will find one at the first call, and until then none."""
+    options.hardware.check(mesh)
     if not (isinstance(plan, str) and plan == AUTO):
         return resolve(plan, model, mesh, **layouts, strict=options.strict), None
     if real is not None:

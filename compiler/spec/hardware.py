@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -38,9 +38,26 @@ class Hardware:
     def __post_init__(self) -> None:
         for what in ("flops", "links"):
             if not isinstance(given := getattr(self, what), Mapping):
-                object.__setattr__(self, what, {"": float(given)})
-            if any(not rate > 0 for rate in getattr(self, what).values()) or not self.memory > 0:
-                raise PlanError(f"hardware {self.name}: rates are positive numbers", help=f"look at {what} and memory")
+                object.__setattr__(self, what, {"": given})
+            self._check(what, lambda rate: rate > 0, "rates are positive numbers")
+            if not getattr(self, what):
+                raise PlanError(f"hardware {self.name} has no {what}", help=f"give one rate in {what}=, or several")
+        self._check("memory", lambda rate: rate > 0, "rates are positive numbers")
+        self._check("capacity", lambda size: size > 0, "its capacity is a number of bytes above 0")
+        for what in ("latency", "launch"):
+            self._check(what, lambda time: 0 <= time < math.inf, "times are numbers of seconds, 0 or more")
+
+    def _check(self, what: str, fits: Callable[[float], bool], text: str) -> None:
+        given = getattr(self, what)
+        for value in given.values() if isinstance(given, Mapping) else (given,):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not fits(value):
+                raise PlanError(f"hardware {self.name}: {text}", help=f"look at {what}, which has {value!r}")
+
+    def check(self, mesh: Mesh) -> None:
+        """Raises PlanError where it lacks a link, or a latency, for a mesh dim."""
+        for dim in mesh.names:
+            self.link(mesh, dim)
+            self._latency(mesh, dim)
 
     @classmethod
     def preset(cls, name: str) -> Hardware:
@@ -77,8 +94,15 @@ class Hardware:
 
     def collective(self, kind: str, sent: float, mesh: Mesh, dim: str) -> float:
         """Seconds that a collective takes. sent: bytes that a rank sends."""
-        latency = self.latency.get(mesh.dim_of(dim), 0.0) if isinstance(self.latency, Mapping) else self.latency
-        return seconds(kind, sent, mesh[dim], latency, self.link(mesh, dim)[1])
+        return seconds(kind, sent, mesh[dim], self._latency(mesh, dim), self.link(mesh, dim)[1])
+
+    def _latency(self, mesh: Mesh, dim: str) -> float:
+        if not isinstance(self.latency, Mapping):
+            return self.latency
+        whole = mesh.dim_of(dim)
+        if whole not in self.latency:
+            raise PlanError(f"hardware {self.name} has no latency for mesh dim {whole}", help="name it in latency=")
+        return self.latency[whole]
 
     def call(self, flops: float, touched: float, dtype: str = "") -> float:
         """Seconds that an operator takes: the longer of its operations and its bytes, both at the peak rate."""

@@ -21,10 +21,37 @@ def test_what_is_no_machine_is_refused_before_any_work(given):
         shardc.compile(nn.Linear(2, 2), shardc.Replicated(), mesh=Mesh(dp=2), hardware=given)
 
 
-@pytest.mark.parametrize("wrong", [{"flops": 0}, {"memory": -1}, {"links": {"a": 0.0}}])
-def test_rates_are_positive(wrong):
-    with pytest.raises(PlanError, match="rates are positive"):
+WRONG = {
+    "rates are positive": [
+        {"flops": 0},
+        {"memory": -1},
+        {"links": {"a": 0.0}},
+        {"flops": float("nan")},
+        {"links": "1GB"},
+    ],
+    "has no flops": [{"flops": {}}],
+    "has no links": [{"links": {}}],
+    "its capacity is": [{"capacity": 0}, {"capacity": -80e9}],
+    "times are numbers of seconds": [{"latency": -1e-6}, {"latency": {"dp": -1.0}}, {"launch": float("inf")}],
+}
+
+
+@pytest.mark.parametrize(("text", "wrong"), [(text, wrong) for text, several in WRONG.items() for wrong in several])
+def test_a_machine_that_cannot_be_is_refused(text, wrong):
+    with pytest.raises(PlanError, match=text):
         Hardware(**{"name": "mine", "flops": 1e12, "memory": 1e11, "links": 1e9, **wrong})
+
+
+@pytest.mark.parametrize(("wrong", "what"), [({"links": {"tp": 1.0}}, "link"), ({"latency": {"tp": 1.0}}, "latency")])
+def test_what_it_lacks_for_a_mesh_dim_is_said_before_any_work(wrong, what):
+    machine = Hardware(**{"name": "mine", "flops": 1e12, "memory": 1e11, "links": 1e9, **wrong})
+    mesh, plan = Mesh(dp=2, tp=2), shardc.Plan(dp=shardc.Replicated(), tp=shardc.Replicated())
+    for work in (
+        lambda: shardc.compile(nn.Linear(2, 2), plan, mesh=mesh, hardware=machine),
+        lambda: shardc.search(nn.Linear(2, 2), mesh, None, hardware=machine),
+    ):
+        with pytest.raises(PlanError, match=f"hardware mine has no {what} for mesh dim dp"):
+            work()
 
 
 def test_a_call_takes_the_longer_of_its_operations_and_its_bytes_and_at_least_a_launch():
@@ -34,7 +61,10 @@ def test_a_call_takes_the_longer_of_its_operations_and_its_bytes_and_at_least_a_
 
 
 def test_mesh_dims_within_a_node_have_its_link_and_a_link_may_be_named_as_a_mesh_dim():
-    machine, mesh = Hardware("mine", 1.0, 1.0, {"fast": 100.0, "slow": 10.0}, latency={"dp": 2.0}), Mesh(dp=4, tp=8)
+    machine, mesh = (
+        Hardware("mine", 1.0, 1.0, {"fast": 100.0, "slow": 10.0}, latency={"dp": 2.0, "tp": 0.0}),
+        Mesh(dp=4, tp=8),
+    )
     assert [machine.link(mesh, dim) for dim in mesh] == [("slow", 10.0), ("fast", 100.0)]
     named = Hardware("mine", 1.0, 1.0, {"fast": 100.0, "dp": 7.0})
     assert [named.link(mesh, dim) for dim in mesh] == [("dp", 7.0), ("fast", 100.0)]

@@ -84,6 +84,7 @@ def search(
             raise PlanError(f"mesh is {shown(mesh)}, which is no mesh", help="pass a DeviceMesh or a shardc.Mesh")
         options = Options(precision=precision, hardware=machine)
         integers = mesh if isinstance(mesh, Mesh) else Mesh.of(mesh)
+        machine.check(integers)
         one = Search(model, integers, options, most, fixed)
         if isinstance(inputs, dict):
             return one.run((), inputs)

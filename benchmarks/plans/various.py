@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from models.gpt import GPT, Shape
-from models.llama import Config, Llama
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models.gpt import GPT, Shape  # noqa: E402
+from models.llama import Config, Llama  # noqa: E402
 
 ROWS, LENGTH, WIDTH, WORDS = 8, 16, 32, 64
 

@@ -1,7 +1,7 @@
 """Plans found by search: which, what they cost, and that they are right; then the time that a search takes.
 
-    python benchmarks/search.py [--models PATTERN] [--json PATH]    eleven small models: plans found, and verified
-    python benchmarks/search.py --large [--json PATH]               Llama 3 at published shapes, 64 and 1,024 ranks
+    python benchmarks/plans/search.py [--models PATTERN]    eleven small models: plans found, verified
+    python benchmarks/plans/search.py --large               Llama 3 at published shapes, 64 and 1,024 ranks
 
 Small models: on a mesh of 2 x 2, without a limit, and with four fifths of what that takes. Each plan is compiled and
 simulated, and outputs and gradients are compared with one device. Peak: what the search says over what the compiled
@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models.llama import Config, Llama
-from models.various import MODELS
+from various import MODELS, Config, Llama
 
 import shardc
 from shardc import Mesh, Program
