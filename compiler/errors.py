@@ -46,7 +46,9 @@ class CheckpointError(_Located):
 
 
 class RankMismatchError(RuntimeError):
-    """Ranks disagree: on the program, on the plan, or on the sizes of their inputs."""
+    """Ranks disagree: on the program, on the plan, on the sizes of their inputs, or on what they call when."""
+
+    together = False  # whether all ranks raise it, of one comparison
 
 
 class RankFailure(RuntimeError):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch.fx import GraphModule
@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from shardc.compiler.analysis.memory import kinds_on
 from shardc.compiler.analysis.program import Program
 from shardc.compiler.driver.kept_gradients import Kept
-from shardc.compiler.ir.graph import returned
+from shardc.compiler.ir.graph import placeholders, returned
 from shardc.compiler.ir.node import is_random, spec
 from shardc.compiler.ir.owned import read_later
 from shardc.compiler.ir.signature import InputKind, OutputKind
@@ -45,14 +45,29 @@ def _this_rank(program: Program, ranks: Ranks, backend: Any, wraps: Mapping[int,
     if stretches is not None:
         stretches.compile_all(kinds_on(parts, program.mesh, ranks.coords))
     results = len(signature.indices(OutputKind.OUTPUT, OutputKind.MUTATION))
-    drawing = [_drawing(half, ranks) for half in (parts.forward, parts.backward)]
-    return ThisRank(forward, backward, results, wraps, *drawing)
+    moving = ranks.moving(parts.forward, f"forward of program {program.hash[:12]}", _shared(program))
+    early, drawing = _drawing(parts.forward, ranks), _drawing(parts.backward, ranks)
+
+    @contextmanager
+    def forward_and_draws(inputs: Sequence[Any]) -> Iterator[None]:
+        with moving(inputs), ranks.drawing_alike():
+            yield
+
+    around = moving if early is nullcontext else forward_and_draws
+    return ThisRank(forward, backward, results, wraps, around, lambda tangents: drawing())
 
 
 def _drawing(half: GraphModule | None, ranks: Ranks) -> Callable[[], AbstractContextManager[None]]:
     """Around a half in which torch draws whole tensors, all ranks draw alike. (A seed agrees by itself.)"""
     nodes = half.graph.nodes if half is not None else ()
     return ranks.drawing_alike if any(is_random(n) and n.target is not SEED for n in nodes) else nullcontext
+
+
+def _shared(program: Program) -> dict[str, list[int]]:
+    """Of each mesh dim, the inputs that its ranks are given alike, by position."""
+    given = enumerate(zip(placeholders(program.halves.forward), program.signature.inputs, strict=False))
+    batch = [(i, spec(node)) for i, (node, entry) in given if entry.kind is InputKind.BATCH]
+    return {a: [i for i, s in batch if a not in s.axes() and not s.pending] for a in program.mesh.names}
 
 
 def _gradients(program: Program, ranks: Ranks) -> tuple[dict[int, tuple[str, Spec]], dict[int, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -167,7 +167,8 @@ class BoundModel:
         device = next((x.device for x in self.model.parameters()), torch.device("cpu"))
         ranks = self.lowering.ranks
         pieces = [Piece(x if x is None else local_of(x), self._split_over(name)) for name, x in gradients.items()]
-        norm = total_norm(pieces, p, ranks.lines if ranks is not None else {}, device)
+        with ranks.together("clip_grad_norm_") if ranks is not None else nullcontext():
+            norm = total_norm(pieces, p, ranks.lines if ranks is not None else {}, device)
         dtypes = [piece.gradient.dtype.to_real() for piece in pieces if piece.gradient is not None]
         norm = norm.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
         scale([piece.gradient for piece in pieces if piece.gradient is not None], norm, max_norm)
@@ -200,10 +201,11 @@ class BoundModel:
         ranks = self.lowering.ranks
         keeps = not rank0_only or ranks is None or not any(ranks.coords.values())
         found = {}
-        for key, x in state.items():
-            value = whole(x)
-            if keeps:
-                found[key] = value
+        with ranks.together("full_state_dict") if ranks is not None else nullcontext():
+            for key, x in state.items():
+                value = whole(x)
+                if keeps:
+                    found[key] = value
         return found
 
     def load_full_state_dict(self, state: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

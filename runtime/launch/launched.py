@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from shardc.runtime.wire.handshake import leave as leave_calls
+
 
 @dataclass(frozen=True)
 class Job:
@@ -48,6 +50,7 @@ def run_rank(rank: int, job: Job, pipe: Connection, stacks: str) -> None:
         text = "".join(traceback.format_exception(error))
         pipe.send(("failed", time.monotonic(), f"failed: {_in_a_line(error)}", text))
         _drop_out()
+    leave_calls()
     pipe.send(("returned", result))
     leave.wait()
     if dist.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -16,7 +17,7 @@ Missing = tuple[int, ...]  # positions of what comes late and is not there
 
 class BackwardHalf:
     """half: symbolic, its last `late` inputs being tangents, and gradients kept back. ready: makes it one that runs.
-    zeros: a value of an input. meet: called with what is missing before each run; ranks must miss the same."""
+    zeros: a value of an input. meet: given what is missing, what goes around each run; ranks must miss the same."""
 
     def __init__(
         self,
@@ -24,7 +25,7 @@ class BackwardHalf:
         late: int,
         ready: Callable[[GraphModule], Run],
         zeros: Callable[[Node], Any],
-        meet: Callable[[Missing], None] | None = None,
+        meet: Callable[[Missing], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._half, self._late, self._ready, self._zeros, self._meet = half, late, ready, zeros, meet
         inputs = placeholders(half)
@@ -34,8 +35,10 @@ class BackwardHalf:
     def __call__(self, saved: list[Any], late: Sequence[Any]) -> list[Any]:
         """What the half returns. late: values, or None for those that there are not. `saved` is used up."""
         missing = tuple(i for i, x in enumerate(late) if x is None)
-        if self._meet is not None:
-            self._meet(missing)
+        with self._meet(missing):
+            return self._run(missing, saved, late)
+
+    def _run(self, missing: Missing, saved: list[Any], late: Sequence[Any]) -> list[Any]:
         run, takes = self._made.get(missing) or self._make(missing)
         values = [*saved, *late]
         saved.clear()

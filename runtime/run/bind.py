@@ -30,7 +30,9 @@ from shardc.compiler.ir.views import outlives
 from shardc.compiler.spec.mesh import Mesh, place
 from shardc.compiler.spec.rank_numbers import bind
 from shardc.runtime.run.direct_calls import direct
-from shardc.runtime.wire.wire import AllGather, AllReduce, AllToAll, Fetch, Line, ReduceScatter
+from shardc.runtime.wire.handshake import Calls
+from shardc.runtime.wire.line import Line
+from shardc.runtime.wire.wire import AllGather, AllReduce, AllToAll, Fetch, ReduceScatter
 
 aten = torch.ops.aten
 Bound = tuple[Callable[..., Tensor], tuple]  # what to call, and with what beside the operand
@@ -42,13 +44,13 @@ def bind_program(
     mesh: Mesh,
     coords: Mapping[str, int],
     groups: Mapping[str, ProcessGroup],
-    look: Callable[[], None] | None = None,
+    calls: Calls | None = None,
     reuse: bool = True,
     apart: Mapping[int, Sequence[Node]] = MappingProxyType({}),
 ) -> GraphModule:
     """A LOCAL or SCHEDULED program as the rank at `coords` runs it: local tensors in, local tensors out.
 
-    groups: this rank's process group along each mesh dim that has more than one rank. look: see `wire.Line`.
+    groups: this rank's process group along each mesh dim that has more than one rank. calls: see `wire.Line`.
     reuse: whether dead operands may be reduced where they lie; not where others decide what shares memory.
     apart: of what is returned, what is to be `own`, and from what.
     Nodes keep their names. No gradient flows through collectives.
@@ -56,7 +58,7 @@ def bind_program(
     """
     moved = [move.axis for node in gm.graph.nodes if (move := move_of(node)) is not None]
     names = dict.fromkeys([*mesh.names, *moved])  # parts of mesh dims too
-    lines = {a: Line(a, mesh[a], place(coords, a), groups.get(a), look) for a in names}
+    lines = {a: Line(a, mesh[a], place(coords, a), groups.get(a), calls) for a in names}
     return _Binder(gm, mesh, coords, lines, reuse).bound(apart)
 
 

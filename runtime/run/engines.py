@@ -79,7 +79,7 @@ class ThisRank:
     """Local tensors in, local tensors out: the bound halves of one rank.
 
     results: how many of forward's returns are the caller's. wrap: what labels which gradients as DTensors.
-    early, late: the generator that forward, and backward, draws from.
+    early, late: what goes around forward, and backward, given its inputs.
     """
 
     def __init__(
@@ -88,21 +88,21 @@ class ThisRank:
         backward: BackwardHalf | None,
         results: int,
         wrap: Mapping[int, Any],
-        early: Callable[[], AbstractContextManager[None]] = nullcontext,
-        late: Callable[[], AbstractContextManager[None]] = nullcontext,
+        early: Callable[[Sequence[Any]], AbstractContextManager[None]] = nullcontext,
+        late: Callable[[Sequence[Any]], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._forward, self._backward, self._results, self._wrap = forward, backward, results, wrap
         self._early, self._late = early, late
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
-        with torch.no_grad(), self._early(), blaming_line(self._forward):
+        with torch.no_grad(), self._early(inputs), blaming_line(self._forward):
             found = list(self._forward.forward(*[_local(x) for x in inputs]))
         return found[: self._results], found[self._results :]
 
     def backward(self, saved: list[Any], tangents: Sequence[Any], carries: Sequence[Any]) -> list[Any]:
         assert self._backward is not None
         with torch.no_grad():
-            with self._late():
+            with self._late(tangents):
                 found = self._backward(saved, [*tangents, *carries])
             return [self._wrap[i](g) if i in self._wrap and g is not None else g for i, g in enumerate(found)]
 

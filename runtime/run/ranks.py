@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +17,10 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.fx import GraphModule, Node
 
 from shardc.compiler.ir.collectives import COLLECTIVES
-from shardc.compiler.ir.moves import move_of
-from shardc.compiler.ir.node import spec, val
+from shardc.compiler.ir.moves import Call, move_of
+from shardc.compiler.ir.node import nbytes, spec, specs, val
 from shardc.compiler.ir.owned import apart
-from shardc.compiler.spec.mesh import Mesh
+from shardc.compiler.spec.mesh import Mesh, place
 from shardc.compiler.spec.spec import Spec, to_placements
 from shardc.runtime.run.backward_half import BackwardHalf
 from shardc.runtime.run.bind import bind_program
@@ -29,7 +30,10 @@ from shardc.runtime.shards import cut
 from shardc.runtime.wire.distribute import as_dtensor, broadcast, gather_whole, local_of
 from shardc.runtime.wire.groups import Groups
 from shardc.runtime.wire.handshake import Calls, agree, calls_of
-from shardc.runtime.wire.wire import Line
+from shardc.runtime.wire.line import Line
+from shardc.runtime.wire.meeting import Sums, carried
+
+Around = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
 
 
 @register_sharding(torch.ops.aten._is_any_true.default)
@@ -77,7 +81,7 @@ class Ranks:
         """A graph of symbolic collectives as this rank runs it. stretches: compile what is between them. kept,
         changed: see `apart`."""
         bound = bind_program(
-            gm, self.mesh, self.coords, self.groups, self.calls.look, stretches is None, apart(gm, kept, changed)
+            gm, self.mesh, self.coords, self.groups, self.calls, stretches is None, apart(gm, kept, changed)
         )
         return bound if stretches is None else stretches.compiled(bound)
 
@@ -114,8 +118,32 @@ class Ranks:
     @cached_property
     def lines(self) -> dict[str, Line]:
         """The ranks along each mesh dim, by its name."""
-        look = self.calls.look
-        return {a: Line(a, self.mesh[a], self.coords[a], self.groups.get(a), look) for a in self.mesh.names}
+        return {axis: self.line(axis) for axis in self.mesh.names}
+
+    def line(self, axis: str) -> Line:
+        """The ranks along a mesh dim, or a part of one."""
+        return Line(axis, self.mesh[axis], place(self.coords, axis), self.groups.get(axis), self.calls)
+
+    def moving(self, half: GraphModule, what: str, shared: Mapping[str, Sequence[int]]) -> Around:
+        """What goes around each run of a half on these inputs. what: its name. shared: by mesh dim, the inputs whose
+        ranks there are given the same."""
+        moves = [move for node in half.graph.nodes if (move := move_of(node)) is not None]
+        lines = [self.line(axis) for axis in dict.fromkeys(m.axis for m in moves if m.target in COLLECTIVES)]
+        lines = [line for line in lines if line.size > 1]
+        first = {m.axis: m for m in reversed(moves)}
+        large = {
+            axis
+            for axis, move in first.items()
+            if self.mesh[axis] > 1 and not _bytes_of(move) <= carried(self.mesh[axis])
+        }
+
+        def around(inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
+            if not lines:
+                return nullcontext()
+            given = {a: Sums.of([local_of(inputs[i]) for i in at]) for a, at in shared.items()}
+            return self.calls.moving(lines, what, large, given)
+
+        return around
 
     @contextmanager
     def drawing_alike(self) -> Iterator[None]:
@@ -137,28 +165,48 @@ class Ranks:
     ) -> BackwardHalf:
         """A backward half as this rank runs it. late: names of what does not come from forward. program: a digest."""
         moves = [move.target for node in half.graph.nodes if (move := move_of(node)) is not None]
-        meet = None if {*moves}.isdisjoint(COLLECTIVES) else self._meeting(program, late)
+        meet = nullcontext if {*moves}.isdisjoint(COLLECTIVES) else self._meeting(program, late, half)
         return BackwardHalf(half, len(late), lambda gm: ready(self.bind(gm, stretches)), self._zeros, meet)
 
     def _zeros(self, node: Node) -> Tensor:
         shape = spec(node).local_shape(self.mesh, self.coords)
         return torch.zeros(shape, dtype=val(node).dtype, device=val(node).device)
 
-    def _meeting(self, program: str, late: Sequence[str]) -> Callable[[tuple[int, ...]], None]:
-        """What is told before each run of a backward what it does without: all ranks must do without the same."""
-        calls, last = self.calls, ()
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Around what moves values outside of programs, and all ranks must call. what: its name."""
+        self.calls.number += 1
+        lines = [line for line in self.lines.values() if line.size > 1]
+        with self.calls.moving(lines, what, large=self.lines):
+            for line in lines:
+                line.settle()
+            yield
 
-        def meet(missing: tuple[int, ...]) -> None:
+    def _meeting(
+        self, program: str, late: Sequence[str], half: GraphModule
+    ) -> Callable[[tuple[int, ...]], AbstractContextManager[None]]:
+        """What goes around each run of a backward, given what it does without: all ranks must do without the same."""
+        calls, last = self.calls, ()
+        around = self.moving(half, f"backward of program {program[:12]}", {})
+
+        def meet(missing: tuple[int, ...]) -> AbstractContextManager[None]:
             nonlocal last
             if missing == last:
                 calls.number += 1
-                return
+                return around(())
             used = [name for i, name in enumerate(late) if i not in missing]
             with calls.entering():
                 self.agree(f"{program}\nbackward from {', '.join(used)}", "what the loss uses of the results")
             last = missing
+            return around(())
 
         return meet
+
+
+def _bytes_of(move: Call) -> float:
+    """Of the whole values that a collective moves, which all ranks know alike; where data decides it, no number."""
+    moved = [move.args[0]] if isinstance(move.args[0], Node) else move.args[0]
+    return math.nan if any(s.of_data for node in moved for s in specs(node)) else sum(map(nbytes, moved))
 
 
 def _generators(device_type: str) -> list[Tensor]:

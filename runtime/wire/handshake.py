@@ -13,19 +13,23 @@ import os
 import time
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from types import MappingProxyType
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from shardc.compiler.errors import RankMismatchError
+from shardc.compiler.errors import RankFailure, RankMismatchError
+from shardc.compiler.user_code import call_site
 from shardc.runtime.wire.groups import Groups
+from shardc.runtime.wire.meeting import About, Door, Sums
 
 TIMEOUT = 300.0  # seconds: ranks compile at different speed, more so with a cold cache on one of them
 POST = 4 << 20  # bytes of a posted text, a multiple of 4; the store breaks the connection at 8 MiB
 WIDTH = 160  # characters of a line that a message shows
+PLACE_WAIT = 5.0  # seconds for where the others are, who learn at the same moment that they are out of step
 SECOND_WAIT = 30.0  # seconds for the texts: every rank is there, and posts its own at once
 END = "(the text ends before this line)"
 
@@ -71,6 +75,10 @@ class Calls:
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
         self.ranks, self.number, self.entered = ranks, 0, 0
+        self.epoch = 0  # how often all gave a call up, and began to count again
+        self.doors: dict[str, Door] = {}  # by mesh dim
+        self.what = ""  # what of a call this rank does, or did last
+        self.failed = ""  # how a call ended here in the middle of what it moves, if it did
 
     @contextmanager
     def entering(self) -> Iterator[None]:
@@ -79,8 +87,71 @@ class Calls:
         self.entered = self.number
         try:
             yield
+        except RankMismatchError as error:
+            if error.together:
+                self.give_up()
+            raise
         finally:
             self.entered = 0
+
+    def give_up(self) -> None:
+        """All ranks end their call by the same error, before anything of it has moved."""
+        self.epoch, self.number = self.epoch + 1, 0
+
+    @contextmanager
+    def moving(
+        self,
+        lines: Sequence[Any],
+        what: str,
+        large: Collection[str] = (),
+        given: Mapping[str, Sums] = MappingProxyType({}),
+    ) -> Iterator[None]:
+        """Around what moves values along these lines, of the present call. what: its name, the same on every rank.
+        large: the mesh dims over which the first message is one. given: by mesh dim, sums of what its ranks share.
+        Raises RankMismatchError where the ranks do not do the same, or did not where a call failed before."""
+        if self.failed:
+            agree(self.failed, self.ranks, "how an earlier call ended", call=self.number)
+            self.failed = ""
+        self.what = what
+        digest = zlib.crc32(what.encode())
+        for line in lines:
+            line.open(About(self.epoch, self.number, digest, given.get(line.axis, Sums())), line.axis in large)
+        try:
+            yield
+            for line in lines:
+                line.settle()
+        except BaseException as error:
+            told = [line.door.give_up() for line in lines]
+            if isinstance(error, RankMismatchError) and error.together and all(told):
+                self.give_up()
+            else:
+                issued = ", ".join(f"{line.door.issued} over {line.axis}" for line in lines)
+                self.failed = f"call {self.number}, {what}: {type(error).__name__} after {issued or 'nothing'} moved"
+                self._post("failed", f"{self.epoch} {self.number} {type(error).__name__}: {error}")
+            raise
+
+    def out_of_step(self, line: str, ranks: Sequence[int], said: Sequence[About]) -> RankMismatchError:
+        """What to raise where ranks of a line are about to do different things."""
+        self._post("place", f"call {self.number}, {self.what}, at {call_site()}")
+        members, end = _members(self.ranks), time.monotonic() + PLACE_WAIT
+        keys = {rank: f"place/{rank}" for rank in ranks}
+        while not members.check([*keys.values()]) and time.monotonic() < end:
+            time.sleep(0.01)
+        places = {r: members.get(key).decode() if members.check([key]) else "elsewhere" for r, key in keys.items()}
+        alike = all(other[:3] == said[0][:3] for other in said)
+        what = "are given different values of an input that is not split there" if alike else "are out of step"
+        help = (
+            "give all of them the same, or say how it is split: compile(..., inputs=); or a rank made a call more"
+            if alike
+            else "every rank must make the same calls in the same order; look for a branch by rank, an error that one "
+            "rank caught, a forward more, a backward less"
+        )
+        lines = [f"ranks along {line} {what}:", *(f"  rank {r}: {place}" for r, place in places.items())]
+        lines.append(f"help: {help}")
+        return RankMismatchError("\n".join(lines))
+
+    def _post(self, kind: str, text: str) -> None:
+        _members(self.ranks).set(f"{kind}/{dist.get_rank()}", text[:POST])
 
     def look(self) -> None:
         """Raises RankMismatchError where another rank compares programs before the call that this one is in, or before
@@ -89,6 +160,12 @@ class Calls:
             return
         me, members = dist.get_rank(), _members(self.ranks)
         for other in self.ranks:
+            if other != me and members.check([f"failed/{other}"]):
+                epoch, number, text = members.get(f"failed/{other}").decode().split(" ", 2)
+                if (int(epoch), int(number)) == (self.epoch, self.number):
+                    raise RankFailure(f"rank {other} ended this call by an error: {text}")
+            if other != me and members.check([f"left/{other}"]):
+                raise RankFailure(f"rank {other} has ended, and takes no part in this call")
             if other == me or not members.check([f"at/{other}"]):
                 continue
             number, call = members.get(f"at/{other}").decode().split()
@@ -96,17 +173,32 @@ class Calls:
             board = PrefixStore(number, members)
             passed = call.isdigit() and int(call) <= self.number  # what all agreed on has its verdict
             if passed and board.compare_set("verdict", "", verdict).decode() == verdict:
-                raise RankMismatchError(_apart(me, other))
+                raise _together(_apart(me, other))
 
 
-@cache
+COUNTED: dict[tuple[int, ...], Calls] = {}
+
+
 def calls_of(ranks: tuple[int, ...]) -> Calls:
     """The one count that all compiled modules on these ranks share."""
-    return Calls(ranks)
+    return COUNTED.setdefault(ranks, Calls(ranks))
+
+
+def leave() -> None:
+    """Let the others know that this rank makes no more calls."""
+    for ranks in COUNTED if dist.is_initialized() and dist.get_backend() != "fake" else ():
+        _members(ranks).set(f"left/{dist.get_rank()}", "")
 
 
 def _members(ranks: tuple[int, ...]) -> PrefixStore:
     return PrefixStore(f"shardc/agree/{_digest(repr(ranks))}", _store())
+
+
+def _together(text: str) -> RankMismatchError:
+    """What all ranks raise, of one comparison."""
+    error = RankMismatchError(text)
+    error.together = True
+    return error
 
 
 def _apart(running: int | str, comparing: int | str) -> str:
@@ -129,7 +221,7 @@ class _Round:
         self.me, self.ranks, self.what, self.text = me, ranks, what, text
         members = _members(ranks)
         number = members.add(f"rounds/{me}", 1)
-        self.board = PrefixStore(str(number), members)
+        self.board, self.members = PrefixStore(str(number), members), members
         members.set(f"at/{me}", f"{number} {call or 'none'}")
 
     def hold(self, timeout: float) -> None:
@@ -137,20 +229,32 @@ class _Round:
         self.board.set(f"note/{self.me}", f"{_digest(self.text)} {self.what}")
         missing = self._wait_for("note", self.ranks, timeout)
         notes = {} if missing else self._notes()
-        found = f"missing {_listed(missing)}" if missing else "same" if _alike(notes) else "differ"
+        ended = [r for r in missing if self.members.check([f"left/{r}"])]
+        found = (
+            f"ended {_listed(ended)}"
+            if ended
+            else f"missing {_listed(missing)}"
+            if missing
+            else "same"
+            if _alike(notes)
+            else "differ"
+        )
         verdict = self.board.compare_set("verdict", "", found).decode()  # whoever is first speaks for all
         if verdict == "differ":
-            raise RankMismatchError(self._difference(self._notes()))
+            raise _together(self._difference(self._notes()))
         if verdict.startswith("apart"):
-            raise RankMismatchError(_apart(*verdict.split()[1:]))
+            raise _together(_apart(*verdict.split()[1:]))
+        if verdict.startswith("ended"):
+            raise _together(f"{self.what}: rank {verdict.removeprefix('ended ')} has ended, and does not compare it")
         if verdict != "same":
-            raise RankMismatchError(self._absence(verdict.removeprefix("missing "), timeout))
+            raise _together(self._absence(verdict.removeprefix("missing "), timeout))
 
     def _wait_for(self, kind: str, ranks: Sequence[int], timeout: float) -> list[int]:
         """The ranks whose key of this kind is not there when time is over, or when a verdict is."""
         end, pause = time.monotonic() + timeout, 0.001
         while not self.board.check([f"{kind}/{r}" for r in ranks]):
-            if time.monotonic() > end or (kind == "note" and self.board.check(["verdict"])):
+            over = time.monotonic() > end or (kind == "note" and self.board.check(["verdict"]))
+            if over or any(self.members.check([f"left/{r}"]) for r in ranks):
                 return [r for r in ranks if not self.board.check([f"{kind}/{r}"])]
             time.sleep(pause)
             pause = min(1.5 * pause, 0.05)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shardc.runtime.wire.wire import AllReduce, Line
+from shardc.runtime.wire.line import Line
+from shardc.runtime.wire.wire import AllReduce
 
 
 class Piece(NamedTuple):

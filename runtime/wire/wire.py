@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -32,31 +31,7 @@ from shardc.compiler.ir.collectives import Cut, Runs, indices_of
 from shardc.compiler.ir.routes import reduced, scattered, swaps
 from shardc.runtime.shards import combine
 from shardc.runtime.wire.flat_pieces import Pieces, as_bytes, flattened, plain, room
-
-PATIENCE = timedelta(seconds=2)  # before a rank looks whether the others are elsewhere
-
-
-class Line:
-    """The ranks along one mesh dim as this rank sees them. index: its own place among them.
-
-    group may be None only where the rank is alone. look: what to call when others let this rank wait; it raises
-    where they will never come.
-    """
-
-    def __init__(
-        self, axis: str, size: int, index: int, group: dist.ProcessGroup | None, look: Callable[[], None] | None = None
-    ) -> None:
-        self.axis, self.size, self.index, self.group, self.look = axis, size, index, group, look
-        config = dist.get_backend_config(group) if group is not None and size > 1 else ""
-        self._backends = dict(part.split(":") for part in config.split(",") if part)
-
-    def backend(self, x: Tensor) -> str:
-        """What carries a tensor of this device; empty where it is not known."""
-        return self._backends.get(x.device.type, "")
-
-    def __str__(self) -> str:
-        ranks = dist.get_process_group_ranks(self.group) if self.group is not None else []
-        return f"{self.axis} (ranks {', '.join(map(str, ranks))})"
+from shardc.runtime.wire.line import Line
 
 
 class Issued(NamedTuple):
@@ -113,26 +88,13 @@ class Collective:
         """The result of what `start` issued, or a list of them."""
         if issued.work is not None:
             try:
-                self._finish(issued)
+                self.line.arrived(issued.work, issued.sent)
             except RankMismatchError:
                 raise
             except RuntimeError as error:
                 raise self._lost(error) from error
         found = issued.finish()
         return found[0] if issued.one else found
-
-    def _finish(self, issued: Issued) -> None:
-        if self.line.look is None or self.line.backend(issued.sent) != "gloo":  # elsewhere a wait does not block
-            issued.work.wait()
-            return
-        while True:
-            try:
-                issued.work.wait(PATIENCE)
-                return
-            except RuntimeError:
-                if issued.work.is_completed():
-                    raise
-            self.line.look()
 
     def _alone(self, xs: list[Tensor]) -> list[Tensor]:
         return [x.reshape(shape).contiguous() for x, shape in zip(xs, self.shapes, strict=True)]
@@ -153,15 +115,14 @@ class Collective:
         raise NotImplementedError
 
     def _issue(self, op: Callable, *args: Any) -> Any:
+        self.line.settle()
         try:
-            return op(*args, group=self.line.group, async_op=True)
+            return self.line.issued(op, *args)
         except RuntimeError as error:
             raise self._lost(error) from error
 
     def _lost(self, error: RuntimeError) -> RankFailure:
-        return RankFailure(
-            f"rank {dist.get_rank()} could not finish {self.node}, {self.__name__} over {self.line}: {error}"
-        )
+        return self.line.lost(f"{self.node}, {self.__name__}", error)
 
     def _gather(self, flats: list[Tensor], longest: int) -> tuple[Any, Tensor, Tensor]:
         """Every rank's elements, its tensors one after another, in rows of the longest; what a row holds beyond them
