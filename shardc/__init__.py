@@ -92,6 +92,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "hf":  # a module of ours: `import shardc` is enough to say shardc.hf.plan
+        return import_module("shardc.hf")
     if name not in _HOME:
         raise AttributeError(f"module 'shardc' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

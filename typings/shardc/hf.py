@@ -1,0 +1,1 @@
+../../shardc/hf.py
