@@ -30,6 +30,10 @@ class Site(Protocol):
         """The first index of a `plain=` factor that this rank holds."""
         ...
 
+    def stop(self, factor: str) -> Any:
+        """The index behind the last of a `plain=` factor that this rank holds."""
+        ...
+
     def runs(self, factor: str) -> list[tuple[int, Any, Any]]:
         """The parts a factor is made of, major to minor: (global size, first index held, how many are)."""
         ...

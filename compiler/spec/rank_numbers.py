@@ -13,11 +13,12 @@ from shardc.compiler.spec.spec import Dim, axes_of, chunk, dim_text
 
 @dataclass(frozen=True)
 class Local:
-    """`times` x (a rank's size, first index or place, of a dim) `+ plus`, of which the rest after division by
+    """`times` x (a rank's size, first index, end or place, of a dim) `+ plus`, of which the rest after division by
     `modulo` where that is given: an integer once a rank is known."""
 
     dim: Dim
-    # or, for a dim of one part, "start": the first global index the rank holds, and "place": its number among pieces
+    # or, for a dim of one part, "start" and "stop": the first global index that the rank holds and the one behind its
+    # last; "place": its number among pieces
     kind: str = "size"
     times: int = 1
     plus: int = 0
@@ -31,9 +32,14 @@ class Local:
             for axis in axes_of(self.dim):
                 value = value * mesh[axis] + place(coords, axis)
         else:
-            value = pieces[0][0] if self.kind == "start" else math.prod(n for _, n in pieces)
+            numbers = {"start": pieces[0][0], "stop": sum(pieces[0])}
+            value = numbers.get(self.kind, math.prod(n for _, n in pieces))
         value = self.times * value + self.plus
         return value % self.modulo if self.modulo else value
+
+    def most(self, mesh: Mesh) -> int:
+        """The number on the rank that has the most of what it counts: the first, of ends the last."""
+        return self.at(mesh, mesh.coords(mesh.size - 1 if self.kind == "stop" else 0))
 
     def __mod__(self, n: int) -> Local:
         return Local(self.dim, self.kind, self.times, self.plus, n)
@@ -81,6 +87,11 @@ def local_start(dim: Dim) -> int | Local:
     return _of_run(dim, "start")
 
 
+def local_stop(dim: Dim) -> int | Local:
+    """The index behind the last that each rank holds. Raises ValueError likewise."""
+    return _of_run(dim, "stop") if axes_of(dim) else math.prod(p.size for p in dim)
+
+
 def local_place(dim: Dim) -> int | Local:
     """Which of the dim's pieces each rank holds, in the order of their indices. Raises ValueError likewise."""
     return _of_run(dim, "place")
@@ -94,10 +105,11 @@ def _of_run(dim: Dim, kind: str) -> int | Local:
     return Local(dim, kind)
 
 
-def bind(tree: Any, mesh: Mesh, coords: Mapping[str, int], leaf: Callable[[Any], Any] = lambda x: x) -> Any:
-    """Arguments with every Local replaced by its number on one rank, and `leaf` applied to the other leaves."""
+def bind(tree: Any, mesh: Mesh, coords: Mapping[str, int] | None, leaf: Callable[[Any], Any] = lambda x: x) -> Any:
+    """Arguments with every Local replaced by its number on one rank, and `leaf` applied to the other leaves. coords:
+    of the rank; None for one that has the most of everything."""
     if isinstance(tree, Local):
-        return tree.at(mesh, coords)
+        return tree.most(mesh) if coords is None else tree.at(mesh, coords)
     if isinstance(tree, (list, tuple)):
         items = [bind(x, mesh, coords, leaf) for x in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)

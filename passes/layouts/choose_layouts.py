@@ -1,6 +1,6 @@
 """Where the sweep's layouts disagree, all are chosen together, to cost least.
 
-    %a: f32[4, 32, 64] = shardc.sdpa(%q, ...)        causal attention over a split sequence: whole on every rank
+    %a: f32[4, 32, 64] = shardc.sdpa(%q, ...)        causal attention on a GPU, split sequence: whole on every rank
     %mm: f32[128, 64] = aten.mm(%view, %w)           ... and so is what comes behind it
   ==>
     %a: f32[4@cp, 32, 64] = shardc.sdpa(%q, ...)     heads or rows of the batch are dealt to the ranks instead

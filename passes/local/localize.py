@@ -30,7 +30,7 @@ from shardc.compiler.pipeline.runner import Context, PassResult
 from shardc.compiler.pipeline.stages import Stage
 from shardc.compiler.rules.facts import RESHAPES
 from shardc.compiler.spec.mesh import Mesh
-from shardc.compiler.spec.rank_numbers import bind, local_place, local_size, local_start
+from shardc.compiler.spec.rank_numbers import bind, local_place, local_size, local_start, local_stop
 from shardc.compiler.spec.spec import Spec, axes_of, chunk, size_of
 
 aten = torch.ops.aten
@@ -110,6 +110,9 @@ class GraphSite:
     def start(self, factor: str) -> Any:
         return local_start(self._factors[factor])
 
+    def stop(self, factor: str) -> Any:
+        return local_stop(self._factors[factor])
+
     def runs(self, factor: str) -> list[tuple[int, Any, Any]]:
         return [(part.size, local_start((part,)), local_size((part,))) for part in self._factors[factor]]
 
@@ -136,7 +139,7 @@ class GraphSite:
         return _shape(self._decision.operands[i])
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
-        on_meta = bind((args, kwargs), self._mesh, self._mesh.coords(0), self._on_meta)
+        on_meta = bind((args, kwargs), self._mesh, None, self._on_meta)
         return emit(op, args, self._node, kwargs, value=None, local=op(*on_meta[0], **on_meta[1]))
 
     def _on_meta(self, leaf: Any) -> Any:

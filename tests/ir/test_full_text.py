@@ -151,7 +151,7 @@ def test_any_value_is_read_as_it_was_written(value: Any):
 
 @pytest.mark.parametrize("number", [
     Local((TP,)), Local((Part(3, ("tp",)), Part(4))), Local((TP,)) * 2 + 1, -Local((TP,), "start"),
-    (Local((TP,), "start") - 1) % 3, Local((TP,), "place") * -4,
+    (Local((TP,), "start") - 1) % 3, Local((TP,), "place") * -4, 7 - Local((TP,), "stop"),
 ])  # fmt: skip
 def test_numbers_of_ranks(number: Local):
     assert Scanner(f"[{literal(number)}, 3]", "", Mesh(tp=4)).value() == [number, 3]

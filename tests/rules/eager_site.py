@@ -80,6 +80,9 @@ class EagerSite:
             raise ValueError(f"{factor} need not be one run of indices: the rule does not call it plain")
         return chunk(dim[0].size, self.mesh, dim[0].axes, self.coords)[0]
 
+    def stop(self, factor: str) -> int:
+        return self.start(factor) + self.size(factor)
+
     def runs(self, factor: str) -> list[tuple[int, int, int]]:
         dim = self.decision.factor(factor)
         return [(part.size, *chunk(part.size, self.mesh, part.axes, self.coords)) for part in dim]

@@ -39,7 +39,7 @@ AXIS, SIZE = r"[A-Za-z_][\w-]*(?:/\d{1,9})?", r"\d{1,18}(?!\d)"
 PART = rf"{SIZE}(?:@{AXIS}(?:\.{AXIS})*)?"
 SPLIT = rf"(?:\((?:{PART} )+{PART}\)|{SIZE}@{AXIS}(?:\.{AXIS})*)"
 LOCAL = (
-    rf"(?P<open>\()?(?P<times>-?{SIZE}\*|-)?(?:(?P<kind>start|place)\()?(?P<dim>{SPLIT})(?(kind)\))"
+    rf"(?P<open>\()?(?P<times>-?{SIZE}\*|-)?(?:(?P<kind>start|stop|place)\()?(?P<dim>{SPLIT})(?(kind)\))"
     rf"(?P<plus>[+-]{SIZE})?(?(open)\)%(?P<modulo>{SIZE}))"
 )
 NUMBER = r"(int|float|bool|check)\b(?: (?!= )(.*?))?(?= = )"

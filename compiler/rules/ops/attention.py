@@ -1,11 +1,14 @@
-"""Scaled dot product attention: batch and heads free; query length too, on the CPU without a causal mask.
+"""Scaled dot product attention: batch and heads free; query length too, on the CPU.
 
 Keys' length and the dims contracted in a product stay whole. With grouped heads the queries' are `(g r)`,
-the keys' and values' `g`. Gradients of keys and values are pending over r and the query length.
+the keys' and values' `g`. Gradients of keys and values are pending over r and the query length. Under a causal mask
+a rank's queries see keys up to its last one: those behind it are cut off, and a mask hides what its own block has
+above the diagonal.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,7 +58,9 @@ class _Call:
         self.grouped = q.shape[1] != k.shape[1]
         self.heads = "(g r)" if self.grouped else "g"
         self.scores = (*q.shape[:3], k.shape[2])
-        queries = op in ANY_SIZE and not self.given.get("is_causal", False)
+        self.causal = bool(self.given.get("is_causal", False))
+        queries = op in ANY_SIZE and not (self.causal and self.given.get("attn_mask") is not None)
+        self.cuts_keys = self.scores[2] <= self.scores[3]  # every rank's last query has a key
         self.free = ["b", "g", *(["r"] if self.grouped else []), *(["q"] if queries else [])]
 
     def names(self, role: str, t: Any, label: str) -> list[str]:
@@ -84,39 +89,61 @@ class _Call:
         few = [n for n in self.free if n in ("r", "q") or (n == "b" and self.op not in ANY_SIZE)]
         return parse(
             line(left, right), whole=" ".join(whole), nonempty=" ".join(few),
-            localize=_with_heads(self, roles), **options,
+            plain="q" if self.causal and "q" in self.free else "", localize=_localized(self, roles), **options,
         )  # fmt: skip
 
 
-def _with_heads(call: _Call, roles: str) -> Callable[[Site], Any]:
-    """Kernels die of a call without heads: where a rank may have none, every rank adds one of zeros, and
-    drops it from the results."""
+def _localized(call: _Call, roles: str) -> Callable[[Site], Any]:
+    """The call on what a rank holds: of a causal mask, its own rows; and where a rank may have no heads, of which
+    kernels die, every rank adds one of zeros and drops it from the results."""
 
     def localize(site: Site) -> Any:
-        if not (site.split("g") and site.may_be_empty("g")):
-            return site.call(call.op, *site.args, **site.kwargs)
-        queries = site.size("r") if call.grouped else 1
-
-        def padded(name: str, x: Any) -> Any:
-            given, role = call.given[name], ARGUMENTS.get(name, "-")
-            names = call.names(role, given, "") if isinstance(given, torch.Tensor) else []
-            for at, n in enumerate(names):
-                if n in (call.heads, "g"):
-                    ends = [0, 0] * (len(names) - 1 - at) + [0, 1 if role in "kv" else queries]
-                    return site.call(aten.constant_pad_nd.default, x, ends, 0)
-            return x
-
-        args = [padded(name, x) for name, x in zip(call.schema, site.args, strict=False)]
-        made = site.call(call.op, *args, **{name: padded(name, x) for name, x in site.kwargs.items()})
-        return tuple(_dropped(site, made, i, role) for i, role in enumerate(roles))
+        given = dict(zip(call.schema, site.args, strict=False)) | dict(site.kwargs)
+        cut = call.causal and site.split("q")
+        if cut:
+            given |= _own_rows(call, site, given)
+        lone = site.split("g") and site.may_be_empty("g")
+        if lone:
+            given = {name: _with_head(call, site, name, x) for name, x in given.items()}
+        args = [given.pop(name) for name in call.schema[: len(site.args)]]
+        made = site.call(call.op, *args, **given)
+        keys = cut and call.cuts_keys and "k" in roles
+        return tuple(_whole(site, made, i, role, lone, keys) for i, role in enumerate(roles)) if lone or keys else made
 
     return localize
 
 
-def _dropped(site: Site, made: Any, i: int, role: str) -> Any:
-    """The i-th result without the heads that were added."""
+def _own_rows(call: _Call, site: Site, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes where a rank holds some queries of a causal call: keys up to its last query, and a mask."""
+    keys, q = call.scores[3], call.given["query"]
+    stop = site.stop("q") if call.cuts_keys else keys
+    own: dict[str, Any] = {"is_causal": False}
+    if call.cuts_keys:
+        own |= {name: site.call(aten.slice.Tensor, given[name], 2, 0, stop) for name in ("key", "value")}
+    options = {"dtype": q.dtype, "device": q.device, "pin_memory": False}
+    hidden = site.call(aten.full.default, [site.size("q"), stop], -math.inf, **options)
+    return own | {"attn_mask": site.call(aten.triu.default, hidden, site.start("q") + 1)}
+
+
+def _with_head(call: _Call, site: Site, name: str, x: Any) -> Any:
+    """An argument with one head more, of zeros."""
+    given, role = call.given.get(name), ARGUMENTS.get(name, "-")
+    names = call.names(role, given, "") if isinstance(given, torch.Tensor) else []
+    for at, n in enumerate(names):
+        if n in (call.heads, "g"):
+            more = 1 if role in "kv" or not call.grouped else site.size("r")
+            return site.call(aten.constant_pad_nd.default, x, [0, 0] * (len(names) - 1 - at) + [0, more], 0)
+    return x
+
+
+def _whole(site: Site, made: Any, i: int, role: str, lone: bool, keys: bool) -> Any:
+    """The i-th result without a head that was added, and with zeros for keys that were cut off."""
     x = get(site, made, i)
-    return x if role == "-" else site.call(aten.narrow.default, x, 1, 0, site.result_shape(i)[1])
+    if lone and role != "-":
+        x = site.call(aten.narrow.default, x, 1, 0, site.result_shape(i)[1])
+    if keys and role in "kv":
+        x = site.call(aten.constant_pad_nd.default, x, [0, 0, 0, site.result_shape(i)[2] - site.stop("q")], 0)
+    return x
 
 
 def _build(op: Any, roles: str, backward: bool) -> Callable[..., OpRule]:
