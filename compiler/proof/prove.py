@@ -23,10 +23,13 @@ from shardc.compiler.ir.node import of, specs, target_name, val
 from shardc.compiler.ir.signature import InputKind, OutputKind
 from shardc.compiler.ir.text import excerpt
 from shardc.compiler.pipeline.stages import Stage, verify
+from shardc.compiler.rules.facts import RESHAPES
 from shardc.compiler.rules.table import tensors_in
 from shardc.compiler.spec.spec import Spec
 from shardc.runtime.run.simulate import simulate
 from shardc.runtime.shards import cut, join
+
+aten = torch.ops.aten
 
 # Of a value's largest element: what another order of summing may change ...
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -70,6 +73,10 @@ def _global_run(program: Lowered, flat: list[Tensor], reference: dict[str, Any])
         def run_node(self, n: Node) -> Any:
             reference[n.name] = value = super().run_node(n)
             return value
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            """A view may be of what lies otherwise than tracing took it to: values count here."""
+            return super().call_function(aten.reshape.default if target in RESHAPES else target, args, kwargs)
 
     with torch.no_grad():
         return Recorder(program.global_gm, garbage_collect_values=False).run(*[x.detach() for x in flat])

@@ -139,3 +139,20 @@ def test_nothing_is_packed_where_all_is_as_it_was_traced():
     block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     program = shardc.compile(block, Replicated(), mesh=Mesh(d=2)).lower(torch.randn(4, 6, 8))
     assert "scaled_dot_product" in str(program) and "# pack-operands" not in str(program)
+
+
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 2).double()
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.fc(x[ids])
+
+
+def test_a_program_is_proved_also_where_its_views_are_copies():
+    """What an index that lies otherwise gives lies otherwise too, which tracing does not know."""
+    alone, x = Rows(), torch.randn(12, 6, dtype=torch.double)
+    compiled, ids = shardc.compile(copy.deepcopy(alone), Replicated(), mesh=Mesh(d=3)), torch.randint(12, (9, 3)).t()
+    torch.testing.assert_close(compiled(x, ids), alone(x, ids), **EXACT)
+    compiled.programs[-1].verify(x, ids)
