@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser check nightly house sweep zoo bench soak fuzz clean
+.PHONY: help demo examples test test-browser check nightly house sweep zoo bench soak fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,10 @@ $(READY): pyproject.toml setup.py constraints.txt
 
 demo: $(READY) ## train a GPT on 4 local ranks and on one device, and compare (under 2 minutes)
 	$(BIN)/shardc demo
+
+examples: $(READY) ## the scripts of examples/ on local ranks, against one process
+	$(BIN)/python -m pip install -c constraints.txt -e '.[hf]'
+	$(BIN)/pytest -rs tests/tools/test_examples.py tests/acceptance/plans/test_hugging_face.py
 
 test: $(READY) ## all tests, as continuous integration runs them (under 15 minutes on 2 cores)
 	$(BIN)/pytest -n 2
