@@ -147,7 +147,7 @@ class Strategies(Laid):
         if rule is None:
             return [Strategy(taken, specs(node))]
         swept = Strategy(taken, specs(node), decided(rule, taken, specs(node), self.mesh).factors)
-        if any(a not in self.mesh.names for s in (*taken, *specs(node)) for a in s.axes()):
+        if of(node).fixed or any(a not in self.mesh.names for s in (*taken, *specs(node)) for a in s.axes()):
             return [swept]
         open_axes = tuple(self._open(node, axis, taken) for axis in self.mesh.names)
         key = (id(rule), taken, specs(node), tuple(map(tuple, arriving)), open_axes)

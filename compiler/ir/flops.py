@@ -39,6 +39,10 @@ FORMULAS = {
     **dict.fromkeys([aten.mv, aten.addmv, aten.dot, aten.vdot], _of_vectors),
     aten._grouped_mm: _grouped,
 }
+BY_NAME = {  # of libraries that may not be there
+    "transformers.grouped_mm_fallback": _grouped,
+    "transformers.grouped_mm_fallback_backward": lambda x, weight, *_, **__: 4 * x.numel() * weight.shape[-1],
+}
 
 
 def flops(node: Node, mesh: Mesh) -> int:
@@ -52,7 +56,8 @@ def global_flops(node: Node) -> int:
 
 
 def _counted(node: Node, value: Callable[[Node], Any]) -> int:
-    formula = FORMULAS.get(getattr(node.target, "overloadpacket", None))
+    packet = getattr(node.target, "overloadpacket", None)
+    formula = FORMULAS.get(packet) or BY_NAME.get(str(packet))
     if formula is None:
         return 0
     args, kwargs = map_arg((node.args, dict(node.kwargs)), value)  # pyright: ignore

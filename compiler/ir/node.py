@@ -62,6 +62,7 @@ class View:
     custom = Said[Any](None, inherited=True)  # what `torch.fx.traceback.annotate` said of its region
     # Whether sizes or numbers in the call are decided by what a tensor holds: it runs whole on every rank.
     data = Said(False, inherited=True)
+    by_origin = Said(False, inherited=True)  # whether rows lie, or are pointed to, in an order that is each rank's own
     unit = Said[str | None](None, inherited=True)  # the gather unit that a collective serves; "" is the root
     regather = Said(False, inherited=True)  # whether a gather is made again in backward
     # Of a gather, the layout in which parameters stay until backward; of a slice, that it is one of these.
@@ -71,6 +72,7 @@ class View:
     wish = Said[tuple](())  # what the plan says of a mark: (mesh dim, placement, open, reason) of each entry
     wants = Said[tuple[Spec, ...] | None](None)  # the layouts it needs of its operands
     rule = Said[OpRule | None](None)  # ... by which that was found
+    fixed = Said(False)  # whether its layouts, and the rule they come from, are the only ones it can have
     origin = Said("")  # the value of the global graph that this one is
     wire = Said[torch.dtype | None](None)  # in which a value travelled
     local = Said[Any](None)  # tensor(s) on meta of what rank 0 holds

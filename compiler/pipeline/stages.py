@@ -101,6 +101,8 @@ def _check_call(node: Node, stage: Stage, mesh: Mesh) -> None:
 
 def _check_collective(node: Node, move: Call, mesh: Mesh) -> None:
     axis, before, after = move.axis, move.before, move.after
+    if isinstance(move.args[0], Node) and of(move.args[0]).by_origin:
+        raise _broken(node, "moves rows whose order is each rank's own")
     if move.target is c.fetch:
         if before.dim_of(axis) != move.args[1] or after.dim_of(axis) not in (move.args[1], None):
             raise _broken(node, f"cannot turn {before} into {after}")

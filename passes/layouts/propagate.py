@@ -21,8 +21,10 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.errors import ShardingError
 from shardc.compiler.infer.border_layouts import behind_mark, forward_marks
 from shardc.compiler.infer.decisions import call_rule, decide_node
+from shardc.compiler.infer.orders import Open
+from shardc.compiler.infer.rows import RowsByOrigin
 from shardc.compiler.ir.collectives import reshard
-from shardc.compiler.ir.graph import call_nodes
+from shardc.compiler.ir.graph import call_nodes, returned
 from shardc.compiler.ir.marks import MARK
 from shardc.compiler.ir.node import (
     arguments,
@@ -51,20 +53,44 @@ class Propagate:
     exact = True
 
     def run(self, gm: GraphModule, ctx: Context) -> PassResult:
-        changes, unknown = Counter(), Counter()
-        forward = forward_marks(gm)
-        for node in call_nodes(gm):
-            if node.target is operator.getitem:
-                _pick(node)
-            elif node.target is reshard:
-                set_spec(node, arguments(node)[1])
-            elif node.target is MARK:
-                _mark(node, forward.get(node), ctx.mesh)
-            else:
-                _call(node, ctx, unknown)
-            changes["layouts"] += any(not s.is_whole for s in specs(node))
-        notes = tuple(f"{name} {why}: {n} calls run on whole operands" for (name, why), n in unknown.items())
-        return PassResult(changes, notes)
+        whole: set[str] = set()
+        while True:
+            try:
+                return _sweep(gm, ctx, RowsByOrigin(ctx.mesh, ctx.decisions, whole))
+            except Open as found:
+                whole |= {of(order.source).where for order in found.orders}
+                _forget(gm, ctx)
+
+
+def _sweep(gm: GraphModule, ctx: Context, rows: RowsByOrigin) -> PassResult:
+    """Raises Open where rows by origin reach what may need them otherwise."""
+    changes, unknown = Counter(), Counter()
+    forward = forward_marks(gm)
+    for node in call_nodes(gm):
+        if node.target is operator.getitem:
+            _pick(node)
+            rows.pick(node, result_number(*arguments(node)))
+        elif rows.take(node):
+            changes["by origin"] += of(node).by_origin
+        elif node.target is reshard:
+            set_spec(node, arguments(node)[1])
+        elif node.target is MARK:
+            _mark(node, forward.get(node), ctx.mesh)
+        else:
+            _call(node, ctx, unknown)
+        changes["layouts"] += any(not s.is_whole for s in specs(node))
+    rows.end(returned(gm))
+    notes = tuple(f"{name} {why}: {n} calls run on whole operands" for (name, why), n in unknown.items())
+    return PassResult(changes, notes)
+
+
+def _forget(gm: GraphModule, ctx: Context) -> None:
+    """Calls whose layouts were fixed are open again."""
+    for node in call_nodes(gm):
+        if of(node).fixed:
+            of(node).fixed = of(node).by_origin = False
+            if node.target is not operator.getitem:
+                of(node).rule = ctx.decisions.rule(node)
 
 
 def _pick(node: Node) -> None:

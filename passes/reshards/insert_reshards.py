@@ -85,4 +85,4 @@ def _insert(value: Node, needed: Spec, user: Node, **said: Any) -> Node:
     """A reshard in front of a user. A sum belongs to the module that left it pending, all else to its user's."""
     like = value if spec(value).pending else user
     with user.graph.inserting_before(user):
-        return emit(reshard, (value, needed), like, layout=needed, phase=of(user).phase, **said)
+        return emit(reshard, (value, needed), like, layout=needed, phase=of(user).phase, by_origin=False, **said)

@@ -47,7 +47,7 @@ class MergeEqual:
 def _key(node: Node) -> Any:
     view = of(node)
     phase = view.phase if view.regather or view.region else None
-    return node.target, _frozen(node.args), _frozen(node.kwargs), specs(node), phase
+    return node.target, _frozen(node.args), _frozen(node.kwargs), specs(node), view.by_origin, phase
 
 
 def _frozen(tree: Any) -> Any:
