@@ -21,6 +21,7 @@ from shardc.compiler.spec.hardware import Hardware
 from shardc.compiler.spec.mesh import Mesh
 
 MOST = 2  # mesh dims that split groups
+FEW = 2
 Entries = dict[str, object]
 Cost = Callable[[Plan], Estimate | None]
 
@@ -45,14 +46,23 @@ class Candidates:
         """Each way to share out the mesh dims between batch and parameters, and of each the ways to store these."""
         seen: set[Any] = set()
         for tensor in self._tensor_dims():
-            for entries in self._split(tensor):
-                rest = [a for a in self.axes if a not in entries and a not in self.kept]
-                for stored in itertools.product(self._stores(), repeat=len(rest)):
+            ways = self._split(tensor)
+            rest = [a for a in self.axes if a not in tensor and a not in self.kept]
+            for i, stored in enumerate(itertools.product(self._stores(), repeat=len(rest))):
+                for entries in ways if i == 0 else self._promising(ways, rest):
                     plan = self.plan({**entries, **dict(zip(rest, stored, strict=True))})
                     alike = self._form(plan)
                     if alike not in seen:
                         seen.add(alike)
                         yield plan
+
+    def _promising(self, ways: Sequence[Entries], rest: Sequence[str]) -> list[Entries]:
+        """Of ways to split parameters the fastest few and the smallest few, all else being whole: how parameters are
+        stored over the other mesh dims adds to each about the same."""
+        found = [self.cost(self.plan({**entries, **dict.fromkeys(rest, Replicated())})) for entries in ways]
+        there = [(way, cost) for way, cost in zip(ways, found, strict=True) if cost is not None]
+        fast, small = (sorted(range(len(there)), key=lambda i: there[i][1][by])[:FEW] for by in (0, 1))
+        return [there[i][0] for i in sorted({*fast, *small})]
 
     def _form(self, plan: Plan) -> Any:
         """The same of plans that differ only in which of two mesh dims that are alike does what."""

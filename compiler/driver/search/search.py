@@ -129,7 +129,7 @@ class Search:
             self._given: Resolved = self._resolve(self.fixed, strict=fixed is not None and bool(self.fixed.entries))
         check_floor(model, mesh, most)
         self.repeats = Repeats(model)
-        self._compared = 0
+        self._known: dict[Any, Estimate | None] = {}
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Found:
         """Of a call with these inputs, of global shapes. Raises PlanError where nothing fits."""
@@ -138,12 +138,12 @@ class Search:
             self.traced = self._traced(args, kwargs)
             self.costs = Costs(self.model, self.mesh, self.traced, self.repeats.outermost, self._resolve, self.options)
             ranked = self._ranked()
-            self.tell("counting memory", self._compared)
+            self.tell("counting memory", len(self._known))
             best = self._first_that_fits(ranked)
             others = [c for c in ranked if repr(c.plan) != repr(best.plan)]
             return Found(
                 best.plan, best.seconds, best.peak_bytes, min(self.costs.bound, best.seconds), best.recompute,
-                tuple(others[:NEXT]), self._compared,
+                tuple(others[:NEXT]), len(self._known),
             )  # fmt: skip
 
     def _traced(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
@@ -178,10 +178,12 @@ class Search:
         found = self._estimate(plan, recompute, swept)
         return found and Candidate(plan, found.seconds, found.nbytes, recompute, costs=self.costs)
 
-    def _estimate(self, plan: Plan, recompute: Sequence[str] = (), swept: bool = True) -> Estimate | None:
-        self._compared += 1
-        self.tell("comparing plans", self._compared)
-        return self.costs.estimate(plan, recompute, swept)
+    def _estimate(self, plan: Plan, recompute: tuple[str, ...] = (), swept: bool = True) -> Estimate | None:
+        key = repr(plan), recompute, swept
+        if key not in self._known:
+            self.tell("comparing plans", len(self._known))
+            self._known[key] = self.costs.estimate(plan, recompute, swept)
+        return self._known[key]
 
     def _candidates(self) -> Candidates:
         noted = mesh_dims(None, self.model)
@@ -223,7 +225,7 @@ class Search:
             return True
         if candidate.least * MARGIN > self.most:
             return False
-        self.tell("counting memory", self._compared)
+        self.tell("counting memory", len(self._known))
         if self.costs.fewer.longer and self.costs.peak(candidate.plan, candidate.recompute) > self.most:
             return False
         return candidate.peak_bytes <= self.most
