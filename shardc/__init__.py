@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from shardc.compiler.errors import CheckpointError, PlanError, RankFailure, RankMismatchError, ShardingError
     from shardc.compiler.ir.marks import constrain
     from shardc.compiler.plan.annotate import fully_shard, replicate
-    from shardc.compiler.plan.entries import FullyShard, Replicated
+    from shardc.compiler.plan.entries import ContextParallel, FullyShard, Replicated
     from shardc.compiler.plan.layout import Layout, Precision
     from shardc.compiler.plan.plan import Plan
     from shardc.compiler.proof.check_rule import check_rule, discover_rule
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "CompiledModule",
+    "ContextParallel",
     "FullyShard",
     "Hardware",
     "Layout",
@@ -60,6 +61,7 @@ __all__ = [
 _HOME = {
     "CheckpointError": "shardc.compiler.errors",
     "CompiledModule": "shardc.compiler.driver.compile",
+    "ContextParallel": "shardc.compiler.plan.entries",
     "FullyShard": "shardc.compiler.plan.entries",
     "Hardware": "shardc.compiler.spec.hardware",
     "Layout": "shardc.compiler.plan.layout",

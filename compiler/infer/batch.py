@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from shardc.compiler.errors import PlanError
 from shardc.compiler.infer.atoms import Atom, Atoms
 from shardc.compiler.infer.decisions import Decisions, call_rule
-from shardc.compiler.infer.marked_layouts import told
+from shardc.compiler.infer.marked_layouts import input_layout, told
 from shardc.compiler.ir.graph import forward_of, inputs_of
 from shardc.compiler.ir.node import operands, shape, tensors
 from shardc.compiler.ir.signature import InputKind, Signature
@@ -53,13 +53,14 @@ class Batch:
         self._held = {a for _, n in inputs_of(gm, signature, InputKind.PARAMETER) for a in self._all(n)}
         self._leads: set[Atom | None] = set()
         given = [(e, n) for e, n in inputs_of(gm, signature, InputKind.BATCH) if shape(n)]
+        self._layouts = {n: input_layout(n, e.name, plan) for e, n in given} if plan.sequence else {}
         self._given, open_ = {node for _, node in given}, list[_Open]()
         for entry, node in given:
             layout = {} if entry.rows is False else told("in", entry.name, node, plan)
             if layout is None:
                 open_.append(_Open(entry.name, node, self._lead(node, 0), self._all(node, 1)))
                 continue
-            dims: set[int] = {layout[a].dim for a in plan.data_axes if hasattr(layout.get(a), "dim")}
+            dims: set[int] = {layout[a].dim for a in plan.batch_axes if hasattr(layout.get(a), "dim")}
             self._leads |= {self._lead(node, d) for d in dims}
             self._held |= {a for d in range(len(shape(node))) if d not in dims for a in self._atoms.of(node, d)}
         self._rows = self._chosen(open_)
@@ -90,7 +91,7 @@ class Batch:
 
     def _unknown(self, first: str, other: str) -> PlanError:
         axis, *more = self._plan.mesh.names
-        axis = self._plan.data_axes[0]
+        axis = self._plan.batch_axes[0]
         same, part = ("Layout()", f"Layout({axis}=Shard(0))") if more else ("Replicate()", "Shard(0)")
         return PlanError(
             f"{other} may be a part of the batch, as {first} is, or the same on every rank",
@@ -105,6 +106,14 @@ class Batch:
         if led or inside:
             return (led or inside)[0]
         return 0 if dims and any(map(self._loses, self._behind(node))) else None
+
+    def length_of(self, node: Node, axis: str) -> int | None:
+        """Along which dim an output is split as sequences are over a mesh dim; None where it has none of theirs."""
+        met = [(n, layout[axis].dim) for n, layout in self._layouts.items() if hasattr(layout.get(axis), "dim")]
+        lengths = {a for n, dim in met for a in [self._lead(n, dim)]} - {None}
+        dims = range(len(shape(node)))
+        led = [d for d in dims if self._lead(node, d) in lengths]
+        return next(iter(led or [d for d in dims if not lengths.isdisjoint(self._atoms.of(node, d))]), None)
 
     def depends(self, node: Node) -> bool:
         """Whether a value is made of any input."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch.fx import GraphModule, Node
@@ -19,9 +20,11 @@ def input_layout(node: Node, name: str, plan: Resolved, rows: int | None = 0) ->
     return plan.root_layout("in", name, len(shape(node)), _met("in", node), rows)
 
 
-def output_layout(node: Node, name: str, plan: Resolved, rows: int | None = 0) -> dict[str, Any]:
-    """Mesh dim -> placement of a root output, likewise."""
-    return plan.root_layout("out", name, len(shape(node)), _met("out", node), rows)
+def output_layout(
+    node: Node, name: str, plan: Resolved, rows: int | None = 0, lengths: Mapping[str, int | None] | None = None
+) -> dict[str, Any]:
+    """Mesh dim -> placement of a root output, likewise. lengths: along which dims it is split with the sequence."""
+    return plan.root_layout("out", name, len(shape(node)), _met("out", node), rows, lengths or {})
 
 
 def told(side: Literal["in", "out"], name: str, node: Node, plan: Resolved) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What a mesh dim may do for the whole model, beside styles: `Replicated` and `FullyShard`."""
+"""What a mesh dim may do for the whole model, beside styles: `Replicated`, `FullyShard`, `ContextParallel`."""
 
 from __future__ import annotations
 
@@ -143,6 +143,38 @@ class FullyShard(DataEntry):
                 help="reshard_after_forward is True, False or a number that divides them",
             )
         return {1: False, size: True}.get(after, after)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class ContextParallel(DataEntry):
+    """The sequence split over a mesh dim: every rank holds all parameters, and gradients are averaged.
+
+    how: in which way attention meets a split sequence; None for the one that costs least. No other can be asked
+        for yet.
+    balance: whether ranks are dealt pieces of equal causal work; not reached yet.
+    dim: the sequence dim of root inputs. Outputs are split along the dim that it has become, and whole where it is
+        gone. An input that has no such dim needs a layout of its own: `compile(..., inputs=...)`.
+
+    Raises PlanError naming the option that makes no sense, or is not reached.
+    """
+
+    ignores = "ignored_modules"
+    how: str | None
+    balance: bool
+    dim: int
+
+    def __init__(self, how: str | None = None, *, balance: bool = False, dim: int = 1) -> None:
+        if how not in (None, "gather", "heads", "ring"):
+            raise bad_option("how", how, '"gather", "heads", "ring" or None')
+        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 0:
+            raise bad_option("dim", dim, "a dim of the inputs, counted from 0")
+        self.__dict__.update(
+            about=("",), ignored_modules=(), reduce_dtype=None, bucket_mb=25.0, how=how, balance=balance, dim=dim
+        )
+        for option, asked in (("how", how is not None), ("balance", balance)):
+            if asked:
+                what = f"{self}: {option} cannot be asked for yet"
+                raise PlanError(what, help=f"leave {option} out: attention goes the way that costs least")
 
 
 def check_megabytes(value: object, option: str) -> None:

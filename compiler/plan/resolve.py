@@ -10,7 +10,7 @@ from torch import nn
 from shardc.compiler.errors import PlanError
 from shardc.compiler.plan.annotate import DEFAULT_MESH_DIM, Annotation, annotated
 from shardc.compiler.plan.call_layouts import CallLayouts
-from shardc.compiler.plan.entries import FullyShard
+from shardc.compiler.plan.entries import ContextParallel, FullyShard
 from shardc.compiler.plan.forwards import Forward
 from shardc.compiler.plan.layout import unknown_mesh_dim
 from shardc.compiler.plan.match import Names
@@ -90,6 +90,7 @@ def _resolve(plan: object, module: nn.Module, mesh: Mesh, inputs: object, output
         positional={name: Forward.of(names.modules[name].forward).positional for name in marked},
         counts={key: count for of in asked.values() for key, count in of.counts().items()},
         data_axes=data_axes,
+        sequence={a: e.dim for a in data_axes for e in asked[a].shares if isinstance(e, ContextParallel)},
         bucket_bytes=_bucket_bytes(asked),
         reduce_dtype={axis: _reduce_dtype(asked[axis]) for axis in data_axes},
         calls=calls,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -29,7 +29,8 @@ class Resolved:
     positional: the modules in `borders`, root ("") included, in `named_modules` order -> the names of the positional
         parameters of forward.
     counts: (module, side) -> length of the list of layouts given for it, for `check_count`.
-    data_axes: mesh dims that split the batch, in mesh order.
+    data_axes: mesh dims that split the batch or its sequences, in mesh order. sequence: of the latter, the dim of
+        inputs that they split.
     bucket_bytes, reduce_dtype: options per mesh dim.
     unmatched: plan keys that name nothing. warnings: what was warned of.
     """
@@ -47,13 +48,21 @@ class Resolved:
     device_id: int | torch.device | None = None
     unmatched: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    sequence: Mapping[str, int] = field(default_factory=dict)
 
     def root_layout(
-        self, side: Literal["in", "out"], name: str, ndim: int, marks: Iterable[str] = (), rows: int | None = 0
+        self,
+        side: Literal["in", "out"],
+        name: str,
+        ndim: int,
+        marks: Iterable[str] = (),
+        rows: int | None = 0,
+        lengths: Mapping[str, int | None] | None = None,
     ) -> dict[str, Placement]:
         """Mesh dim -> placement of an input or output of the model: the caller's word, else what the module it meets
         says, else the default. name: its readable path, as in `CallLayouts.given`; marks: those that it meets. rows:
-        the dim along which it is a part of the batch; None where it is none.
+        the dim along which it is a part of the batch; None where it is none. lengths: mesh dim -> the dim along which
+        it is a part of the sequence, likewise; by default that of inputs.
 
         A root style, or a layout the user wrote on a module that is fed by this input itself, describes what is
         passed in; defaults of styles do not.
@@ -61,8 +70,15 @@ class Resolved:
         given = self.calls.given(side, name, ndim)
         if given is not None:
             return given
-        split = {axis: Shard(rows) for axis in self.data_axes} if rows is not None and ndim else {}
-        return split | self._declared(side, marks)
+        split = {axis: Shard(rows) for axis in self.batch_axes} if rows is not None and ndim else {}
+        declared = self._declared(side, marks)
+        for axis, dim in (self.sequence if lengths is None else lengths).items() if ndim else ():
+            if axis in declared or dim is None:
+                continue
+            if dim >= ndim:
+                raise _no_length(name, ndim, axis, dim, split)
+            split[axis] = Shard(dim)
+        return split | declared
 
     def told(
         self, side: Literal["in", "out"], name: str, ndim: int, marks: Iterable[str]
@@ -70,7 +86,12 @@ class Resolved:
         """`root_layout`, where it is no default over any data-parallel mesh dim; else None."""
         given = self.calls.given(side, name, ndim)
         declared = self._declared(side, marks) if given is None else given
-        return declared if given is not None or {*self.data_axes} <= {*declared} else None
+        return declared if given is not None or {*self.batch_axes} <= {*declared} else None
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The mesh dims that split the rows of the batch."""
+        return tuple(axis for axis in self.data_axes if axis not in self.sequence)
 
     def _declared(self, side: str, marks: Iterable[str]) -> dict[str, Placement]:
         out: dict[str, Placement] = {}
@@ -174,6 +195,14 @@ class Resolved:
         """One row per parameter: name, layout, plan entry, bytes; `str` of it is a table."""
         layouts: Mapping[str, ParamLayout] = {**self.params, **self.buffers}
         return Report([p.row(self.mesh) for p in layouts.values()], self.mesh, self.unmatched, self.warnings)
+
+
+def _no_length(name: str, ndim: int, axis: str, dim: int, beside: Iterable[str]) -> PlanError:
+    layout = ", ".join(f"{other}=Shard(0)" for other in beside)
+    return PlanError(
+        f"{name} has {ndim} dims, and {axis} = ContextParallel splits dim {dim}",
+        help=f"say how it lies: compile(..., inputs={{{name!r}: Layout({layout})}})",
+    )
 
 
 def _around(fqn: str) -> set[str]:

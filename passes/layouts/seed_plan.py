@@ -153,15 +153,18 @@ def _output_specs(gm: GraphModule, batch: Batch | None, ctx: Context) -> tuple[d
         is_told = of_data(shape(node)) or told("out", entry.name, node, ctx.plan) is not None
         shown = None if is_told else batch
         rows = 0 if shown is None else shown.rows_of(node)
-        layout = output_layout(node, entry.name, ctx.plan, rows)
+        lengths = {} if batch is None else {a: batch.length_of(node, a) for a in ctx.plan.sequence}
+        layout = output_layout(node, entry.name, ctx.plan, rows, lengths)
         if of_data(shape(node)):
             if ctx.plan.calls.given("out", entry.name, len(shape(node))):
                 raise _by_data(f"output {entry.name or i}", node)
             layout = {}
         out[i] = _placed(node, layout, ctx, f"output {entry.name or i}")
         tangents[i] = Spec(out[i].dims)
-        if shown is not None and rows is None and (shape(node) or not shown.depends(node)):
-            free = [a for a in ctx.plan.data_axes if a not in layout]
+        if batch is not None and (shape(node) or not batch.depends(node)):
+            given = ctx.plan.calls.given("out", entry.name, len(shape(node))) is not None
+            free = [] if shown is None or rows is not None else [a for a in ctx.plan.batch_axes if a not in layout]
+            free += [] if given else [a for a in ctx.plan.sequence if a not in layout]
             tangents[i] = tangents[i].with_pending(dict.fromkeys(free, "sum"), ctx.mesh)
     return out, tangents
 

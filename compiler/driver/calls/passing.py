@@ -59,7 +59,7 @@ class Passing:
 
         Raises PlanError where the graph does not tell either.
         """
-        rows = {name: x.shape[0] for name, x in self._open(call)} if self.plan.data_axes else {}
+        rows = {name: x.shape[0] for name, x in self._open(call)} if self.plan.batch_axes else {}
         counts = {*rows.values()}
         first = next(iter(rows.values()), 1)
         if len(counts) < 2:

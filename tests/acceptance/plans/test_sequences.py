@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
-from shardc import Mesh, Plan, Replicated
+from shardc import ContextParallel, FullyShard, Layout, Mesh, Plan, PlanError, Replicated
 from tests.acceptance.compare import compare, counts
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -58,3 +58,59 @@ def test_more_queries_than_keys_and_a_rank_without_queries():
     for lengths in ((9, 5), (5, 9), (3, 3)):
         q, k = (torch.randn(2, n, 8, dtype=torch.float64) for n in lengths)
         compare(Two(), Plan(cp=Replicated()), Mesh(cp=4), q, k, close=EXACT, prove=False, **SPLIT)
+
+
+class Model(nn.Module):
+    """Tokens, a causal layer, and logits; the loss too where labels are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer, self.head = nn.Embedding(20, 16), Attention(2), nn.Linear(16, 20)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits = self.head(self.layer(self.embed(tokens)))
+        return logits if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(
+    ("plan", "mesh"),
+    [
+        (Plan(cp=ContextParallel()), Mesh(cp=3)),
+        (Plan(dp=FullyShard("layer"), cp=ContextParallel()), Mesh(dp=2, cp=2)),
+    ],
+    ids=["alone", "beside FSDP"],
+)
+def test_one_line_of_a_plan_splits_sequences(plan: Plan, mesh: Mesh):
+    tokens = torch.randint(20, (4, 31 if mesh.names == ("cp",) else 32))
+    made = compare(Model().double(), plan, mesh, tokens, close=EXACT, prove=False)
+    text = str(made)
+    assert "@cp, 20]" in text and made.work().repeated == 1.0
+    labels = torch.where(torch.rand(tokens.shape) < 0.6, -100, tokens)
+    labels[:, :16] = -100  # the first rank has none that counts but across the border
+    compare(Model().double(), plan, mesh, tokens, labels, close=EXACT, prove=False)
+
+
+def test_what_has_no_sequence_is_the_same_on_every_rank_or_needs_a_word():
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = Attention(), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return self.head(self.layer(x).mean(1)) * weight[:, None]
+
+    x, weight = torch.randn(2, 32, 16).double(), torch.rand(2).double()
+    with pytest.raises(PlanError) as caught:
+        compare(Pooled().double(), Plan(cp=ContextParallel()), Mesh(cp=2), x, weight)
+    assert "weight has 1 dims, and cp = ContextParallel splits dim 1" in str(caught.value)
+    assert "inputs={'weight': Layout()}" in str(caught.value)
+    compare(
+        Pooled().double(), Plan(cp=ContextParallel()), Mesh(cp=2), x, weight, close=EXACT, prove=False,
+        inputs={"weight": Layout()},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"how": "ring"}, {"how": "heads"}, {"balance": True}, {"how": "no"}, {"dim": -1}])
+def test_what_is_not_reached_is_refused(options: dict):
+    with pytest.raises(PlanError, match=next(iter(options))):
+        ContextParallel(**options)
