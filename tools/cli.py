@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardc import __version__
+
 if TYPE_CHECKING:
     from shardc import Program
 
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("shardc", description="The sharding compiler for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"shardc {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="train a small GPT on 4 local ranks and compare with one device")
     demo.add_argument("--steps", type=int, default=60)

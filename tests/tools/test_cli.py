@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import shardc
 from shardc.tools.cli import main
 from shardc.tools.explain import folded, totals
 from tests.tools.programs import program
@@ -155,3 +156,10 @@ def test_plan_prints_a_plan_and_a_table(capsys):
     assert plan.startswith("Plan(tp=") and any("memory of a rank" in line for line in table)
     assert main(["plan", TARGET, "--mesh", "tp=2", "--memory", "10 apples"]) == 2
     assert "memory is '10 apples'" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"shardc {shardc.__version__}\n"
