@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test test-browser check nightly house sweep zoo bench soak fuzz clean
+.PHONY: help demo examples test test-browser check nightly house sweep zoo bench soak fuzz faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ soak: $(READY) ## 1,000 steps of each parallelism: resident memory and the numbe
 
 fuzz: $(READY) ## 2000 random programs, meshes and layouts; other ones each time
 	SHARDC_FUZZ=2000 $(BIN)/pytest -o timeout=0 -o faulthandler_timeout=0 tests/test_property.py
+
+faults: $(READY) ## faults injected on real gloo ranks: who is told what, and how soon (docs/reliability.md)
+	$(BIN)/pytest tests/faults
 
 clean: ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from shardc.compiler.driver.calls.program_cache import Entry
+from shardc.compiler.driver.calls.same_values import check_replicas
 from shardc.compiler.driver.fill import Filling
 from shardc.compiler.driver.kept_gradients import ALL, Sync
 from shardc.compiler.driver.lowering import Lowering
@@ -186,6 +187,11 @@ class BoundModel:
         return Sync(keep, tuple(carry for carry in self.lowering.kept.layouts() if carry[0] not in keep))
 
     # ---- state
+
+    def check_replicas(self) -> None:
+        """Compare what ranks must hold alike; see `same_values.check_replicas`."""
+        if self.lowering.ranks is not None:
+            check_replicas(tensors(self.model), self._split_over, self.lowering.ranks)
 
     def placed_all(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """A state dict laid out as the model is, which has room for it afterwards."""

@@ -68,6 +68,14 @@ class CompiledModule(nn.Module):
 
     # ---- state
 
+    def check_replicas(self) -> None:
+        """Compare parameters and buffers, bit by bit, among the ranks that hold the same part. All ranks call it.
+
+        Raises RankMismatchError, on every rank, with the first tensor that differs: weights that one rank loaded or
+        edited, another learning rate, a step that one rank missed. Reads every local byte once.
+        """
+        self._bound.check_replicas()
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors or shards, in place; every rank passes the same whole tensors."""
         return super().load_state_dict(self._bound.placed_all(state_dict), strict, assign)

@@ -64,6 +64,7 @@ class Filling:
         if init is ON_META:
             drop_recipes(self.model)
             return
+        self._agree_on_names()
         built = recipes(self.model)
         owned = owners(self.model, built)
         source, function = _parts(init)
@@ -170,6 +171,13 @@ class Filling:
         sent = state.to(self.ranks.device_mesh.device_type, copy=True)
         broadcast(sent, self.ranks.device_mesh, self.source)
         return sent.cpu()
+
+    def _agree_on_names(self) -> None:
+        """Ranks whose modules hold other tensors would wait for each other in collectives that do not pair."""
+        if self.ranks is not None:
+            held = tensors(self.model).items()
+            lines = [f"{n}: {x.dtype}{[*x.shape]}{' requires grad' if x.requires_grad else ''}" for n, x in held]
+            self.ranks.agree("\n".join(lines), "what the module holds")
 
     def _agree(self, built: list[Recipe]) -> None:
         """Ranks that built other modules, or from other seeds, would hold shards of different tensors."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -55,6 +56,16 @@ class Kept:
         """Forget what was kept, as `zero_grad` does to what is in `.grad`."""
         self._tensors.clear()
         self._due.clear()
+
+    @contextmanager
+    def undone_by_errors(self) -> Iterator[None]:
+        """What an error within leaves half done is forgotten: what was kept before is kept after it."""
+        before = dict(self._tensors), dict(self._specs), dict(self._due)
+        try:
+            yield
+        except BaseException:
+            self._tensors, self._specs, self._due = before
+            raise
 
     def layouts(self) -> tuple[tuple[str, Spec], ...]:
         """Those that the next synchronised backward must take in, by name: the same order on every rank."""

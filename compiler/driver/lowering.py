@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shardc.compiler.analysis.program import Program
@@ -17,6 +18,7 @@ from shardc.compiler.driver.calls.call_keys import Keys, text_key
 from shardc.compiler.driver.calls.passing import Taken
 from shardc.compiler.driver.calls.program_cache import Entries, Entry
 from shardc.compiler.driver.calls.retraces import Retraces
+from shardc.compiler.driver.calls.same_values import constants
 from shardc.compiler.driver.decide import Deciding, Options
 from shardc.compiler.driver.kept_gradients import ALL, Kept, Sync
 from shardc.compiler.driver.size_families import Families
@@ -28,6 +30,7 @@ from shardc.compiler.spec.mesh import Mesh
 from shardc.compiler.spec.spec import Spec
 from shardc.compiler.trace.torch_internals import aside
 from shardc.compiler.user_code import call_site
+from shardc.runtime.run.executable import autocast_state
 from shardc.runtime.run.ranks import Ranks
 
 # Of a module and a call: the plan to run by, and patterns of what is to be recomputed.
@@ -82,7 +85,7 @@ class Lowering:
         with calls.entering():
             entry = known or self.entry(args, kwargs, sync)
             if known is not None:
-                self.ranks.agree(entry.program.hash, "the program for this call")
+                self._agree(entry.program.hash, "the program for this call", sync)
         if entry.moves:
             self._last = entry
         else:
@@ -121,7 +124,7 @@ class Lowering:
             if program is None:
                 program = self._made(form, args, kwargs, sync)
             elif self.ranks is not None:
-                self.ranks.agree(program.hash, "the program for this call")
+                self._agree(program.hash, "the program for this call", sync)
             return Entry(program, bind(program, self.ranks, self.options.backend, self.kept))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -145,9 +148,30 @@ class Lowering:
         self._named[key] = program
         self.tracing.traces.check(key, program.hash)
         if self.ranks is not None:
-            self.ranks.agree(str(program), "the compiled program")
+            self._agree(f"{program}\n{constants(program.signature)}", "the compiled program", sync)
         self.programs.append(program)
         return program
+
+    def _modes(self, sync: Sync) -> str:
+        """What beside inputs decides which program a call needs, a line each."""
+        modules = dict(self._module.named_modules())
+        odd = [name or "the model" for name, m in modules.items() if not m.training]
+        which = "all" if len(odd) == len(modules) else ", ".join(odd) or "none"
+        frozen = [name for name, p in self._module.named_parameters() if not p.requires_grad]
+        casts = ", ".join(f"{kind} to {dtype}" for kind, dtype in autocast_state())
+        lines = [
+            f"in eval mode: {which}",
+            f"gradients: {'on' if torch.is_grad_enabled() else 'off (no_grad)'}",
+            f"autocast: {casts or 'off'}",
+            f"parameters that require no grad: {', '.join(frozen) or 'none'}",
+            f"not reduced (no_sync): {', '.join(sync.keep) or 'none'}",
+            f"kept back from unsynchronised steps: {', '.join(name for name, _ in sync.carries) or 'none'}",
+        ]
+        return "\n".join(lines)
+
+    def _agree(self, text: str, what: str, sync: Sync) -> None:
+        if self.ranks is not None:
+            self.ranks.agree(f"{self._modes(sync)}\n{text}", what)
 
     def _moved(self, name: str, before: Spec, after: Spec) -> None:
         """Store a parameter in another layout, and what follows it."""

@@ -154,13 +154,8 @@ class TrainStep:
         """The loss before the step. Raises PlanError where the batch cannot be cut into `accumulate` equal parts."""
         parts = _parts(batch, self._accumulate)
         self._look()
-        losses, totals = [], dict[str, Tensor]()
-        for i, part in enumerate(parts, 1):
-            with nullcontext() if i == len(parts) else self._compiled.no_sync():
-                loss, gradients = self._gradients(part)
-            losses.append(loss)
-            for name, gradient in gradients.items():
-                totals[name] = totals[name] + gradient if name in totals else gradient
+        with self._compiled._bound.lowering.kept.undone_by_errors():
+            losses, totals = self._accumulated(parts)
         if self._clip_norm is not None:
             self._compiled._bound.clip({name: totals.get(name) for name in self._local}, self._clip_norm, 2.0)
         for name, parameter in self._local.items():
@@ -171,6 +166,17 @@ class TrainStep:
             parameter.grad = None
         self.steps += 1
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _accumulated(self, parts: Sequence[Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The loss of each part, and the reduced gradients of their mean."""
+        losses, totals = [], dict[str, Tensor]()
+        for i, part in enumerate(parts, 1):
+            with nullcontext() if i == len(parts) else self._compiled.no_sync():
+                loss, gradients = self._gradients(part)
+            losses.append(loss)
+            for name, gradient in gradients.items():
+                totals[name] = totals[name] + gradient if name in totals else gradient
+        return losses, totals
 
     def lower(self, *batch: Any) -> Program:
         """Compile for a batch like this ahead of time, from real, fake or meta tensors."""

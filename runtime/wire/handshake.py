@@ -48,7 +48,8 @@ def agree(
     call: which call of a program this precedes, by the count of `Calls`; 0 where it precedes none.
     Without a process group, or called on a rank that is not among them, it returns at once.
     Raises RankMismatchError on every one of the ranks: naming those that differ, their digests and the first
-    line that does; or those that did not come within `timeout` seconds, or that the store is gone.
+    line that does; or those that did not come within `timeout` seconds, or within
+    the process group's timeout where that is less; or that the store is gone.
     """
     if not dist.is_initialized() or dist.get_backend() == "fake":  # its other ranks are not there to ask
         return
@@ -59,7 +60,8 @@ def agree(
         return
     lines = text if isinstance(text, str) else "\n".join(map(str, text))
     try:
-        _Round(me, everyone, what, lines, call).hold(timeout)
+        limit = _store().timeout.total_seconds()  # pyright: ignore[reportAttributeAccessIssue]
+        _Round(me, everyone, what, lines, call).hold(min(timeout, limit))
     except dist.DistError as error:
         raise RankMismatchError(
             f"{what}: the store is gone, with the process that serves it (rank 0 or the launcher): {error}"
@@ -172,8 +174,9 @@ class Calls:
             verdict = f"apart {me} {other}"
             board = PrefixStore(number, members)
             passed = call.isdigit() and int(call) <= self.number  # what all agreed on has its verdict
-            if passed and board.compare_set("verdict", "", verdict).decode() == verdict:
-                raise _together(_apart(me, other))
+            found = board.compare_set("verdict", "", verdict).decode() if passed else ""
+            if found.startswith("apart"):  # said by this rank, or by another that waits too
+                raise _together(_apart(*found.split()[1:]))
 
 
 COUNTED: dict[tuple[int, ...], Calls] = {}

@@ -1,6 +1,7 @@
 """Embedding tables: features and indices are free; with split rows each rank looks up the rows it owns.
 
-The result is then pending, and a row that another rank owns adds exactly zero. The gradient of a table
+The result is then pending, and a row that another rank owns adds exactly zero; an index that no rank owns is torch's
+IndexError. The gradient of a table
 has all rows, pending over the split indices.
 """
 
@@ -26,10 +27,17 @@ def _look_up(site: Site) -> Any:
     here = site.call(aten.sub.Scalar, indices, site.start("v"))
     foreign = site.call(aten.lt.Scalar, here, 0)
     foreign = site.call(aten.logical_or.default, foreign, site.call(aten.ge.Scalar, here, site.size("v")))
-    rows = site.call(aten.masked_fill.Scalar, here, foreign, 0)
+    # an index that no rank owns stays out of range: torch refuses it on every rank, as on one device
+    strange = site.call(aten.logical_or.default, site.call(aten.lt.Scalar, indices, 0), _beyond(site, indices))
+    others = site.call(aten.logical_and.default, foreign, site.call(aten.logical_not.default, strange))
+    rows = site.call(aten.masked_fill.Scalar, here, others, 0)
     found = site.call(aten.embedding.default, filled(site, table, 2, {0: "v"}, 0), rows)
     foreign = site.call(aten.unsqueeze.default, foreign, -1)
     return site.call(aten.masked_fill.Scalar, found, foreign, 0)
+
+
+def _beyond(site: Site, indices: Any) -> Any:
+    return site.call(aten.ge.Scalar, indices, site.full("v"))
 
 
 rule(aten.embedding.default, "v d, ... -> ... d", sum="v", plain="v", linear="0", localize=_look_up)
