@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from shardc.compiler.errors import CheckpointError
 from shardc.runtime.checkpoint.files import Writer, alone_is_meant, read_into, read_metadata
-from shardc.runtime.checkpoint.optimizers import Alone, Step, Trained, is_optimizer_key
+from shardc.runtime.checkpoint.optimizers import Alone, Step, Trained, is_optimizer_key, written
 from shardc.runtime.checkpoint.safetensors_file import write_safetensors
 from shardc.runtime.wire.distribute import as_runs, relaid, room_in_runs, whole
 
@@ -36,11 +35,12 @@ def save_checkpoint(path: str | os.PathLike[str], *objects: Any, background: boo
     """
     folder, state = Path(path), _collect(*_sorted_out(objects))
     writer = Writer(folder, overwrite=True)
+    if background:  # torch itself copies what lies on other devices alone
+        state = {key: x.detach().clone() if isinstance(x, Tensor) else x for key, x in state.items()}
     if background and not dist.is_initialized():
-        copied = {key: x.detach().clone() if isinstance(x, Tensor) else x for key, x in state.items()}
         pool = ThreadPoolExecutor(1)
         try:
-            return pool.submit(_save_alone, copied, writer)
+            return pool.submit(_save_alone, state, writer)
         finally:
             pool.shutdown(wait=False)
     if background:
@@ -66,15 +66,19 @@ def _side_group() -> Any:
     return _SIDE[default]
 
 
-def load_checkpoint(path: str | os.PathLike[str], *objects: Any, strict: bool = True) -> None:
+def load_checkpoint(
+    path: str | os.PathLike[str], *objects: Any, strict: bool = True, allow_pickle: bool = False
+) -> None:
     """Read a folder of `save_checkpoint` into modules, optimizers and train steps of any layout. All ranks call it.
 
     strict: the names here and there must be the same; else what both have is loaded. Everything is read and checked
-    before anything is changed. Raises CheckpointError that names files or keys where something is damaged or does
-    not fit.
+    before anything is changed. Files are data: tensors and plain values are built, nothing that they name is run.
+    allow_pickle: whatever they name is, for files from hands that you trust.
+
+    Raises CheckpointError that names files or keys where something is damaged or does not fit.
     """
     folder, (modules, trained) = Path(path), _sorted_out(objects)
-    entries = read_metadata(folder).state_dict_metadata
+    entries = read_metadata(folder, allow_pickle).state_dict_metadata
     wanted = {key: x for module in modules for key, x in module.state_dict().items()}
     if modules:
         _check_keys(folder, wanted, entries, strict)
@@ -84,7 +88,7 @@ def load_checkpoint(path: str | os.PathLike[str], *objects: Any, strict: bool = 
     for one in trained:
         held |= one.room(entries, folder)
     staged = {key: room_in_runs(x) if isinstance(x, DTensor) else x for key, x in held.items()}
-    read_into(staged, folder)
+    read_into(staged, folder, allow_pickle=allow_pickle)
     staged = {key: relaid(x, held[key]) if isinstance(x, Tensor) else x for key, x in staged.items()}
     ready = [one.ready(staged, folder) for one in trained]  # these may still refuse
     for module in modules:
@@ -136,7 +140,7 @@ def _collect(modules: Sequence[nn.Module], trained: Sequence[Trained]) -> dict[s
         raise CheckpointError(f"on meta, without values: {', '.join(on_meta)}", help="load them first")
     for one in trained:
         held = {"groups": one.optimizer.optimizer_groups(), "steps": one.optimizer.steps}
-        state[one.groups] = pickle.dumps(held)  # as one value
+        state[one.groups] = written(held, one.groups)  # as one value
         for name, values in one.optimizer.optimizer_state().items():
             state |= {f"{one.prefix}{name}.{key}": x for key, x in values.items()}
     return {key: as_runs(x) if isinstance(x, DTensor) else x for key, x in state.items()}

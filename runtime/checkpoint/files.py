@@ -23,15 +23,18 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan
 from torch.futures import Future
 
 from shardc.compiler.errors import CheckpointError
+from shardc.runtime.checkpoint.unpickle import Refused, description
 
+TRAILER = 14  # bytes
 MARK = b"crc32:"  # and eight hexadecimal digits, at the end of .metadata
 
 
@@ -72,11 +75,40 @@ class Writer(dcp.FileSystemWriter):
 class Reader(dcp.FileSystemReader):
     """Raises CheckpointError that names the file and the key where a value is not as it was written."""
 
+    def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
+        super().__init__(folder)
+        self._allow = allow_pickle
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        found = read_metadata(Path(self.path), self._allow)
+        found.storage_meta = found.storage_meta or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for index in dict.fromkeys(item.storage_index for item in plan.items):
             info = self.storage_data[index]
             _check(Path(self.path) / info.relative_path, index.fqn, info.offset, info.length)
         return super().read_data(plan, planner)
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Of values that are no tensors, plain ones alone are built."""
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        try:
+            held = torch.load(value, weights_only=True)
+        except Exception as error:  # a damaged pickle may raise anything
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{name} cannot be read: it is no plain value ({text[:200]})",
+                help="load_checkpoint(..., allow_pickle=True), if you trust whoever wrote it",
+            ) from error
+        again = BytesIO()
+        torch.save(held, again)
+        again.seek(0)
+        super().load_bytes(read_item, again)
 
 
 def _check(file: Path, key: str, offset: int, length: int) -> None:
@@ -100,40 +132,57 @@ def _check(file: Path, key: str, offset: int, length: int) -> None:
         raise CheckpointError(f"{key} in {file} cannot be read: {why}", help="take an older checkpoint")
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """What a folder holds. Raises CheckpointError where there is nothing, or it is damaged."""
+def read_metadata(folder: Path, allow_pickle: bool = False) -> Metadata:
+    """What a folder holds. Raises CheckpointError where there is nothing, it is damaged, names what no checkpoint
+    needs, or says that a value lies outside of the folder."""
     file = folder / ".metadata"
     why, found = "", None
     try:
         held = file.read_bytes()
-        stream = BytesIO(held)
-        found = pickle.load(stream)
-        end, trailer = stream.tell(), held[stream.tell() :]
-        # what torch itself has written ends with the pickle
-        if trailer and trailer != MARK + f"{zlib.crc32(held[:end]):08x}".encode():
+        if held[-TRAILER:].startswith(MARK) and held[-TRAILER:] != MARK + f"{zlib.crc32(held[:-TRAILER]):08x}".encode():
             why = "a checksum is wrong"
+        else:
+            found, end = (pickle.loads(held), len(held)) if allow_pickle else description(held)
+            why = "" if end == len(held) or held[end:].startswith(MARK) or allow_pickle else "a checksum is wrong"
     except FileNotFoundError:
         why = "there is no such file"
+    except Refused as error:
+        why = str(error)
     except Exception as error:  # a damaged pickle may raise anything
         why = type(error).__name__
-    if not why and not isinstance(found, Metadata):
+    if not why and not (isinstance(found, Metadata) and isinstance(found.state_dict_metadata, dict)):
         why = f"it holds a {type(found).__name__}"
+    why = why or _misplaced(folder, getattr(found, "storage_data", None) or {})
     if why:
         raise CheckpointError(f"{file} cannot be read: {why}", help="is this the folder of a checkpoint?")
     assert isinstance(found, Metadata)
     return found
 
 
-def read_into(staged: dict[str, Any], folder: Path, *, alone: bool | None = None) -> None:
-    """Read these keys of a checkpoint into the tensors given. alone: without the other ranks.
+def _misplaced(folder: Path, stored: Any) -> str:
+    """What is wrong with where values are said to lie."""
+    within = folder.resolve()
+    for info in stored.values() if isinstance(stored, dict) else ():
+        name, numbers = getattr(info, "relative_path", None), (getattr(info, n, None) for n in ("offset", "length"))
+        if not isinstance(name, str) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+            return "it does not say where a value lies"
+        if not (within / name).resolve().is_relative_to(within):
+            return f"it names {name}, which lies outside of the folder"
+    return ""
+
+
+def read_into(staged: dict[str, Any], folder: Path, *, alone: bool | None = None, allow_pickle: bool = False) -> None:
+    """Read these keys of a checkpoint into the tensors given. alone: without the other ranks. allow_pickle: build
+    whatever the files name.
 
     Raises CheckpointError, on every rank that takes part, for what is damaged.
     """
-    read_metadata(folder)  # before torch looks at it
+    read_metadata(folder, allow_pickle)  # before torch looks at it
     try:
         with alone_is_meant():
             no_dist = not dist.is_initialized() if alone is None else alone
-            dcp.load(staged, storage_reader=Reader(folder), no_dist=no_dist)
+            planner = dcp.DefaultLoadPlanner() if allow_pickle else _Planner()
+            dcp.load(staged, storage_reader=Reader(folder, allow_pickle), planner=planner, no_dist=no_dist)
     except CheckpointError:
         raise
     except (Exception, dcp.CheckpointException) as error:  # torch's own is no Exception

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from shardc.compiler.errors import CheckpointError
+from shardc.runtime.checkpoint.unpickle import plain
 
 OPTIMIZER = "optim"
 COUNT = "step"  # torch's name for how often a parameter was stepped on; it has the shape of a parameter without dims
@@ -27,6 +29,25 @@ State = dict[str, dict[str, Any]]  # by parameter
 
 def is_optimizer_key(key: str) -> bool:
     return re.match(rf"{OPTIMIZER}\.\d+\.", key) is not None
+
+
+def written(groups: Any, name: str) -> bytes:
+    """Groups as one value, which can be read back without running anything. Raises CheckpointError for others."""
+    stream = BytesIO()
+    torch.save(groups, stream)
+    try:
+        _read(stream.getvalue())
+    except pickle.UnpicklingError as error:
+        what = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{name} holds what is no plain value: {what}", help="leave it out of the groups"
+        ) from error
+    return stream.getvalue()
+
+
+def _read(held: bytes) -> Any:
+    """Earlier versions wrote a pickle."""
+    return torch.load(BytesIO(held), weights_only=True) if held.startswith(b"PK") else plain(held)
 
 
 class Held(Protocol):
@@ -82,7 +103,7 @@ class Trained:
     def ready(self, staged: Mapping[str, Any], folder: Path) -> Callable[[], None]:
         """What puts the state in place, once all of it is known to fit."""
         try:
-            saved = pickle.loads(staged[self.groups])
+            saved = _read(staged[self.groups])
             groups, steps = saved["groups"], saved["steps"]
         except Exception as error:  # a damaged pickle may raise anything
             raise CheckpointError(
