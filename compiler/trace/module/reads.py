@@ -82,6 +82,8 @@ class Survey:
     def _described(self, value: Any, depth: int) -> Any:
         if isinstance(value, CONSTANT):
             return type(value), value
+        if isinstance(value, MappingProxyType):
+            return MappingProxyType  # made anew at each look at a class; what was read in it stands for itself
         if isinstance(value, tuple):
             return type(value), *(self.describe(x, depth) for x in value)
         self.kept.append(value)
@@ -292,10 +294,16 @@ class _Computed:
 
     def __init__(self, tree: ast.expr, names: Mapping[str, Any]) -> None:
         self._code, self._names = compile(ast.Expression(tree), "<what was read>", "eval"), dict(names)
+        self._last: Any = None
 
     @property
     def value(self) -> Any:
-        return eval(self._code, self._names)
+        """Of equal lists of classes or names, such as a class's bases, the one that was given before."""
+        found = eval(self._code, self._names)
+        if type(found) is list and all(isinstance(x, (str, type)) for x in found) and found == self._last:
+            return self._last
+        self._last = found
+        return found
 
 
 def _shown(name: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import shardc
 from shardc import Mesh, Plan, Replicated
+from shardc.compiler.trace.module import reads
 from tests.acceptance.compare import USUAL
 
 FACTOR = 1.0
@@ -196,3 +197,63 @@ def assert_alike(compiled: nn.Module, alone: nn.Module, x: Tensor, what: str) ->
         ours.sum().backward(), theirs.sum().backward()
         for p, q in zip(compiled.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, **USUAL, msg=lambda text: f"{what}: {text}")
+
+
+class Registry(MutableMapping[str, Callable[[Tensor], Tensor]]):
+    """Entries of the class, and of the object, which come first."""
+
+    everywhere: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {"relu": torch.relu, "tanh": torch.tanh}
+
+    def __init__(self) -> None:
+        self.here: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def __getitem__(self, key: str) -> Callable[[Tensor], Tensor]:
+        return self.here[key] if key in self.here else self.everywhere[key]
+
+    def __setitem__(self, key: str, value: Callable[[Tensor], Tensor]) -> None:
+        self.here[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.here[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.everywhere, **self.here})
+
+    def __len__(self) -> int:
+        return len({*self.everywhere, *self.here})
+
+
+CHOICES = Registry()
+
+
+class Chooses(nn.Module):
+    kind = "relu"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    @property
+    def chosen(self) -> str:
+        return self.kind if hasattr(self, "kind") else "tanh"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return CHOICES.get(self.chosen, torch.tanh)(self.fc(x))
+
+
+def test_what_is_read_of_a_class_holds_from_call_to_call():
+    model = Chooses()
+    compiled, x = shardc.compile(model, Replicated(), mesh=Mesh(dp=2)), torch.randn(4, 4)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), torch.relu(model.fc(x)))
+    assert len(compiled.programs) == 1
+    compiled.programs[-1].verify(x)
+    CHOICES["relu"] = torch.sigmoid
+    torch.testing.assert_close(compiled(x), torch.sigmoid(model.fc(x)))
+    del CHOICES["relu"]
+    torch.testing.assert_close(compiled(x), torch.relu(model.fc(x)))
+
+
+def test_a_class_is_the_same_at_each_look():
+    """What it holds is looked at through a view that is made anew each time."""
+    assert reads.Reads(lambda survey: survey.found.update(x=survey.describe(vars(Chooses), 1))).changed() == []

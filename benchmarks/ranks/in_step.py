@@ -1,6 +1,6 @@
 """What it costs that ranks tell each other which call they are in: step time with it over that without, 2 gloo ranks.
 
-.venv/bin/python benchmarks/in_step.py        medians of 300 steps of each, in turn; noisy where other things run
+.venv/bin/python benchmarks/ranks/in_step.py        medians of 300 steps of each, in turn; noisy where other things run
 """
 
 from __future__ import annotations
