@@ -64,10 +64,12 @@ class Filling:
         if init is ON_META:
             drop_recipes(self.model)
             return
-        self._agree_on_names()
         built = recipes(self.model)
         owned = owners(self.model, built)
         source, function = _parts(init)
+        if source is None and function is None:
+            check_fillable(self.model, owned)  # a mistake, of which no other rank is asked
+        self._agree_on_names()
         on_meta = [name for name, x in tensors(self.model).items() if x.is_meta]
         spread = self._source(source, on_meta) if source is not None else None
         if spread is not None:

@@ -221,7 +221,7 @@ def test_a_copy_of_what_has_no_values():
         said(lambda: copy.deepcopy(shardc.deferred_init(MLP))),
         """\
 PlanError: plan error: net1.weight was changed after deferred_init, where it has no values yet
-  --> copy.py:N
+  --> test_deferred_init.py:N
    = help: do it inside: deferred_init takes any function that builds the module""",
     )
 
